@@ -1,0 +1,20 @@
+"""fewstep: Stable Diffusion checkpoints as engines for one machine, run in few steps with little latency."""
+
+from typing import TYPE_CHECKING
+
+from .errors import FewstepError
+
+if TYPE_CHECKING:
+    from .runtime.pipeline import Pipeline, Result, load
+
+__version__ = "0.1.0"
+__all__ = ["FewstepError", "Pipeline", "Result", "__version__", "load"]
+
+
+def __getattr__(name: str) -> object:
+    """Load the runtime when it is first asked for, so that `import fewstep` costs next to nothing."""
+    if name in {"Pipeline", "Result", "load"}:
+        from .runtime import pipeline
+
+        return getattr(pipeline, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

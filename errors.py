@@ -1,0 +1,108 @@
+"""Every way in which fewstep refuses: one type per kind, each with the exit code that the command line gives it.
+
+A message has three parts: what was found, what was expected, and what mends it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FewstepError(Exception):
+    """Base of all errors that fewstep raises on purpose.
+
+    `found` says what is wrong, `expected` what would have been right, `remedy` the argument or command that mends it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, found: str, *, expected: str = "", remedy: str = "") -> None:
+        self.found, self.expected, self.remedy = found, expected, remedy
+        parts = [found]
+        if expected:
+            parts.append(f"expected {expected}")
+        text = "; ".join(parts)
+        super().__init__(f"{text}. {remedy}" if remedy else text)
+
+
+class ArgumentError(FewstepError):
+    """An argument that cannot be used: wrong range, wrong type, or impossible beside another one."""
+
+    exit_code = 2
+
+
+class UnknownNameError(ArgumentError):
+    """A name that no table holds; the message lists the nearest ones."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str], *, remedy: str = "") -> None:
+        names = sorted(set(known))
+        folded = {n.casefold(): n for n in names}
+        near = [folded[n] for n in difflib.get_close_matches(str(name).casefold(), folded, n=4, cutoff=0.3)]
+        self.kind, self.name, self.near = kind, name, tuple(near)
+        expected = f"one like {', '.join(near)}" if near else f"one of {', '.join(names)}"
+        super().__init__(f"unknown {kind} {name!r}", expected=expected, remedy=remedy)
+
+
+class UnsupportedError(ArgumentError):
+    """Something that exists and that fewstep does not do; refused by its name."""
+
+    exit_code = 4
+
+
+class MissingError(FewstepError):
+    """A file, folder, engine or weight that is not there."""
+
+    exit_code = 3
+
+
+class MissingExtraError(MissingError):
+    """An optional dependency that is not installed."""
+
+    def __init__(self, module: str, extra: str, *, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs the module {module!r}, which is not installed",
+            remedy=f"Install it with: pip install 'fewstep[{extra}]'",
+        )
+
+
+class CorruptError(FewstepError):
+    """A file whose bytes are not what its format or its manifest says."""
+
+    exit_code = 4
+
+
+class UnsafeFileError(FewstepError):
+    """A file that is refused for what it could do: pickles, links, paths that leave their folder."""
+
+    exit_code = 4
+
+
+class MismatchError(FewstepError):
+    """An engine or bundle made for something else: another machine, version, shape or graph."""
+
+    exit_code = 4
+
+
+class GateError(FewstepError):
+    """A numeric comparison with the reference that came out above its limit."""
+
+    exit_code = 5
+
+
+class NonFiniteError(FewstepError):
+    """NaN or infinity in a latent or in an image."""
+
+    exit_code = 5
+
+
+class BlackImageError(FewstepError):
+    """An image without a single lit pixel, the sign of an overflow in the decoder."""
+
+    exit_code = 5
+
+
+class CancelledError(FewstepError):
+    """The caller or the user stopped the work."""
+
+    exit_code = 130
