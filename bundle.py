@@ -1,0 +1,204 @@
+"""The bundle: a folder with graphs, weights, tokenizers and `bundle.json`, which says what they are and where they came from."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .engines.base import TensorSpec
+from .errors import ArgumentError, CorruptError, MissingError, UnsafeFileError
+
+FORMAT = 1
+MANIFEST = "bundle.json"
+FAMILIES = ("sd1", "sd2", "sdxl")
+COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder")
+_NAME = re.compile(r"[A-Za-z0-9._-]+")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Component:
+    """One exported part: its graph and weights (file names in the bundle), their SHA-256, its tensors.
+
+    `graph_key` names the traced graph (a hash of the configuration), `dtype` is the precision it computes in;
+    inputs and outputs are float32 whatever that is. `operators` counts the nodes of the graph by operator.
+    """
+
+    graph: str
+    weights: str
+    graph_sha256: str
+    weights_sha256: str
+    graph_key: str
+    dtype: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    operators: Mapping[str, int] = field(default_factory=dict)
+    source: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokenizer:
+    """A `tokenizer.json` in the bundle, the length its encoder takes, and the token that fills the rest."""
+
+    file: str
+    length: int
+    pad_id: int
+    bos_id: int
+    eos_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latent:
+    """The latent's geometry: channels, pixels per latent cell, and the multiple that the UNet asks of its height and width."""
+
+    channels: int
+    factor: int
+    multiple: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Defaults:
+    """What a request without options gets; `None` for sampler and schedule means the checkpoint's own scheduler."""
+
+    width: int
+    height: int
+    steps: int
+    guidance: float
+    sampler: str | None = None
+    schedule: str | None = None
+    preset: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """A bundle on disk. `scheduler` is the checkpoint's diffusers scheduler configuration, word for word."""
+
+    folder: Path
+    name: str
+    family: str
+    components: Mapping[str, Component]
+    tokenizers: tuple[Tokenizer, ...]
+    latent: Latent
+    scheduler: Mapping[str, Any]
+    defaults: Defaults
+    force_zeros: bool = False
+    guidance_embedding: int = 0
+    licence: str | None = None
+    source: Mapping[str, Any] = field(default_factory=dict)
+    gate: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise CorruptError(f"{MANIFEST} names the family {self.family!r}", expected=f"one of {', '.join(FAMILIES)}")
+        for required in ("text_encoder", "unet", "vae_decoder"):
+            if required not in self.components:
+                raise CorruptError(f"{MANIFEST} has no component {required!r}", remedy="Export the checkpoint again.")
+
+    def path(self, name: str) -> Path:
+        """The path of a file that the manifest names; `UnsafeFileError` if it leaves the folder or is a link."""
+        if not _NAME.fullmatch(name) or name in {".", ".."}:
+            raise UnsafeFileError(f"{MANIFEST} names the file {name!r}", expected="a plain name inside the bundle")
+        path = self.folder / name
+        if path.is_symlink():
+            raise UnsafeFileError(f"{name} in the bundle is a link", expected="a regular file", remedy="Copy the file there.")
+        if not path.is_file():
+            raise MissingError(f"the bundle has no file {name!r}", remedy="Export the checkpoint again.")
+        return path
+
+    def component(self, name: str) -> Component:
+        if name not in self.components:
+            raise MissingError(
+                f"the bundle {self.name!r} has no component {name!r}",
+                expected=f"one of {', '.join(self.components)}",
+                remedy="Export the checkpoint again with this component.",
+            )
+        return self.components[name]
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as JSON data; the folder is left out."""
+        return {
+            "format": FORMAT,
+            "name": self.name,
+            "family": self.family,
+            "components": {n: _component_json(c) for n, c in self.components.items()},
+            "tokenizers": [{k: getattr(t, k) for k in Tokenizer.__slots__} for t in self.tokenizers],
+            "latent": {k: getattr(self.latent, k) for k in Latent.__slots__},
+            "scheduler": dict(self.scheduler),
+            "defaults": {k: getattr(self.defaults, k) for k in Defaults.__slots__},
+            "force_zeros": self.force_zeros,
+            "guidance_embedding": self.guidance_embedding,
+            "licence": self.licence,
+            "source": dict(self.source),
+            "gate": dict(self.gate),
+        }
+
+
+def _component_json(component: Component) -> dict[str, Any]:
+    data = {k: getattr(component, k) for k in Component.__slots__}
+    data["inputs"] = [s.to_json() for s in component.inputs]
+    data["outputs"] = [s.to_json() for s in component.outputs]
+    return data
+
+
+def _component(data: Mapping[str, Any]) -> Component:
+    fields = {k: data[k] for k in Component.__slots__ if k in data}
+    fields["inputs"] = tuple(TensorSpec.from_json(s) for s in data["inputs"])
+    fields["outputs"] = tuple(TensorSpec.from_json(s) for s in data["outputs"])
+    return Component(**fields)
+
+
+def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
+    """Read `bundle.json`.
+
+    Raises `MissingError` when there is none, `CorruptError` when it is not a manifest of this format.
+    """
+    root = Path(folder)
+    manifest = root / MANIFEST
+    if not manifest.is_file():
+        raise MissingError(
+            f"no bundle in {str(folder)!r}", expected=f"a folder with {MANIFEST}", remedy="Make one with: fewstep export CHECKPOINT FOLDER"
+        )
+    try:
+        data = json.loads(manifest.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise CorruptError(f"{MANIFEST} is not JSON: {error}", remedy="Export the checkpoint again.") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        found = data.get("format") if isinstance(data, dict) else type(data).__name__
+        raise CorruptError(f"{MANIFEST} has format {found!r}", expected=str(FORMAT), remedy="Export the checkpoint again.")
+    try:
+        return Bundle(
+            folder=root,
+            name=str(data["name"]),
+            family=data["family"],
+            components={n: _component(c) for n, c in data["components"].items()},
+            tokenizers=tuple(Tokenizer(**t) for t in data["tokenizers"]),
+            latent=Latent(**data["latent"]),
+            scheduler=data["scheduler"],
+            defaults=Defaults(**data["defaults"]),
+            force_zeros=bool(data["force_zeros"]),
+            guidance_embedding=int(data["guidance_embedding"]),
+            licence=data["licence"],
+            source=data["source"],
+            gate=data["gate"],
+        )
+    except (KeyError, TypeError, AttributeError, ValueError, ArgumentError) as error:
+        raise CorruptError(f"{MANIFEST} lacks or misstates {error}", remedy="Export the checkpoint again.") from error
+
+
+def write_manifest(bundle: Bundle) -> None:
+    """Write `bundle.json` into the bundle's folder, whole or not at all."""
+    path = bundle.folder / MANIFEST
+    part = path.with_name(f".{MANIFEST}.{os.getpid()}.part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            json.dump(bundle.to_json(), file, indent=1, ensure_ascii=False)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
