@@ -50,7 +50,7 @@ def train_vae(options: argparse.Namespace) -> None:
         kl = 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).mean()
         hint = F.mse_loss(mean[:, :3], 1.5 * F.avg_pool2d(x, 4))
         fit = _loss(y.float(), x)
-        whole.update(fit + 3e-4 * kl + 0.3 * max(0.0, 1 - 3 * whole.progress) * hint, fit=float(fit), kl=float(kl), hint=float(hint))
+        whole.update(fit + 3e-4 * kl + 0.3 * max(0.0, 1 - 3 * whole.progress) * hint, fit=fit.item(), kl=kl.item(), hint=hint.item())
     whole.save()
     whole.use_ema()
 
@@ -66,7 +66,7 @@ def train_vae(options: argparse.Namespace) -> None:
                 z = z + spread * torch.rand(len(z), 1, 1, 1) * z.std() * torch.randn_like(z)
             y = vae.decode(z).sample
         fit = _loss(y.float(), x)
-        decoder.update(fit, mse=float((y.float() - x).pow(2).mean()))
+        decoder.update(fit, mse=(y.float() - x).pow(2).mean().item())
     decoder.save()
     decoder.use_ema()
     if dist.get_rank() == 0:

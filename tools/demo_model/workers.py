@@ -72,7 +72,7 @@ class Trainer:
         self.step += 1
         decay = min(self.ema_decay, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(self.ema, [p.detach() for p in self.parameters], 1 - decay)
-        for key, value in {"loss": float(loss), **shown}.items():
+        for key, value in {"loss": loss.item(), **shown}.items():
             self.averages[key] = self.averages.get(key, value) * 0.99 + value * 0.01
         if dist.get_rank() == 0:
             self._report()
@@ -88,6 +88,9 @@ class Trainer:
             self.save()
 
     def save(self) -> None:
+        """Write the state, from the first worker alone: all have the same."""
+        if dist.get_rank():
+            return
         part = self.path.with_suffix(".part")
         torch.save(
             {

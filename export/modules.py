@@ -1,0 +1,216 @@
+"""The modules that are traced: each turns what the bundle's contract names into one torch module.
+
+Inputs and outputs are float32 whatever the parameters' precision is; the casts are part of the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from ..engines.base import TensorSpec
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+LARGEST = {"float32": 3.0e38, "float16": 65504.0, "bfloat16": 3.0e38}
+
+
+class UNet(nn.Module):
+    """One evaluation: `sample [R, C, h, w]`, `timestep [R]`, `encoder_hidden_states [R, T, D]` -> `out [R, C, h, w]`."""
+
+    def __init__(self, model: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        text_embeds: torch.Tensor | None = None,
+        time_ids: torch.Tensor | None = None,
+        timestep_cond: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        dtype = self.model.conv_in.weight.dtype
+        added = None
+        if text_embeds is not None and time_ids is not None:
+            added = {"text_embeds": text_embeds.to(dtype), "time_ids": time_ids}
+        out = self.model(
+            sample.to(dtype),
+            timestep,
+            encoder_hidden_states.to(dtype),
+            timestep_cond=None if timestep_cond is None else timestep_cond.to(dtype),
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+        return out.float()
+
+
+class TextEncoder(nn.Module):
+    """`input_ids [P, L]` -> the hidden states the UNet attends to, and the pooled vector where the family uses one.
+
+    `layer` is 0 for the last layer after the final norm (SD 1.x and 2.x), or the index from the end of the hidden
+    state taken as it is (SDXL: 2).
+    """
+
+    def __init__(self, model: CLIPTextModel | CLIPTextModelWithProjection, *, layer: int, pooled: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.layer = layer
+        self.pooled = pooled
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        out = self.model(input_ids, output_hidden_states=self.layer > 0)
+        hidden = out.hidden_states[-self.layer] if self.layer else out.last_hidden_state
+        if self.pooled:
+            return hidden.float(), out.text_embeds.float()
+        return (hidden.float(),)
+
+
+class VaeDecoder(nn.Module):
+    """`latent [B, C, h, w]` -> `image uint8 [B, H, W, 3]` and `finite bool [B]`, taken before the clamp."""
+
+    def __init__(self, model: AutoencoderKL, *, dtype: str) -> None:
+        super().__init__()
+        self.post_quant_conv = model.post_quant_conv
+        self.decoder = model.decoder
+        self.scale = float(model.config.scaling_factor)
+        self.shift = float(model.config.shift_factor or 0.0)
+        self.largest = LARGEST[dtype]
+        self.dtype = DTYPES[dtype]
+
+    def forward(self, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        z = (latent / self.scale + self.shift).to(self.dtype)
+        if self.post_quant_conv is not None:
+            z = self.post_quant_conv(z)
+        pixels = self.decoder(z).float()
+        finite = torch.where(pixels.abs() <= self.largest, 1.0, 0.0).amin((1, 2, 3)) > 0.5
+        image = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        return image.permute(0, 2, 3, 1), finite
+
+
+class VaeEncoder(nn.Module):
+    """`image [B, 3, H, W]` in [-1, 1] -> `mean` and `std [B, C, h, w]` of the latent, both in the UNet's scale."""
+
+    def __init__(self, model: AutoencoderKL, *, dtype: str) -> None:
+        super().__init__()
+        self.encoder = model.encoder
+        self.quant_conv = model.quant_conv
+        self.scale = float(model.config.scaling_factor)
+        self.shift = float(model.config.shift_factor or 0.0)
+        self.dtype = DTYPES[dtype]
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        moments = self.encoder(image.to(self.dtype))
+        if self.quant_conv is not None:
+            moments = self.quant_conv(moments)
+        mean, logvar = moments.float().chunk(2, dim=1)
+        std = (0.5 * logvar.clamp(-30.0, 20.0)).exp()
+        return (mean - self.shift) * self.scale, std * self.scale
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traceable:
+    """A module with example inputs (batch 2) and the names of its tensors and of their dimensions."""
+
+    module: nn.Module
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    example: dict[str, int]
+
+
+def build_model(kind: str, config: Mapping[str, Any], dtype: str = "float32") -> nn.Module:
+    """The diffusers or transformers model of a component, with whatever parameters its constructor gives it."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPES[dtype])  # `.to()` cannot swap the parameters of a fake module
+    try:
+        return _construct(kind, config)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _construct(kind: str, config: Mapping[str, Any]) -> nn.Module:
+    plain = {k: v for k, v in config.items() if not k.startswith("_")}
+    if kind == "unet":
+        return UNet2DConditionModel.from_config(plain).eval()
+    if kind in {"vae_decoder", "vae_encoder"}:
+        return AutoencoderKL.from_config(plain).eval()
+    made = CLIPTextConfig(**{k: v for k, v in plain.items() if k not in {"architectures", "torch_dtype", "dtype", "transformers_version"}})
+    projected = config["_class"] == "CLIPTextModelWithProjection"
+    cls = CLIPTextModelWithProjection if projected else CLIPTextModel
+    return cls._from_config(made, dtype=torch.get_default_dtype(), attn_implementation="sdpa").eval()
+
+
+def wrap(kind: str, model: nn.Module, config: Mapping[str, Any], dtype: str) -> Traceable:
+    """The traceable form of a component's model, whose parameters are of `dtype` already."""
+    if kind == "unet":
+        return _wrap_unet(model, config)
+    if kind == "vae_decoder":
+        c, f = config["latent_channels"], vae_factor(config)
+        return Traceable(
+            module=VaeDecoder(model, dtype=dtype).eval(),
+            inputs=(TensorSpec(name="latent", dtype="float32", shape=("batch", c, "height", "width")),),
+            outputs=(
+                TensorSpec(name="image", dtype="uint8", shape=("batch", f"height*{f}", f"width*{f}", config["out_channels"])),
+                TensorSpec(name="finite", dtype="bool", shape=("batch",)),
+            ),
+            example={"batch": 2, "height": 8, "width": 12},
+        )
+    if kind == "vae_encoder":
+        c, f = config["latent_channels"], vae_factor(config)
+        shape = ("batch", c, "height", "width")
+        return Traceable(
+            module=VaeEncoder(model, dtype=dtype).eval(),
+            inputs=(TensorSpec(name="image", dtype="float32", shape=("batch", config["in_channels"], f"height*{f}", f"width*{f}")),),
+            outputs=(TensorSpec(name="mean", dtype="float32", shape=shape), TensorSpec(name="std", dtype="float32", shape=shape)),
+            example={"batch": 2, "height": 8, "width": 12},
+        )
+    return _wrap_text_encoder(model, config)
+
+
+def _wrap_text_encoder(model: nn.Module, config: Mapping[str, Any]) -> Traceable:
+    length, width = config["max_position_embeddings"], config["hidden_size"]
+    pooled = config["_class"] == "CLIPTextModelWithProjection"
+    outputs = [TensorSpec(name="hidden", dtype="float32", shape=("prompts", length, width))]
+    if pooled:
+        outputs.append(TensorSpec(name="pooled", dtype="float32", shape=("prompts", config["projection_dim"])))
+    return Traceable(
+        module=TextEncoder(model, layer=config["_layer"], pooled=pooled).eval(),
+        inputs=(TensorSpec(name="input_ids", dtype="int64", shape=("prompts", length)),),
+        outputs=tuple(outputs),
+        example={"prompts": 2},
+    )
+
+
+def _wrap_unet(model: nn.Module, config: Mapping[str, Any]) -> Traceable:
+    width = config["cross_attention_dim"]
+    width = width if isinstance(width, int) else width[0]
+    inputs = [
+        TensorSpec(name="sample", dtype="float32", shape=("rows", config["in_channels"], "height", "width")),
+        TensorSpec(name="timestep", dtype="float32", shape=("rows",)),
+        TensorSpec(name="encoder_hidden_states", dtype="float32", shape=("rows", "tokens", width)),
+    ]
+    if config.get("addition_embed_type") == "text_time":
+        ids = 6
+        pooled = config["projection_class_embeddings_input_dim"] - ids * config["addition_time_embed_dim"]
+        inputs.append(TensorSpec(name="text_embeds", dtype="float32", shape=("rows", pooled)))
+        inputs.append(TensorSpec(name="time_ids", dtype="float32", shape=("rows", ids)))
+    if config.get("time_cond_proj_dim"):
+        inputs.append(TensorSpec(name="timestep_cond", dtype="float32", shape=("rows", config["time_cond_proj_dim"])))
+    multiple = 2 ** (len(config["block_out_channels"]) - 1)
+    return Traceable(
+        module=UNet(model).eval(),
+        inputs=tuple(inputs),
+        outputs=(TensorSpec(name="out", dtype="float32", shape=("rows", config["out_channels"], "height", "width")),),
+        example={"rows": 2, "height": 2 * multiple, "width": 3 * multiple, "tokens": 154},
+    )
+
+
+def vae_factor(config: Mapping[str, Any]) -> int:
+    """Pixels per latent cell: each block but the last halves."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
