@@ -1,0 +1,8 @@
+"""Noise schedules, spacings and samplers, compiled to programs of rows. NumPy and the standard library only."""
+
+from .compat import program_from_diffusers
+from .compile import compile_program
+from .noise import NoiseSchedule
+from .program import Program
+
+__all__ = ["NoiseSchedule", "Program", "compile_program", "program_from_diffusers"]

@@ -1,0 +1,1 @@
+"""The samplers, one function each, run on symbols by `fewstep.schedules.compile`."""

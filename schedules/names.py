@@ -1,0 +1,156 @@
+"""One alias table: fewstep's names, diffusers' classes, A1111's and ComfyUI's names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import UnknownNameError, UnsupportedError
+from .solvers.registry import SAMPLERS
+from .spacing import SPACINGS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """What an alias stands for: a sampler, the schedule its name carries (or None), and options it implies."""
+
+    name: str
+    schedule: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+SAMPLER_ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Euler a": ("euler_ancestral", {}),
+    "DPM2": ("kdpm2", {}),
+    "DPM2 a": ("kdpm2_ancestral", {}),
+    "dpm_2": ("kdpm2", {}),
+    "dpm_2_ancestral": ("kdpm2_ancestral", {}),
+    "k_euler": ("euler", {}),
+    "k_euler_ancestral": ("euler_ancestral", {}),
+    "DPM++ 2M": ("dpmpp_2m", {}),
+    "DPM++ SDE": ("dpmpp_sde", {}),
+    "DPM++ 2M SDE": ("dpmpp_2m_sde", {}),
+    "DPM++ 2M SDE Heun": ("dpmpp_2m_sde", {"solver_type": "heun"}),
+    "DPM++ 3M SDE": ("dpmpp_3m_sde", {}),
+    "DPM++ 3M": ("dpmpp_3m", {}),
+    "pndm": ("plms", {}),
+    "unipc": ("unipc_2", {}),
+    "uni_pc": ("unipc_3", {"solver_type": "bh1"}),
+    "uni_pc_bh2": ("unipc_3", {"solver_type": "bh2"}),
+    "deis": ("deis_3", {}),
+    "EulerDiscreteScheduler": ("euler", {}),
+    "EulerAncestralDiscreteScheduler": ("euler_ancestral", {}),
+    "HeunDiscreteScheduler": ("heun", {}),
+    "KDPM2DiscreteScheduler": ("kdpm2", {}),
+    "KDPM2AncestralDiscreteScheduler": ("kdpm2_ancestral", {}),
+    "LMSDiscreteScheduler": ("lms", {}),
+    "DDIMScheduler": ("ddim", {}),
+    "DDPMScheduler": ("ddpm", {}),
+    "PNDMScheduler": ("plms", {}),
+    "DPMSolverMultistepScheduler": ("dpmpp_2m", {}),
+    "DPMSolverSinglestepScheduler": ("dpmpp_2s", {}),
+    "DPMSolverSDEScheduler": ("dpmpp_sde", {}),
+    "DEISMultistepScheduler": ("deis_2", {}),
+    "UniPCMultistepScheduler": ("unipc_2", {}),
+    "LCMScheduler": ("lcm", {}),
+    "TCDScheduler": ("tcd", {}),
+    "EDMEulerScheduler": ("edm_euler", {}),
+}
+
+SCHEDULE_ALIASES: dict[str, str] = {
+    "normal": "linspace",
+    "uniform": "linspace",
+    "ddim_uniform": "leading",
+    "sgm": "sgm_uniform",
+    "lu_lambdas": "lu",
+    "KL Optimal": "kl_optimal",
+    "ays": "ays_sd",
+    "Align Your Steps": "ays_sd",
+    "ays_sd15": "ays_sd",
+    "ays_xl": "ays_sdxl",
+    "ays_if": "ays_deepfloyd",
+    "StableDiffusionTimesteps": "ays_sd",
+    "StableDiffusionXLTimesteps": "ays_sdxl",
+    "StableDiffusionVideoSigmas": "ays_svd",
+}
+
+_REFUSED = {
+    "DPM++ 2S a": "its ancestral two-stage steps",
+    "dpmpp_2s_ancestral": "its ancestral two-stage steps",
+    "DPM fast": "its fixed orders",
+    "DPM adaptive": "its step sizes depend on the image, so no table can hold them",
+    "Restart": "its restarts",
+    "heunpp2": "its three-stage steps",
+    "ipndm": "its higher orders",
+    "FlowMatchEulerDiscreteScheduler": "flow matching",
+    "FlowMatchHeunDiscreteScheduler": "flow matching",
+    "UnCLIPScheduler": "learned variance",
+    "RePaintScheduler": "its resampling",
+    "ScoreSdeVeScheduler": "its corrector depends on the image's norm",
+    "ConsistencyDecoderScheduler": "pixel decoding",
+    "CMStochasticIterativeScheduler": "consistency models trained on EDM's axis",
+    "SASolverScheduler": "its stochastic Adams steps",
+    "DDIMInverseScheduler": "inversion",
+    "DPMSolverMultistepInverseScheduler": "inversion",
+    "CosineDPMSolverMultistepScheduler": "its trigonometric axis",
+    "EDMDPMSolverMultistepScheduler": "its EDM-scaled multistep form",
+    "DDPMParallelScheduler": "parallel sampling",
+    "DDIMParallelScheduler": "parallel sampling",
+}
+
+_SUFFIXES = ("karras", "exponential", "sgm_uniform", "uniform", "beta", "simple", "normal", "align_your_steps")
+
+
+def fold(name: str) -> str:
+    """The form in which names are compared: "DPM++ 2M Karras" is "dpmpp_2m_karras"."""
+    return name.strip().casefold().replace("++", "pp").replace("-", "_").replace(" ", "_")
+
+
+_FOLDED = {fold(k): v for k, v in SAMPLER_ALIASES.items()}
+_FOLDED_REFUSED = {fold(k): v for k, v in _REFUSED.items()}
+_FOLDED_SCHEDULES = {**{fold(k): v for k, v in SCHEDULE_ALIASES.items()}, **{k: k for k in SPACINGS}}
+
+
+def resolve_sampler(name: str) -> Resolved:
+    """What a sampler name of any of the four families means.
+
+    Raises UnsupportedError for a known one that is not done, UnknownNameError with the nearest for any other.
+    """
+    key = fold(str(name))
+    found = _lookup(key)
+    if found:
+        return found
+    for suffix in _SUFFIXES:
+        base = _lookup(key.removesuffix(f"_{suffix}")) if key.endswith(f"_{suffix}") else None
+        if base:
+            return Resolved(name=base.name, schedule=_FOLDED_SCHEDULES[suffix], options=base.options)
+    if key in _FOLDED_REFUSED:
+        raise UnsupportedError(f"sampler {name!r} ({_FOLDED_REFUSED[key]})", expected="one that: fewstep samplers lists")
+    raise UnknownNameError("sampler", name, [*SAMPLERS, *SAMPLER_ALIASES], remedy="See: fewstep samplers.")
+
+
+def resolve_schedule(name: str) -> str:
+    """The canonical name of a schedule; raises UnknownNameError with the nearest."""
+    key = fold(str(name))
+    if key not in _FOLDED_SCHEDULES:
+        raise UnknownNameError("schedule", name, [*SPACINGS, *SCHEDULE_ALIASES], remedy="See: fewstep samplers.")
+    return _FOLDED_SCHEDULES[key]
+
+
+def aliases_of(sampler: str) -> tuple[str, ...]:
+    """Every other name of a sampler, those with implied options included."""
+    return tuple(alias for alias, (name, _) in SAMPLER_ALIASES.items() if name == sampler)
+
+
+def schedule_aliases_of(schedule: str) -> tuple[str, ...]:
+    return tuple(alias for alias, name in SCHEDULE_ALIASES.items() if name == schedule)
+
+
+def _lookup(key: str) -> Resolved | None:
+    if key in SAMPLERS:
+        return Resolved(name=key)
+    if key in _FOLDED:
+        name, options = _FOLDED[key]
+        return Resolved(name=name, options=options)
+    return None

@@ -1,0 +1,36 @@
+"""What no table of linear rows can hold, refused by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import UnsupportedError
+
+NOT_LINEAR = {
+    "thresholding": "clamps x0 by a quantile of the image",
+    "dynamic_thresholding": "clamps x0 by a quantile of the image",
+    "clip_sample": "clamps x0",
+    "use_clipped_model_output": "recomputes eps from a clamped x0",
+    "guidance_rescale": "divides by standard deviations of the image",
+}
+NOT_DONE = {
+    "use_flow_sigmas": "flow matching",
+    "use_dynamic_shifting": "flow matching",
+    "solver_p": "a predictor of another class",
+    "shift_terminal": "flow matching",
+}
+
+
+def refuse_options(options: Mapping[str, Any]) -> None:
+    """Raise UnsupportedError for an option that is set and that cannot be, or is not, done."""
+    for name, value in options.items():
+        if not value:
+            continue
+        if name in NOT_LINEAR:
+            raise UnsupportedError(
+                f"{name}={value!r}: it {NOT_LINEAR[name]}, which no table of coefficients can do",
+                remedy=f"Set {name} to {0.0 if name == 'guidance_rescale' else False}.",
+            )
+        if name in NOT_DONE:
+            raise UnsupportedError(f"{name}={value!r} ({NOT_DONE[name]})", remedy=f"Leave {name} out.")

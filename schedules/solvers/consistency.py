@@ -1,0 +1,40 @@
+"""Samplers for consistency-distilled networks, in VP coordinates: jump towards x0, then noise back up."""
+
+from __future__ import annotations
+
+import math
+
+from ..algebra import Form, Tape
+from ..levels import Path
+
+
+def lcm(model: Tape, path: Path, x: Form, *, timestep_scaling: float = 10.0) -> Form:
+    """Latent consistency models (Luo et al. 2023, arXiv 2310.04378), multistep sampling with the boundary scalings.
+
+    The result of the last evaluation is the network's own estimate, at whatever level the schedule ends.
+    """
+    for i, (here, there) in enumerate(path.pairs):
+        scaled = timestep_scaling * here.t
+        c_skip = 0.25 / (scaled**2 + 0.25)
+        c_out = scaled / math.sqrt(scaled**2 + 0.25)
+        x = c_out * model(x, here).x0 + c_skip * x
+        if i < len(path) - 1:
+            x = there.alpha * x + there.s * model.noise()
+    return x
+
+
+def tcd(model: Tape, path: Path, x: Form, *, eta: float = 0.3) -> Form:
+    """Trajectory consistency distillation (Zheng et al. 2024, arXiv 2402.19159), Algorithm 4: strategic sampling.
+
+    DDIM to timestep (1 - eta) t', then noise up to t'; eta = 0 is DDIM, eta = 1 is multistep consistency sampling.
+    The last step goes to the end of the schedule with no noise.
+    """
+    for i, (here, there) in enumerate(path.pairs):
+        at = model(x, here)
+        last = i == len(path) - 1
+        aim = there if last else path.at_timestep(math.floor((1 - eta) * there.t))
+        x = aim.alpha * at.x0 + aim.s * at.eps
+        if eta > 0.0 and not last:
+            kept = there.alpha / aim.alpha
+            x = kept * x + math.sqrt(max(1 - kept**2, 0.0)) * model.noise()
+    return x

@@ -1,0 +1,41 @@
+"""DDIM and its relatives, in VP coordinates: x = alpha x0 + s eps."""
+
+from __future__ import annotations
+
+import math
+
+from ..algebra import Form, Tape
+from ..levels import Level, Path
+
+
+def posterior_variance(here: Level, there: Level) -> float:
+    """The variance of q(x_there | x_here, x0): (1 - ab') / (1 - ab) * (1 - ab / ab')."""
+    return (there.s / here.s) ** 2 * (1 - (here.alpha / there.alpha) ** 2)
+
+
+def ddim(model: Tape, path: Path, x: Form, *, eta: float = 0.0) -> Form:
+    """Song et al. 2020 (arXiv 2010.02502), eq. 12; eta = 0 is deterministic, eta = 1 is DDPM's variance."""
+    for here, there in path.pairs:
+        at = model(x, here)
+        variance = eta**2 * posterior_variance(here, there)
+        x = there.alpha * at.x0 + math.sqrt(max(there.s**2 - variance, 0.0)) * at.eps
+        if eta > 0.0:
+            x = x + math.sqrt(variance) * model.noise()
+    return x
+
+
+def ddpm(model: Tape, path: Path, x: Form, *, large_variance: bool = False, variance_floor: float = 0.0) -> Form:
+    """Ho et al. 2020 (arXiv 2006.11239), eq. 7, on a subset of the timesteps; no noise is added after t = 0.
+
+    large_variance: beta_t rather than the posterior's variance. variance_floor: diffusers has 1e-20 here.
+    """
+    for here, there in path.pairs:
+        ratio = (here.alpha / there.alpha) ** 2
+        x0 = model(x, here).x0
+        a = math.sqrt(ratio) * (there.s / here.s) ** 2
+        b = there.alpha * (1 - ratio) / here.s**2
+        variance = 1 - ratio if large_variance else posterior_variance(here, there)
+        x = a * x + b * x0
+        if here.t > 0:
+            x = x + math.sqrt(max(variance, variance_floor)) * model.noise()
+    return x

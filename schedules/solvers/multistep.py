@@ -1,0 +1,109 @@
+"""Linear multistep samplers on eps: LMS and DEIS in VE coordinates (dx/dsigma = eps), PLMS in VP ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..algebra import Form, Tape
+from ..levels import Level, Path
+from .dpmpp import orders
+
+
+def lagrange(nodes: Sequence[float], j: int) -> list[float]:
+    """Coefficients, lowest power first, of the polynomial that is 1 at nodes[j] and 0 at the others."""
+    others = [node for k, node in enumerate(nodes) if k != j]
+    scale = math.prod(nodes[j] - node for node in others)
+    return [float(c) / scale for c in np.poly(np.array(others))[::-1]] if others else [1.0]
+
+
+def lms(model: Tape, path: Path, x: Form, *, order: int = 4, restart: bool = True) -> Form:
+    """Adams-Bashforth with variable steps in sigma (Katherine Crowson, k-diffusion): the interpolant, integrated.
+
+    restart: after skipped steps the order builds up anew; False takes the coefficients of the full order over
+    what little history there is, as diffusers does, and leaves noise behind.
+    """
+    slopes: list[Form] = []
+    sigmas = [here.sigma for here, _ in path.pairs]
+    before = [level.sigma for level in path.before] if not restart else []
+    for i, (here, there) in enumerate(path.pairs):
+        slopes = [model(x, here, keep="eps").eps, *slopes[: order - 1]]
+        nodes = [sigma - here.sigma for sigma in [*before, *sigmas[: i + 1]][::-1][:order]]
+        dt = there.sigma - here.sigma
+        for j, slope in enumerate(slopes):
+            weight = sum(c * dt ** (k + 1) / (k + 1) for k, c in enumerate(lagrange(nodes, j)))
+            x = x + weight * slope
+    return x
+
+
+def deis(model: Tape, path: Path, x: Form, *, order: int = 2, lower_order_final: bool = True) -> Form:
+    """DEIS (Zhang & Chen 2022, arXiv 2204.13902), log-rho form: eps interpolated in ln(sigma), integrated in sigma."""
+    known: list[tuple[float, Form]] = []
+    chosen = orders(path, order, lower_order_final=lower_order_final, euler_at_final=False)
+    for (here, there), k in zip(path.pairs, chosen, strict=True):
+        known = [(-here.lam, model(x, here, keep="eps").eps), *known[: order - 1]]
+        if k == 1:
+            x = x + (there.sigma - here.sigma) * known[0][1]
+            continue
+        nodes = [log_sigma + here.lam for log_sigma, _ in known[:k]]
+        u = here.lam - there.lam
+        for j, (_, eps) in enumerate(known[:k]):
+            x = x + here.sigma * _exponential_integral(lagrange(nodes, j), u) * eps
+    return x
+
+
+def _exponential_integral(polynomial: Sequence[float], end: float) -> float:
+    """The integral of polynomial(u) e^u from 0 to `end`; the k-th moment is u^k e^u minus k times the one before."""
+    total, moment = 0.0, 0.0
+    for k, c in enumerate(polynomial):
+        moment = math.expm1(end) if k == 0 else end**k * math.exp(end) - k * moment
+        total += c * moment
+    return total
+
+
+ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+
+
+def transfer(x: Form, eps: Form, here: Level, there: Level) -> Form:
+    """DDIM's step for a given eps (PNDM's eq. 11)."""
+    return there.alpha / here.alpha * x + (there.s - there.alpha * here.s / here.alpha) * eps
+
+
+def plms(model: Tape, path: Path, x: Form, *, mix_raw: bool = False) -> Form:
+    """Liu et al. 2022 (PNDM, arXiv 2202.09778), pseudo linear multistep: Adams-Bashforth on eps, DDIM's transfer.
+
+    The first step is done twice, the second time with the mean of eps at both of its ends, so there is one
+    evaluation more than steps. mix_raw: combine raw outputs and turn the sum into eps after (diffusers; differs
+    for v prediction).
+    """
+    def combined(terms: Sequence[tuple[float, Form]], state: Form, level: Level) -> Form:
+        mix: Form = sum((w * term for w, term in terms[1:]), start=terms[0][0] * terms[0][1])
+        if not mix_raw:
+            return mix
+        reading = model.precondition.at(level)
+        return reading.eps_x * state + reading.eps_out * mix
+
+    known: list[Form] = []
+    anchor = x
+    for count, (at, here, there) in enumerate(_plms_calls(path)):
+        answer = model(x, at, keep="out" if mix_raw else "eps")
+        value = answer.out if mix_raw else answer.eps
+        if count == 1:
+            x = transfer(anchor, combined([(0.5, value), (0.5, known[0])], anchor, here), here, there)
+            continue
+        known = [value, *known[:3]]
+        x = transfer(x, combined(list(zip(ADAMS_BASHFORTH[len(known) - 1], known, strict=True)), x, here), here, there)
+    return x
+
+
+def _plms_calls(path: Path) -> list[tuple[Level, Level, Level]]:
+    """(where the network is called, from where, to where) for each evaluation."""
+    if path.calls is not None:
+        return [(at, here, there) for at, (here, there) in zip(path.calls, path.pairs, strict=True)]
+    calls = [(here, here, there) for here, there in path.pairs]
+    if len(calls) > 1:
+        _, here, there = calls[0]
+        calls.insert(1, (there, here, there))
+    return calls
