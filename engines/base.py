@@ -28,7 +28,9 @@ class TensorSpec:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise ArgumentError(f"tensor {self.name!r} has dtype {self.dtype!r}", expected=f"one of {', '.join(DTYPES)}")
+            raise ArgumentError(
+                f"tensor {self.name!r} has dtype {self.dtype!r}", expected=f"one of {', '.join(DTYPES)}"
+            )
 
     def resolve(self, dims: Mapping[str, int]) -> tuple[int, ...]:
         """The shape in numbers, given a number for each named dimension; `ArgumentError` if one is missing."""
@@ -48,7 +50,9 @@ def resolve_dimension(dimension: int | str, dims: Mapping[str, int], tensor: str
         return dimension
     name, _, factor = dimension.partition("*")
     if name not in dims:
-        raise ArgumentError(f"no size is given for dimension {name!r} of tensor {tensor!r}", expected=f"{name}=<integer>")
+        raise ArgumentError(
+            f"no size is given for dimension {name!r} of tensor {tensor!r}", expected=f"{name}=<integer>"
+        )
     return dims[name] * (int(factor) if factor else 1)
 
 

@@ -1,0 +1,118 @@
+"""The content key of an engine: everything that its bytes or its fitness depend on, and the words for a difference."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ..errors import CorruptError
+from .profile import Profile
+
+KEY_FORMAT = 1
+
+_WORDS = {
+    "key_format": "key format",
+    "component": "component",
+    "backend": "backend",
+    "backend_version": "backend version",
+    "graph_sha256": "graph",
+    "weights_sha256": "weights",
+    "dtype": "precision",
+    "system": "operating system",
+    "device": "device",
+    "capability": "compute capability or instruction set",
+    "options": "build options",
+    "profiles": "profiles",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineKey:
+    """What an engine was built from, with what, for which machine and which sizes.
+
+    `device` is the processor's or the GPU's name, `capability` the instruction sets or the compute capabilities,
+    `system` the operating system and architecture. `profiles` is empty for backends that take any size.
+    """
+
+    component: str
+    backend: str
+    backend_version: str
+    graph_sha256: str
+    weights_sha256: str
+    dtype: str
+    system: str
+    device: str
+    capability: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    profiles: tuple[Profile, ...] = ()
+    key_format: int = KEY_FORMAT
+
+    def to_json(self) -> dict[str, Any]:
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        data["options"] = dict(self.options)
+        data["profiles"] = sorted((p.to_json() for p in self.profiles), key=json.dumps)
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> EngineKey:
+        try:
+            values = {f.name: data[f.name] for f in fields(cls)}
+            values["profiles"] = tuple(Profile.from_json(p) for p in data["profiles"])
+            values["options"] = dict(data["options"])
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise CorruptError(f"an engine's key lacks or misstates {error}") from error
+        return cls(**values)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the key's canonical JSON."""
+        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """One field of a key that is not what is needed."""
+
+    field: str
+    found: str
+    expected: str
+
+    def __str__(self) -> str:
+        return f"{_WORDS[self.field]} {self.found} (expected {self.expected})"
+
+
+def differences(
+    found: EngineKey, needed: EngineKey, *, dims: Mapping[str, int] | None = None
+) -> tuple[Difference, ...]:
+    """The fields in which an engine is not the one that is needed.
+
+    With `dims` an engine's profiles fit when one of them admits these sizes; without, they are not compared. Compute
+    capabilities fit when all the needed ones are among the engine's.
+    """
+    result = []
+    for f in fields(needed):
+        one, other = getattr(found, f.name), getattr(needed, f.name)
+        if f.name == "profiles":
+            if dims is None or not found.profiles or any(p.admits(dims) for p in found.profiles):
+                continue
+            sizes = " ".join(f"{n}={v}" for n, v in sorted(dims.items()))
+            result.append(Difference(field="profiles", found="; ".join(map(str, found.profiles)), expected=sizes))
+        elif f.name == "options":
+            names = [n for n in sorted({*one, *other}) if one.get(n) != other.get(n)]
+            if names:
+                words = [", ".join(f"{n}={side.get(n)!r}" for n in names) for side in (one, other)]
+                result.append(Difference(field="options", found=words[0], expected=words[1]))
+        elif f.name == "capability" and found.backend == needed.backend == "tensorrt-rtx":
+            if not set(other.split()) <= set(one.split()):
+                result.append(Difference(field=f.name, found=one, expected=other))
+        elif one != other:
+            result.append(Difference(field=f.name, found=_short(f.name, one), expected=_short(f.name, other)))
+    return tuple(result)
+
+
+def _short(name: str, value: object) -> str:
+    return str(value)[:12] if name.endswith("sha256") else str(value)

@@ -1,0 +1,84 @@
+"""What a caller may ask of a backend: options that shape the engine, and options of the session that runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..errors import ArgumentError
+
+SPINNING = ("run", "always", "off")
+OPTIMIZATIONS = ("disabled", "basic", "extended", "all")
+GRAPH_STRATEGIES = ("default", "whole-graph")
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ArgumentError(f"{name} is {value!r}", expected=f"one of {', '.join(allowed)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildOptions:
+    """What decides the engine's bytes; all of it goes into the engine's key.
+
+    `optimization` is ONNX Runtime's level, `optimization_level` TensorRT's (0 to 5, `None`: its default).
+    `compute_capabilities` (`"8.9"`) are TensorRT-RTX's targets when it builds for other GPUs than this machine's.
+    `workspace_bytes` and `auxiliary_streams` bound TensorRT's scratch memory and its side streams.
+    `float16` converts an ONNX Runtime graph to half precision after fusion (CUDA only).
+    """
+
+    optimization: str = "all"
+    float16: bool = False
+    optimization_level: int | None = None
+    workspace_bytes: int | None = None
+    auxiliary_streams: int | None = 0
+    compute_capabilities: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _one_of("optimization", self.optimization, OPTIMIZATIONS)
+        if self.optimization_level is not None and self.optimization_level not in range(6):
+            raise ArgumentError(f"optimization_level is {self.optimization_level!r}", expected="an integer from 0 to 5")
+        for name in ("workspace_bytes", "auxiliary_streams"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ArgumentError(f"{name} is {value!r}", expected="an integer, 0 or more")
+
+    def to_json(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """What decides how an engine runs, and not what it is; none of it goes into the key.
+
+    `threads` is the size of ONNX Runtime's pool (0: one per core). `spinning` says whether its threads wait busily:
+    while a run lasts (`"run"`), between runs too (`"always"`), or never (`"off"`, for busy machines).
+    `device` is the CUDA device's index. `graph_strategy` is TensorRT-RTX's own use of CUDA graphs.
+    """
+
+    threads: int = 0
+    spinning: str = "run"
+    arena: bool = True
+    device: int = 0
+    cuda_graph: bool = False
+    graph_strategy: str = "default"
+
+    def __post_init__(self) -> None:
+        _one_of("spinning", self.spinning, SPINNING)
+        _one_of("graph_strategy", self.graph_strategy, GRAPH_STRATEGIES)
+        if self.threads < 0 or self.device < 0:
+            raise ArgumentError(f"threads is {self.threads}, device is {self.device}", expected="integers, 0 or more")
+
+
+def relevant(options: BuildOptions, names: tuple[str, ...]) -> Mapping[str, Any]:
+    """The options that a backend heeds, as JSON data; a set option that it would ignore raises `ArgumentError`."""
+    default = BuildOptions()
+    for field in fields(options):
+        if field.name not in names and getattr(options, field.name) != getattr(default, field.name):
+            raise ArgumentError(
+                f"the option {field.name} means nothing to this backend",
+                expected=f"only {', '.join(names)}",
+                remedy="Leave it out, or name another backend.",
+            )
+    return {n: list(v) if isinstance(v := getattr(options, n), tuple) else v for n in names}

@@ -1,0 +1,130 @@
+"""Engines of ONNX Runtime: the graph as optimised for this machine, saved once, so that loading it is fast.
+
+The saved graph holds the weights that the optimiser changed (reordered convolutions, folded constants); the others
+stay in the bundle's own safetensors, to which it points. Where the changed ones might outgrow a graph file, whose
+format ends at 2 GB, all weights go into a file beside it, which ONNX Runtime maps into memory.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import CancelledError, UnsupportedError
+from . import machine
+from .base import Engine
+from .options import BuildOptions, RunOptions
+from .ort import OrtEngine, import_onnxruntime, open_session
+from .registry import BuildJob, OpenJob
+from .weights import check_data, check_graph, check_weights, read_weights
+
+INLINE_BYTES = 1_500_000_000
+
+
+class OrtBackend:
+    """Builds and loads engines of ONNX Runtime for one provider."""
+
+    suffix = "onnx"
+    heeds = ("optimization", "float16")
+    uses_profiles = False
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def version(self) -> str:
+        return str(import_onnxruntime(self.name).__version__)
+
+    def target(self, options: BuildOptions | None) -> tuple[str, str]:
+        if self.name == "ort-cpu":
+            return machine.cpu_identity()
+        gpu = machine.gpu()
+        return gpu.name, gpu.compute_capability
+
+    def memory(self, job_bytes: int) -> int:
+        return 3 * job_bytes + (256 << 20)
+
+    def build(self, job: BuildJob) -> Mapping[str, Any]:
+        """Have ONNX Runtime optimise the graph and save it. Raises `CancelledError`, `CorruptError`."""
+        if job.options.float16:
+            raise UnsupportedError(
+                "float16 conversion on the CPU", remedy="Export with --dtype float16, or leave it out."
+            )
+        job.progress(job.name, "optimising", 0.0)
+        source = check_graph(job.bundle, job.component)
+        check_weights(job.bundle, job.component, None)
+        weights = job.bundle.path(job.component.weights)
+        beside = weights.stat().st_size > INLINE_BYTES
+
+        def configure(options: Any) -> None:
+            options.optimized_model_filepath = str(job.target)
+            if beside:
+                entry = "session.optimized_model_external_initializers_file_name"
+                options.add_session_config_entry(entry, job.data.name)
+            watcher = threading.Thread(target=_cancel_load, args=(job.cancel, finished, options), daemon=True)
+            watcher.start()
+
+        finished = threading.Event()
+        try:
+            session = open_session(
+                source,
+                backend=self.name,
+                run=RunOptions(threads=1, spinning="off"),
+                optimization=job.options.optimization,
+                configure=configure,
+            )
+        except Exception as error:
+            if job.cancel.is_set():
+                raise CancelledError(f"the build of {job.name!r} was cancelled") from error
+            raise
+        finally:
+            finished.set()
+        if job.cancel.is_set():
+            raise CancelledError(f"the build of {job.name!r} was cancelled")
+        OrtEngine(session, inputs=job.component.inputs, outputs=job.component.outputs, backend=self.name)
+        job.progress(job.name, "optimising", 1.0)
+        return {
+            "weights": "beside the graph" if beside else "shared with the bundle",
+            "providers": session.get_providers(),
+        }
+
+    def open(self, job: OpenJob) -> Engine:
+        """Load a saved graph with the weights it points to; nothing is optimised again."""
+        external, folder = None, None
+        if job.entry.data is not None:
+            folder = check_data(job.entry, job.store).parent
+        elif (weights := read_weights(job.bundle, job.component)) is not None:
+            external = {job.component.weights: weights}
+        else:
+            folder = check_weights(job.bundle, job.component, job.store).parent
+        session = open_session(
+            bytes(job.data),
+            backend=self.name,
+            run=job.run,
+            optimization="disabled",
+            external=external,
+            external_folder=folder,
+        )
+        return OrtEngine(
+            session, inputs=job.component.inputs, outputs=job.component.outputs, backend=self.name, run=job.run
+        )
+
+
+def _cancel_load(cancel: threading.Event, finished: threading.Event, options: Any) -> None:
+    """Tell ONNX Runtime to give up when the caller cancels; ends with the build."""
+    while not finished.wait(0.05):
+        if cancel.is_set():
+            options.set_load_cancellation_flag(True)
+            return
+
+
+def backend(name: str) -> OrtBackend:
+    return OrtBackend(name)
+
+
+def operators(model: bytes) -> Counter[str]:
+    """How many nodes of each operator an ONNX graph has; needs the module `onnx`."""
+    import onnx
+
+    return Counter(node.op_type for node in onnx.load_model_from_string(model).graph.node)

@@ -1,0 +1,107 @@
+"""The bundle's weights, checked against the manifest: small ones each time, large ones once while they lie still."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import CorruptError, MissingError
+from .digest import compare_file, open_regular, sha256_file
+from .store import REBUILD
+
+if TYPE_CHECKING:
+    from ..bundle import Bundle, Component
+    from .store import Entry, Store
+
+SMALL_BYTES = 64 << 20
+# A file changed this recently may change again without its time changing: it gets no record.
+_SETTLED_NS = 2_000_000_000
+
+
+def check_graph(bundle: Bundle, component: Component) -> Path:
+    """The path of a component's graph, after its bytes were checked."""
+    path = bundle.path(component.graph)
+    _compare(component.graph, sha256_file(path), component.graph_sha256)
+    return path
+
+
+def read_weights(bundle: Bundle, component: Component) -> bytes | None:
+    """The bytes of a weights file of up to 64 MiB, checked; `None` when it is larger (see `check_weights`)."""
+    path = bundle.path(component.weights)
+    with os.fdopen(open_regular(path, component.weights), "rb") as file:
+        if os.fstat(file.fileno()).st_size > SMALL_BYTES:
+            return None
+        data = file.read()
+    _compare(component.weights, hashlib.sha256(data).hexdigest(), component.weights_sha256)
+    return data
+
+
+def check_weights(bundle: Bundle, component: Component, store: Store | None) -> Path:
+    """The path of a weights file whose SHA-256 is the manifest's.
+
+    A file that was hashed before and has since kept its size, times and inode is not hashed again: the record lies in
+    the store, which is the user's alone. Raises `CorruptError`.
+    """
+    path = bundle.path(component.weights)
+
+    def check() -> None:
+        _compare(component.weights, sha256_file(path), component.weights_sha256)
+
+    _check_once(path, component.weights_sha256, store, check)
+    return path
+
+
+def check_data(entry: Entry, store: Store) -> Path:
+    """The path of the weights file beside an engine, checked like the bundle's own; `CorruptError`, `MissingError`."""
+    if entry.data is None:
+        raise MissingError(f"the engine {entry.name} has no weights file", remedy=REBUILD)
+    name, digest = entry.data
+    path = entry.folder / name
+    os.close(open_regular(path, f"the weights of the engine {entry.name}"))
+
+    def check() -> None:
+        compare_file(path, digest, what=f"the weights of the engine {entry.name}", remedy=REBUILD)
+
+    _check_once(path, digest.sha256, store, check)
+    return path
+
+
+def _check_once(path: Path, sha256: str, store: Store | None, check: Callable[[], None]) -> None:
+    """Run a check of a file unless it passed before and the file has lain still since."""
+    state = _state(path)
+    record = None
+    if store is not None and not store.read_only:
+        record = store.root / f".checked.{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]}.json"
+        if _recorded(record) == {"state": state, "sha256": sha256}:
+            return
+    check()
+    if record is not None and _state(path) == state and time.time_ns() - max(state[2:4]) > _SETTLED_NS:
+        part = record.with_name(f"{record.name}.{os.getpid()}.part")
+        part.write_text(json.dumps({"state": state, "sha256": sha256}), encoding="utf-8")
+        part.replace(record)
+
+
+def _state(path: Path) -> list[int]:
+    found = path.stat()
+    return [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def _recorded(record: Path) -> object:
+    try:
+        return json.loads(record.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _compare(name: str, found: str, expected: str) -> None:
+    if found != expected:
+        raise CorruptError(
+            f"{name} in the bundle has SHA-256 {found[:16]}",
+            expected=f"{expected[:16]}, as its manifest says",
+            remedy="The bundle was changed or cut short: export the checkpoint again.",
+        )
