@@ -1,0 +1,229 @@
+"""Checkpoint in, bundle out: find or trace the graphs, write the weights beside them, compare with torch, then put it in place."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..bundle import MANIFEST, Bundle, Component, Defaults, Latent, write_manifest
+from ..errors import ArgumentError, CorruptError, GateError, MissingExtraError
+from .checkpoint import Checkpoint, open_checkpoint
+from .graphs import Graph, find_graph, keep_graph
+from .plan import ComponentPlan, choose_precisions, plan_components
+from .tokenizers import export_tokenizer
+from .weights import open_tensors, write_weights
+
+REFERENCE = "reference.safetensors"
+log = logging.getLogger("fewstep.export")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """Callbacks of an export: `stage(name)` when a stage begins, `bytes_written(count)` while weights are written."""
+
+    stage: Callable[[str], None] = lambda name: None
+    bytes_written: Callable[[int], None] = lambda count: None
+
+
+def export_bundle(
+    source: str | Path,
+    folder: str | Path,
+    *,
+    dtype: str = "float32",
+    vae_dtype: str | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    offline: bool = False,
+    gate: bool = True,
+    quick_gate: bool = False,
+    overwrite: bool = False,
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Export a checkpoint (a diffusers folder or a hub id) into a new bundle folder.
+
+    Nothing appears at `folder` until everything is written and, with `gate`, compared with torch in float32: a
+    failure or a kill leaves what was there before. Raises the errors of `open_checkpoint`, `ArgumentError` when the
+    folder exists and `overwrite` is not set, `GateError` when ONNX Runtime does not agree with torch.
+    """
+    target = Path(folder)
+    _check_target(target, overwrite)
+    progress = progress or Progress()
+    checkpoint = open_checkpoint(source, revision=revision, variant=variant, offline=offline)
+    checkpoint = replace(checkpoint, options={"variant": variant} if variant else {})
+    dtypes = choose_precisions(checkpoint, dtype, vae_dtype)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+    try:
+        components = {p.kind: _export_component(p, staging, progress) for p in plan_components(checkpoint, dtypes)}
+        bundle = _assemble(checkpoint, staging, components, name or target.name)
+        bundle = _gate(checkpoint, bundle, dtypes, progress, wanted=gate, quick=quick_gate)
+        write_manifest(bundle)
+        staging.chmod(0o755)
+        _put_in_place(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return replace(bundle, folder=target)
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if target.is_symlink() or target.is_file():
+        raise ArgumentError(f"{str(target)!r} is not a folder", expected="a new folder for the bundle")
+    if target.is_dir() and any(target.iterdir()):
+        if not (target / MANIFEST).is_file():
+            raise ArgumentError(f"the folder {str(target)!r} holds something that is no bundle", expected="a new or empty folder")
+        if not overwrite:
+            raise ArgumentError(f"there is a bundle in {str(target)!r}", remedy="Choose another folder, or replace it with --overwrite.")
+
+
+def _put_in_place(staging: Path, target: Path) -> None:
+    """Rename the finished folder to its place; an old bundle goes aside first and is deleted last."""
+    if not target.exists():
+        staging.rename(target)
+        return
+    aside = target.with_name(f".{target.name}.{os.getpid()}.old")
+    target.rename(aside)
+    staging.rename(target)
+    shutil.rmtree(aside)
+
+
+def _export_component(plan: ComponentPlan, folder: Path, progress: Progress) -> Component:
+    graph = find_graph(plan.key)
+    if graph is None:
+        progress.stage(f"trace {plan.kind}")
+        graph = _trace(plan)
+    progress.stage(f"weights {plan.kind}")
+    tensors = open_tensors(plan.part.files)
+    weights = f"{plan.kind}.safetensors"
+    digest = write_weights(graph, tensors, folder / weights, progress.bytes_written)
+    (folder / f"{plan.kind}.onnx").write_bytes(graph.onnx)
+    return Component(
+        graph=f"{plan.kind}.onnx",
+        weights=weights,
+        graph_sha256=hashlib.sha256(graph.onnx).hexdigest(),
+        weights_sha256=digest,
+        graph_key=graph.key,
+        dtype=plan.dtype,
+        inputs=graph.inputs,
+        outputs=graph.outputs,
+        config={k: v for k, v in plan.config.items() if k != "_name_or_path"},
+        operators=graph.operators,
+        source={"files": [f.name for f in plan.part.files], "part": plan.part.name},
+    )
+
+
+def _trace(plan: ComponentPlan) -> Graph:
+    for module in ("torch", "diffusers", "transformers", "onnxscript"):
+        if importlib.util.find_spec(module) is None:
+            raise MissingExtraError(module, "export", purpose=f"Tracing the {plan.kind}, whose graph does not travel with fewstep,")
+    from .trace import trace_component
+
+    log.info("tracing %s (%s)", plan.kind, plan.dtype)
+    graph = trace_component(plan.kind, plan.config, plan.dtype, key=plan.key)
+    keep_graph(graph)
+    return graph
+
+
+def _assemble(checkpoint: Checkpoint, folder: Path, components: Mapping[str, Component], name: str) -> Bundle:
+    names = ("tokenizer.json", "tokenizer_2.json")
+    tokenizers = tuple(export_tokenizer(t, folder / n) for t, n in zip(checkpoint.tokenizers, names, strict=False))
+    encoders = [k for k in components if k.startswith("text_encoder")]
+    if len(tokenizers) != len(encoders):
+        raise CorruptError(f"the checkpoint has {len(tokenizers)} tokenizers", expected=f"{len(encoders)}, one a text encoder")
+    unet, vae = checkpoint.parts["unet"].config, checkpoint.parts["vae"].config
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    size = unet.get("sample_size") or 64
+    height, width = (size, size) if isinstance(size, int) else size
+    return Bundle(
+        folder=folder,
+        name=name,
+        family=checkpoint.family,
+        components=components,
+        tokenizers=tokenizers,
+        latent=Latent(channels=vae["latent_channels"], factor=factor, multiple=2 ** (len(unet["block_out_channels"]) - 1)),
+        scheduler=checkpoint.scheduler,
+        defaults=_defaults(checkpoint, width * factor, height * factor),
+        force_zeros=checkpoint.force_zeros,
+        guidance_embedding=int(unet.get("time_cond_proj_dim") or 0),
+        licence=checkpoint.licence,
+        source={"checkpoint": Path(checkpoint.source).name, "revision": checkpoint.revision, "exported_by": f"fewstep {__version__}"},
+    )
+
+
+def _defaults(checkpoint: Checkpoint, width: int, height: int) -> Defaults:
+    """What the checkpoint says of itself in `fewstep.json`, or the usual figures of its kind."""
+    plain = {"width": width, "height": height, "steps": 25, "guidance": 5.0 if checkpoint.family == "sdxl" else 7.5}
+    own = checkpoint.folder / "fewstep.json"
+    if own.is_file():
+        try:
+            plain |= json.loads(own.read_text(encoding="utf-8"))["defaults"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptError(f"fewstep.json in the checkpoint cannot be read ({error})", expected='{"defaults": {...}}') from error
+    return Defaults(**plain)
+
+
+def _gate(checkpoint: Checkpoint, bundle: Bundle, dtypes: Mapping[str, str], progress: Progress, *, wanted: bool, quick: bool) -> Bundle:
+    """Compare every component with torch in float32; the report goes into the manifest."""
+    if not wanted:
+        return replace(bundle, gate={"status": "not run: it was switched off"})
+    progress.stage("reference")
+    path = bundle.folder / REFERENCE
+    kept = checkpoint.folder / REFERENCE
+    if kept.is_file():
+        shutil.copyfile(kept, path)
+    elif importlib.util.find_spec("torch") is None or importlib.util.find_spec("diffusers") is None:
+        raise MissingExtraError("torch", "export", purpose="The numeric gate of an export (--no-gate leaves it out)")
+    else:
+        _run_reference(checkpoint, path, dtypes, quick=quick)
+    progress.stage("gate")
+    from ..engines.gate import gate_components
+
+    report = gate_components(bundle, path)
+    failed = [name for name, entry in report["components"].items() if not entry["passed"]]
+    if failed:
+        worst = {n: report["components"][n] for n in failed}
+        raise GateError(
+            f"ONNX Runtime does not agree with torch on {', '.join(failed)}: {json.dumps(worst)[:600]}",
+            expected="at most 1.5 times torch's own error in that precision",
+            remedy="Try --dtype float32, or --vae-precision float32.",
+        )
+    return replace(bundle, gate=report)
+
+
+def _run_reference(checkpoint: Checkpoint, path: Path, dtypes: Mapping[str, str], *, quick: bool) -> None:
+    command = [sys.executable, "-m", f"{__package__}.reference", str(checkpoint.folder), str(path), "--dtypes", json.dumps(dict(dtypes))]
+    if checkpoint.options.get("variant"):
+        command += ["--variant", str(checkpoint.options["variant"])]
+    if quick:
+        command.append("--quick")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode or not path.is_file():
+        raise GateError(
+            f"torch could not compute the reference (exit code {done.returncode}): {done.stderr.strip()[-800:]}",
+            remedy="Leave the gate out with --no-gate, or run on a machine with more memory.",
+        )
+
+
+def describe(bundle: Bundle) -> dict[str, Any]:
+    """What an export tells its user: sizes and precisions by component, and the gate's verdict."""
+    return {
+        "bundle": str(bundle.folder),
+        "family": bundle.family,
+        "components": {
+            n: {"dtype": c.dtype, "bytes": (bundle.folder / c.weights).stat().st_size, "operators": sum(c.operators.values())}
+            for n, c in bundle.components.items()
+        },
+        "gate": dict(bundle.gate),
+    }
