@@ -25,6 +25,7 @@ class BuildOptions:
     `optimization` is ONNX Runtime's level, `optimization_level` TensorRT's (0 to 5, `None`: its default).
     `compute_capabilities` (`"8.9"`) are TensorRT-RTX's targets when it builds for other GPUs than this machine's.
     `workspace_bytes` and `auxiliary_streams` bound TensorRT's scratch memory and its side streams.
+    `capturable` makes a TensorRT-RTX engine leave all memory to its caller, so that a caller's CUDA graph can hold it.
     `float16` converts an ONNX Runtime graph to half precision after fusion (CUDA only).
     """
 
@@ -34,6 +35,7 @@ class BuildOptions:
     workspace_bytes: int | None = None
     auxiliary_streams: int | None = 0
     compute_capabilities: tuple[str, ...] = ()
+    capturable: bool = False
 
     def __post_init__(self) -> None:
         _one_of("optimization", self.optimization, OPTIMIZATIONS)

@@ -48,6 +48,7 @@ class BuildJob:
     options: BuildOptions
     target: Path
     data: Path
+    store: Store
     progress: Progress
     cancel: threading.Event
 
