@@ -71,7 +71,7 @@ def build_engines(
         key = engine_key(
             bundle, part, kind, options=chosen, profiles=tuple(sizes.get(part, ())) if kind.uses_profiles else ()
         )
-        result[part] = _build(
+        built = _build(
             bundle,
             part,
             component,
@@ -80,10 +80,15 @@ def build_engines(
             chosen,
             where,
             force=force,
-            gate=gate,
             progress=progress or _quiet,
             cancel=cancelled,
         )
+        if gate and not where.read_only and not built.entry.gate and _runs_here(kind):
+            from .verify import gate_built
+
+            (progress or _quiet)(part, "comparing with torch", 0.0)
+            built = replace(built, entry=gate_built(bundle, built.entry, where))
+        result[part] = built
     return result
 
 
@@ -280,7 +285,6 @@ def _build(
     store: Store,
     *,
     force: bool,
-    gate: bool,
     progress: Progress,
     cancel: threading.Event,
 ) -> BuiltEngine:
@@ -314,6 +318,7 @@ def _build(
             options=options,
             target=part,
             data=data,
+            store=store,
             progress=progress,
             cancel=cancel,
         )
@@ -337,6 +342,11 @@ def _stored(store: Store, key: EngineKey) -> Entry | None:
     except (CorruptError, MissingError, OSError) as error:
         _log.warning("the stored engine of %s is damaged (%s): building it again", key.component, error)
     return None
+
+
+def _runs_here(kind: Backend) -> bool:
+    """Whether engines of this kind can be run on this machine, and not only built."""
+    return kind.name == "ort-cpu" or machine.has_gpu_driver()
 
 
 def _quiet(component: str, stage: str, fraction: float) -> None:
