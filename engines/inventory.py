@@ -1,0 +1,192 @@
+"""The store's verbs: list, verify and prune its engines. They return data; the command line prints it."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import ArgumentError, FewstepError, MissingError
+from . import machine
+from .digest import compare_file
+from .registry import load_backend
+from .store import MANIFEST, REBUILD, Entry, Store, sweep
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listed:
+    """An engine as it lies in the store. `state` is `"ready"`, `"other machine or version"`, `"failed"` or `"damaged"`;
+    `reason` says more where it is not ready."""
+
+    name: str
+    entry: Entry | None
+    length: int
+    used: float
+    state: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pruned:
+    """One thing that `prune_engines` deleted or would delete, its bytes, and why."""
+
+    name: str
+    length: int
+    reason: str
+
+
+def list_engines(store: Store) -> list[Listed]:
+    """Every engine in the store and what can be said of it without reading it."""
+    return [_listed(store, folder) for folder in store.folders()]
+
+
+def show_engine(store: Store, name: str) -> Entry:
+    """The engine with this name, or with the only name that starts so. Raises `MissingError`, `ArgumentError`."""
+    found = [f for f in store.folders() if f.name.startswith(name)]
+    if not found:
+        raise MissingError(f"no engine {name!r} in the store", remedy="List them with: fewstep engines list")
+    if len(found) > 1:
+        raise ArgumentError(
+            f"{len(found)} engines are called {name!r}...", expected=f"one of {', '.join(f.name for f in found)}"
+        )
+    return store.read_entry(found[0])
+
+
+def verify_engines(store: Store, names: Sequence[str] = ()) -> dict[str, FewstepError | None]:
+    """Hash every byte of the engines and compare with their manifests: for each its error, or `None`."""
+    result: dict[str, FewstepError | None] = {}
+    for folder in store.folders():
+        if names and folder.name not in names:
+            continue
+        try:
+            entry = store.read_entry(folder)
+            entry.read()
+            if entry.data is not None:
+                compare_file(folder / entry.data[0], entry.data[1], what=f"the weights of {entry.name}", remedy=REBUILD)
+            result[folder.name] = None
+        except FewstepError as error:
+            result[folder.name] = error
+        except OSError as error:
+            result[folder.name] = MissingError(
+                f"the engine {folder.name} cannot be read: {error.strerror}", remedy=REBUILD
+            )
+    return result
+
+
+def prune_engines(
+    store: Store,
+    *,
+    stale: bool = True,
+    unused_days: float | None = None,
+    keep_bytes: int | None = None,
+    everything: bool = False,
+    dry_run: bool = False,
+) -> list[Pruned]:
+    """Delete engines: damaged and failed ones and leftovers always; `stale` those of other machines or versions;
+    those unused for so many days; the longest unused until the rest takes at most `keep_bytes`.
+
+    An engine that is being built is left alone.
+    """
+    if store.read_only:
+        raise ArgumentError(
+            "a pinned store is read-only", expected="a store of your own", remedy="Unset FEWSTEP_STORE_DIGEST."
+        )
+    result, kept = [], []
+    for one in list_engines(store):
+        reason = _why(one, stale=stale, unused_days=unused_days, everything=everything)
+        if reason:
+            result += _remove(store, one.name, reason, dry_run=dry_run)
+        else:
+            kept.append(one)
+    total = sum(k.length for k in kept)
+    for one in sorted(kept, key=lambda k: k.used):
+        if keep_bytes is None or total <= keep_bytes:
+            break
+        removed = _remove(store, one.name, f"the store is above {keep_bytes} bytes", dry_run=dry_run)
+        result += removed
+        total -= sum(r.length for r in removed)
+    return result + _leftovers(store, dry_run=dry_run)
+
+
+def _listed(store: Store, folder: Path) -> Listed:
+    used = (folder / MANIFEST).stat().st_atime
+    length = sum(p.lstat().st_size for p in folder.iterdir())
+    try:
+        entry = store.read_entry(folder)
+    except FewstepError as error:
+        return Listed(name=folder.name, entry=None, length=length, used=used, state="damaged", reason=str(error))
+    state, reason = _state(entry)
+    used = max(used, entry.path.stat().st_atime) if entry.path.exists() else used
+    return Listed(name=folder.name, entry=entry, length=length, used=used, state=state, reason=reason)
+
+
+def _state(entry: Entry) -> tuple[str, str]:
+    if entry.failed:
+        return "failed", str(entry.gate.get("reason", ""))
+    if not entry.path.is_file() or entry.path.stat().st_size != entry.digest.length:
+        return "damaged", "its file is missing or has another length"
+    try:
+        kind = load_backend(entry.key.backend)
+        here = {"backend_version": kind.version(), "system": machine.os_identity()}
+        here["device"], here["capability"] = kind.target(None)
+    except FewstepError as error:
+        return "other machine or version", str(error)
+    for field, value in here.items():
+        found = str(getattr(entry.key, field))
+        portable = field == "capability" and entry.key.backend == "tensorrt-rtx"
+        if found != value and not (portable and set(value.split()) <= set(found.split())):
+            return "other machine or version", f"{field.replace('_', ' ')} {found}, here {value}"
+    return "ready", ""
+
+
+def _why(one: Listed, *, stale: bool, unused_days: float | None, everything: bool) -> str:
+    if everything:
+        return "all were asked for"
+    if one.state in {"damaged", "failed"} or (stale and one.state != "ready"):
+        return f"{one.state}: {one.reason}"
+    days = (time.time() - one.used) / 86400
+    if unused_days is not None and days > unused_days:
+        return f"unused for {days:.0f} days"
+    return ""
+
+
+def _remove(store: Store, name: str, reason: str, *, dry_run: bool) -> list[Pruned]:
+    """Delete one engine, its manifest first, unless a builder holds its lock."""
+    from filelock import FileLock, Timeout
+
+    folder = store.root / name
+    length = sum(p.lstat().st_size for p in folder.iterdir())
+    if dry_run:
+        return [Pruned(name=name, length=length, reason=reason)]
+    try:
+        with FileLock(store.root / f".{name}.lock", timeout=0, mode=0o600):
+            (folder / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(folder)
+    except Timeout:
+        return []
+    return [Pruned(name=name, length=length, reason=reason)]
+
+
+def _leftovers(store: Store, *, dry_run: bool) -> list[Pruned]:
+    """Folders without a manifest, and files that no manifest names: what killed builders left."""
+    from filelock import FileLock, Timeout
+
+    result = []
+    for folder in sorted(p for p in store.root.iterdir() if p.is_dir() and not p.is_symlink()):
+        try:
+            with FileLock(store.root / f".{folder.name}.lock", timeout=0, mode=0o600):
+                if (folder / MANIFEST).exists():
+                    freed = 0 if dry_run else sweep(folder)
+                else:
+                    freed = sum(p.lstat().st_size for p in folder.iterdir())
+                    if not dry_run:
+                        shutil.rmtree(folder)
+                    result.append(Pruned(name=folder.name, length=freed, reason="left by a build that did not end"))
+                    continue
+        except Timeout:
+            continue
+        if freed:
+            result.append(Pruned(name=folder.name, length=freed, reason="files that no manifest names"))
+    return result
