@@ -1,0 +1,8 @@
+"""Running a bundle: tokenizer, seeds, slots, pipeline, images. NumPy throughout; torch only inside the CUDA device."""
+
+from .pipeline import Pipeline, Result, Step, load
+from .request import Request, make_request
+from .slots import Slots, Tenant
+from .update import SlotState
+
+__all__ = ["Pipeline", "Request", "Result", "SlotState", "Slots", "Step", "Tenant", "load", "make_request"]

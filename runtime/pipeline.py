@@ -1,0 +1,317 @@
+"""The pipeline: a bundle's engines, loaded, and the call that turns prompts into images."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .. import __version__
+from ..bundle import Bundle, read_bundle
+from ..engines import RunOptions, Store, open_engines
+from ..errors import ArgumentError, CancelledError
+from .conditioning import condition, guidance_vector, size_and_crop
+from .images import UInt8, open_image, to_unit
+from .request import Request, make_request
+from .seeds import Gaussians, SharedStream, TorchCpuGenerator
+from .slots import Float32, Slots, Tenant, TickTimes
+from .text import TextEncoders
+from .vae import Vae
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+STAGES = ("text", "encode_image", "denoise", "decode", "total")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What a call gives back.
+
+    images: uint8 [B, H, W, 3]. seeds: one an image. timings: milliseconds by stage (`text`, `encode_image`,
+    `denoise`, `decode`, `total`; of the denoising: `evaluations`, a list, and `update`, `guidance`, `gather`).
+    """
+
+    images: UInt8
+    seeds: tuple[int, ...]
+    timings: Mapping[str, Any]
+    latents: Float32
+    parameters: tuple[Mapping[str, Any], ...]
+
+    def to_pil(self) -> list[Image]:
+        """The images as Pillow images."""
+        from PIL import Image as pillow
+
+        return [pillow.fromarray(i) for i in self.images]
+
+    def save(self, path: str | os.PathLike[str]) -> list[str]:
+        """Write PNGs with their parameters; of several images each gets its number before the suffix."""
+        from .images import save_png
+
+        stem, suffix = os.path.splitext(os.fspath(path))
+        names = [f"{stem}{suffix or '.png'}"] if len(self.images) == 1 else [f"{stem}-{i}{suffix or '.png'}" for i in range(len(self.images))]
+        for name, image, parameters in zip(names, self.images, self.parameters, strict=True):
+            save_png(name, image, parameters)
+        return names
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """Progress of a call: evaluation `index` of `total` was made at `timestep`.
+
+    With previews switched on, `x0` is the image latent as this evaluation sees it, float32 [B, C, h, w], and
+    `preview()` decodes it to uint8 [B, H, W, 3].
+    """
+
+    index: int
+    total: int
+    timestep: float
+    x0: Float32 | None = None
+    _decode: Callable[[Float32], UInt8] | None = field(default=None, repr=False)
+
+    def preview(self) -> UInt8:
+        if self.x0 is None or self._decode is None:
+            raise ArgumentError("this call makes no previews", remedy="Pass previews=True.")
+        return self._decode(self.x0)
+
+
+@dataclass(slots=True)
+class _Context:
+    """What one call at a time may use: slots of one shape."""
+
+    slots: Slots
+
+
+class Pipeline:
+    """A loaded bundle. May be called from several threads: engines are shared, each call takes slots of its own from a pool.
+
+    At most `most_contexts` sets of slots are kept, by latent shape and number; others are made and dropped.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        backend: str = "auto",
+        size: tuple[int, int] | None = None,
+        batch: int = 1,
+        store: Store | None = None,
+        build: str = "if_missing",
+        threads: int = 0,
+        most_contexts: int = 4,
+        progress: Callable[[str, str, float], None] | None = None,
+    ) -> None:
+        self.bundle = bundle
+        self.batch = batch
+        self._options: dict[str, Any] = {
+            "backend": backend, "run": RunOptions(threads=threads), "store": store, "build": build, "progress": progress,
+        }  # fmt: skip
+        self.size = size or (bundle.defaults.width, bundle.defaults.height)
+        encoders = [n for n in ("text_encoder", "text_encoder_2") if n in bundle.components]
+        self.engines = self._open([*encoders, "unet", "vae_decoder"])
+        self.text = TextEncoders(bundle, self.engines)
+        self.vae = Vae(bundle, self.engines["vae_decoder"], lambda: self._open(["vae_encoder"])["vae_encoder"])
+        self._pool: dict[tuple[int, ...], list[_Context]] = {}
+        self._most_contexts = most_contexts
+        self._lock = threading.Lock()
+
+    def _open(self, names: Sequence[str]) -> dict[str, Any]:
+        return open_engines(self.bundle, names, dims={n: self._dims(n) for n in names}, **self._options)
+
+    def _dims(self, name: str) -> dict[str, int]:
+        """The sizes an engine is opened for; an engine with dynamic shapes takes others too."""
+        factor = self.bundle.latent.factor
+        width, height = self.size[0] // factor, self.size[1] // factor
+        rows = 2 * self.batch if self.bundle.defaults.guidance > 1 else self.batch
+        dims = {"rows": rows, "prompts": rows, "batch": self.batch, "height": height, "width": width}
+        return dims | {"tokens": self.bundle.tokenizers[0].length}
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative: str | Sequence[str] | None = None,
+        steps: int | None = None,
+        sampler: str | None = None,
+        schedule: str | None = None,
+        guidance: float | None = None,
+        seed: int | Sequence[int] | None = None,
+        size: tuple[int, int] | None = None,
+        images_per_prompt: int = 1,
+        image: Any = None,
+        strength: float = 0.8,
+        compat: str | None = None,
+        shared_stream: bool = False,
+        cancel: threading.Event | None = None,
+        on_step: Callable[[Step], None] | None = None,
+        **options: Any,
+    ) -> Result:
+        """Make images.
+
+        prompt, negative: one, or one an image. steps: evaluations asked of the schedule. sampler, schedule: any
+        name that `fewstep samplers` lists; without them the checkpoint's own scheduler, as diffusers runs it.
+        guidance: classifier-free guidance scale; at or below 1 the negative prompt is not evaluated. seed: one for
+        the first image (the next ones get the next integers), or one an image; `shared_stream` draws the whole batch
+        from the first seed, as diffusers does for a single generator. size: (width, height) in pixels. image: start
+        from a picture (a path, a Pillow image or uint8 [H, W, 3]), keeping `1 - strength` of it. compat:
+        `"diffusers"` for that library's conventions. options: of the sampler (`eta`, ...), `timesteps`, `sigmas`.
+
+        Raises `ArgumentError` before anything is computed; `NonFiniteError` and `BlackImageError` instead of
+        returning a broken image; `CancelledError` once `cancel` is set.
+        """
+        request = self.request(
+            prompt, negative=negative, steps=steps, sampler=sampler, schedule=schedule, guidance=guidance, seed=seed, size=size,
+            images_per_prompt=images_per_prompt, has_image=image is not None, strength=strength, compat=compat,
+            shared_stream=shared_stream, options=options,
+        )  # fmt: skip
+        stream = self.stream(request, image=image)
+        while True:
+            try:
+                step = next(stream)
+            except StopIteration as stop:
+                result: Result = stop.value
+                return result
+            if on_step is not None:
+                on_step(step)
+            if cancel is not None and cancel.is_set():
+                stream.close()
+                raise CancelledError(f"the request was cancelled after {step.index + 1} of {step.total} evaluations")
+
+    def request(self, prompt: str | Sequence[str], *, options: Mapping[str, Any] | None = None, **given: Any) -> Request:
+        """A checked `Request` for this bundle; takes what a call takes."""
+        rest = dict(options or {})
+        explicit = {k: rest.pop(k) for k in ("timesteps", "sigmas") if k in rest}
+        given["size"] = given.get("size") or self.size
+        return make_request(self.bundle, prompt, options=rest, **explicit, **given)
+
+    def stream(self, request: Request, *, image: Any = None, previews: bool = False) -> Iterator[Step]:
+        """A generator of `Step`s that returns the `Result`; closing it ends the request between two evaluations."""
+        began = time.perf_counter()
+        timings: dict[str, Any] = {}
+        given = None if image is None else to_unit(open_image(image), request.width, request.height)
+        positives, negatives = condition(self.bundle, self.text, request)
+        timings["text"] = _since(began)
+        noise = _noise(request)
+        started = time.perf_counter()
+        latents = None if given is None else self.vae.encode(given, noise, self._shape(request))
+        timings["encode_image"] = _since(started)
+        tenants = self._tenants(request, positives, negatives, noise)
+        out = np.empty((request.images, *self._shape(request)), np.float32)
+        started = time.perf_counter()
+        with self._context(request) as context:
+            context.slots.times = TickTimes()
+            yield from self._denoise(context.slots, tenants, noise, latents, out, previews=previews)
+            times = context.slots.times
+        timings["denoise"] = _since(started)
+        started = time.perf_counter()
+        images = self.vae.decode(out)
+        timings["decode"] = _since(started)
+        timings["total"] = _since(began)
+        timings |= {"evaluations": times.evaluations, "update": times.update, "guidance": times.guidance, "gather": times.gather}
+        return Result(images=images, seeds=request.seeds, timings=timings, latents=out, parameters=self._parameters(request, image))
+
+    def warm_up(self, *, size: tuple[int, int] | None = None, batch: int | None = None) -> None:
+        """Run a request of this shape once, with guidance and without, so that no later one pays for first-time work."""
+        for guidance in {1.0, max(1.0, self.bundle.defaults.guidance)}:
+            self("", steps=1, sampler="euler", schedule="trailing", guidance=guidance, seed=list(range(batch or self.batch)), size=size)
+
+    def _denoise(
+        self, slots: Slots, tenants: Sequence[Tenant], noise: _Noise, latents: Float32 | None, out: Float32, *, previews: bool
+    ) -> Iterator[Step]:
+        """Admit the images of a request, tick until they are done, leave the slots as they were."""
+        held: list[int] = []
+        try:
+            for i, tenant in enumerate(tenants):
+                gaussian = noise.members[i].randn(out.shape[1:])
+                held.append(slots.admit(tenant, gaussian, None if latents is None else latents[i]))
+            program = tenants[0].program
+            for i in range(program.evaluations):
+                x0 = np.empty_like(out) if previews else None
+                slots.tick(held, None if x0 is None else dict(zip(held, x0, strict=True)))
+                yield Step(index=i, total=program.evaluations, timestep=float(program.timesteps[i]), x0=x0, _decode=self.vae.decode_unguarded)
+            for slot, into in zip(held, out, strict=True):
+                slots.result(slot, into)
+        finally:
+            for slot in held:
+                slots.release(slot)
+
+    def _tenants(self, request: Request, positives: Sequence[Any], negatives: Sequence[Any], noise: _Noise) -> list[Tenant]:
+        time_ids = size_and_crop(self.bundle, request)
+        vector = guidance_vector(self.bundle, request)
+        return [
+            Tenant(
+                program=request.program, noise=member, positive=p, negative=n, guidance=request.guidance,
+                time_ids=time_ids, guidance_vector=vector,
+            )  # fmt: skip
+            for member, p, n in zip(noise.members, positives, negatives, strict=True)
+        ]
+
+    def _shape(self, request: Request) -> tuple[int, int, int]:
+        latent = self.bundle.latent
+        return latent.channels, request.height // latent.factor, request.width // latent.factor
+
+    @contextmanager
+    def _context(self, request: Request) -> Iterator[_Context]:
+        """Slots for this request from the pool; they go back when it ends."""
+        key = (*self._shape(request), request.images)
+        with self._lock:
+            kept = self._pool.get(key, [])
+            context = kept.pop() if kept else None
+        if context is None:
+            context = _Context(Slots(self.engines["unet"], slots=request.images, shape=self._shape(request)))
+        try:
+            yield context
+        finally:
+            with self._lock:
+                total = sum(len(v) for v in self._pool.values())
+                if total >= self._most_contexts:
+                    oldest = next(k for k, v in self._pool.items() if v)
+                    self._pool[oldest].pop()
+                self._pool[key] = [*self._pool.pop(key, []), context]
+
+    def _parameters(self, request: Request, image: Any) -> tuple[Mapping[str, Any], ...]:
+        """What goes into each picture."""
+        shared = {
+            "bundle": self.bundle.name, "model": self.bundle.name, "steps": request.steps, "guidance": request.guidance,
+            "width": request.width, "height": request.height, "sampler": request.sampler, "schedule": request.schedule,
+            "compat": request.compat, "sampler_name": request.program.sampler, "schedule_name": request.program.schedule,
+            "strength": request.strength, "image": os.path.basename(image) if isinstance(image, (str, os.PathLike)) else None,
+            "options": dict(request.options), "version": __version__,
+            "unet_sha256": self.bundle.components["unet"].weights_sha256,
+        }  # fmt: skip
+        return tuple(
+            {**shared, "prompt": p, "negative": n, "seed": s} for p, n, s in zip(request.prompts, request.negatives, request.seeds, strict=True)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Noise:
+    """Where a request's images take their noise from; `stream` when they share one."""
+
+    members: tuple[Gaussians, ...]
+    stream: SharedStream | None
+
+
+def _noise(request: Request) -> _Noise:
+    if request.shared_stream:
+        stream = SharedStream(request.seeds[0], request.images)
+        return _Noise(tuple(stream.member(i) for i in range(request.images)), stream)
+    return _Noise(tuple(TorchCpuGenerator(s) for s in request.seeds), None)
+
+
+def _since(began: float) -> float:
+    return 1e3 * (time.perf_counter() - began)
+
+
+def load(folder: str | os.PathLike[str] | Bundle, **options: Any) -> Pipeline:
+    """Load a bundle for use: `fewstep.load("bundle-folder", backend="auto", size=(512, 512), batch=1)`.
+
+    Options are those of `Pipeline`. Engines that are not built yet are built first (`build="never"` refuses instead).
+    """
+    return Pipeline(folder if isinstance(folder, Bundle) else read_bundle(folder), **options)

@@ -1,0 +1,194 @@
+"""A request: everything a caller asked for, checked before anything is computed."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..bundle import Bundle
+from ..errors import ArgumentError
+from ..schedules import NoiseSchedule, Program, compile_program, program_from_diffusers
+from .seeds import check_seed
+from .text import check_prompt
+
+MOST_IMAGES = 1024
+LARGEST_SIDE = 16_384
+MOST_STEPS = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Request:
+    """One call, one entry an image: prompts, negatives (`None`: none given) and seeds.
+
+    `shared_stream` draws all noise from the first seed's generator, as diffusers does for one generator.
+    """
+
+    prompts: tuple[str, ...]
+    negatives: tuple[str | None, ...]
+    seeds: tuple[int, ...]
+    width: int
+    height: int
+    steps: int
+    guidance: float
+    strength: float
+    program: Program
+    sampler: str | None
+    schedule: str | None
+    compat: str | None
+    shared_stream: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def images(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance > 1.0
+
+
+def make_request(
+    bundle: Bundle,
+    prompt: str | Sequence[str],
+    *,
+    negative: str | Sequence[str] | None = None,
+    steps: int | None = None,
+    sampler: str | None = None,
+    schedule: str | None = None,
+    guidance: float | None = None,
+    seed: int | Sequence[int] | None = None,
+    size: tuple[int, int] | None = None,
+    images_per_prompt: int = 1,
+    has_image: bool = False,
+    strength: float = 1.0,
+    compat: str | None = None,
+    shared_stream: bool = False,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Request:
+    """Fill what was left out from the bundle's defaults, and check the rest; `ArgumentError` says what cannot be used."""
+    defaults = bundle.defaults
+    steps = _integer("steps", defaults.steps if steps is None else steps, 1, MOST_STEPS)
+    if timesteps is not None or sigmas is not None:
+        steps = len(timesteps) if timesteps is not None else len(sigmas or ()) - 1
+    width, height = check_size(bundle, size or (defaults.width, defaults.height))
+    guidance = _real("guidance", defaults.guidance if guidance is None else guidance, 0.0, 1000.0)
+    strength = _real("strength", strength, 0.0, 1.0)
+    prompts, negatives, seeds = _images(prompt, negative, seed, _integer("images_per_prompt", images_per_prompt, 1, MOST_IMAGES))
+    start = start_step(steps, strength) if has_image else 0
+    if sampler is None:
+        sampler, schedule = defaults.sampler, schedule or defaults.schedule
+    program = choose_program(
+        bundle, sampler=sampler, schedule=schedule, steps=steps, start=start, compat=compat, timesteps=timesteps, sigmas=sigmas,
+        options=options or {},
+    )  # fmt: skip
+    return Request(
+        prompts=prompts, negatives=negatives, seeds=seeds, width=width, height=height, steps=steps, guidance=guidance,
+        strength=strength if has_image else 1.0, program=program, sampler=sampler, schedule=schedule, compat=compat,
+        shared_stream=shared_stream, options=dict(options or {}),
+    )  # fmt: skip
+
+
+def choose_program(
+    bundle: Bundle,
+    *,
+    sampler: str | None,
+    schedule: str | None,
+    steps: int,
+    start: int = 0,
+    compat: str | None = None,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+    options: Mapping[str, Any],
+) -> Program:
+    """The program of a request; without a sampler, the checkpoint's own scheduler, in diffusers' conventions."""
+    explicit = timesteps is not None or sigmas is not None
+    if sampler is None and schedule is None and not options:
+        return program_from_diffusers(bundle.scheduler, steps=None if explicit else steps, timesteps=timesteps, sigmas=sigmas, start=start)
+    noise = NoiseSchedule.from_diffusers(bundle.scheduler)
+    return compile_program(
+        sampler or str(bundle.scheduler["_class_name"]), schedule=schedule, steps=None if explicit else steps, noise=noise, start=start,
+        compat=compat, timesteps=timesteps, sigmas=sigmas, **options,
+    )  # fmt: skip
+
+
+def start_step(steps: int, strength: float) -> int:
+    """How many steps an image-to-image request skips; `ArgumentError` when none would remain."""
+    kept = min(int(steps * strength), steps)
+    if kept < 1:
+        raise ArgumentError(
+            f"strength {strength:g} of {steps} steps leaves no step",
+            expected="steps x strength of at least 1",
+            remedy=f"Use steps={math.ceil(1 / strength) if strength > 0 else steps}, or strength={1 / steps:.3g}."
+            if strength > 0
+            else "Use a strength above 0.",
+        )
+    return steps - kept
+
+
+def check_size(bundle: Bundle, size: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) in pixels, if the model can make it."""
+    try:
+        width, height = size
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"size is {size!r}", expected="(width, height) in pixels") from error
+    unit = bundle.latent.factor * bundle.latent.multiple
+    for name, value in (("width", width), ("height", height)):
+        _integer(name, value, 1, LARGEST_SIDE)
+        if value % unit:
+            low = max(unit, value // unit * unit)
+            raise ArgumentError(f"{name} is {value}", expected=f"a multiple of {unit}", remedy=f"Use {low} or {value // unit * unit + unit}.")
+    return int(width), int(height)
+
+
+def _images(
+    prompt: str | Sequence[str], negative: str | Sequence[str] | None, seed: int | Sequence[int] | None, each: int
+) -> tuple[tuple[str, ...], tuple[str | None, ...], tuple[int, ...]]:
+    """Prompts, negatives and seeds of one length: the images asked for."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = [check_prompt(p) for p in prompts for _ in range(each)]
+    if isinstance(seed, (list, tuple, np.ndarray)):
+        seeds = [_seed(s) for s in seed]
+        if len(prompts) == 1:
+            prompts = prompts * len(seeds)
+    else:
+        first = secrets.randbits(32) if seed is None else _seed(seed)
+        seeds = [first + i for i in range(len(prompts))]
+    if not prompts or len(prompts) > MOST_IMAGES:
+        raise ArgumentError(f"{len(prompts)} images are asked for", expected=f"1 to {MOST_IMAGES}")
+    if len(seeds) != len(prompts):
+        raise ArgumentError(f"{len(seeds)} seeds for {len(prompts)} images", expected="one seed an image, or a single seed")
+    if negative is None or isinstance(negative, str):
+        given: list[str | None] = [None if negative is None else check_prompt(negative, "negative prompt")] * len(prompts)
+    else:
+        given = [check_prompt(n, "negative prompt") for n in negative for _ in range(each)]
+        if len(given) != len(prompts):
+            raise ArgumentError(f"{len(given)} negative prompts for {len(prompts)} images", expected="one an image, or a single one")
+    return tuple(prompts), tuple(given), tuple(seeds)
+
+
+def _seed(seed: object) -> int:
+    check_seed(seed)
+    return int(seed)  # type: ignore[call-overload, no-any-return]
+
+
+def _integer(name: str, value: object, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise ArgumentError(f"{name} is {value!r}", expected="an integer")
+    if not low <= value <= high:
+        raise ArgumentError(f"{name} is {value}", expected=f"an integer from {low} to {high}")
+    return int(value)
+
+
+def _real(name: str, value: object, low: float, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise ArgumentError(f"{name} is {value!r}", expected="a number")
+    if not math.isfinite(value) or not low <= value <= high:
+        raise ArgumentError(f"{name} is {value}", expected=f"a finite number from {low:g} to {high:g}")
+    return float(value)

@@ -1,0 +1,131 @@
+"""Gaussian noise from a seed, number for number as torch's CPU generator gives it, without torch.
+
+torch seeds a Mersenne Twister and, for sixteen float32 values or more, turns uniforms into normals by Box and Muller
+in blocks of sixteen: u[0:8] give the radii, u[8:16] the angles. A tail that fills no block is redrawn with the fifteen
+values before it.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ArgumentError
+
+Float32 = npt.NDArray[np.float32]
+LARGEST_SEED = 2**64 - 1
+_BLOCK = 16
+
+
+class Gaussians(Protocol):
+    """A stream of unit noise."""
+
+    def randn(self, shape: tuple[int, ...]) -> Float32: ...
+
+
+class TorchCpuGenerator:
+    """`torch.Generator("cpu").manual_seed(seed)`: successive `randn` calls continue one stream.
+
+    Agrees with torch to about 5e-7 (its vectorised logarithm and cosine round differently).
+    """
+
+    def __init__(self, seed: int) -> None:
+        check_seed(seed)
+        self.seed = seed
+        self._bits = np.random.MT19937()
+        self._bits._legacy_seeding(seed & 0xFFFFFFFF)  # type: ignore[attr-defined]
+        self._spare: float | None = None
+
+    def randn(self, shape: tuple[int, ...]) -> Float32:
+        """Unit noise, float32 of `shape`, as `torch.randn(shape, generator=...)` draws it."""
+        count = int(np.prod(shape, dtype=np.int64))
+        if count < _BLOCK:
+            return np.array([self._scalar() for _ in range(count)], np.float32).reshape(shape)
+        uniforms = self._uniforms(count)
+        whole = count // _BLOCK * _BLOCK
+        out = np.empty(count, np.float32)
+        out[:whole] = _box_muller(uniforms[:whole])
+        if whole < count:
+            out[count - _BLOCK :] = _box_muller(self._uniforms(_BLOCK))
+        return out.reshape(shape)
+
+    def _uniforms(self, count: int) -> Float32:
+        """Multiples of 2^-24 in [0, 1), one of 32 random bits each."""
+        raw = self._bits.random_raw(count).astype(np.uint32)
+        return (raw & np.uint32(0xFFFFFF)).astype(np.float32) * np.float32(2.0**-24)
+
+    def _scalar(self) -> float:
+        """One normal in float64: torch's path for fewer than sixteen values, which keeps the sine for the next call."""
+        if self._spare is not None:
+            value, self._spare = self._spare, None
+            return value
+        angle, radius = (self._uniform_double() for _ in range(2))
+        r = np.sqrt(-2.0 * np.log1p(-radius))
+        self._spare = float(r * np.sin(2.0 * np.pi * angle))
+        return float(r * np.cos(2.0 * np.pi * angle))
+
+    def _uniform_double(self) -> float:
+        high, low = (int(v) for v in self._bits.random_raw(2))
+        return (((high << 32) | low) & ((1 << 53) - 1)) * 2.0**-53
+
+
+def _box_muller(uniforms: Float32) -> Float32:
+    blocks = uniforms.reshape(-1, 2, _BLOCK // 2)
+    radius = np.sqrt(np.float32(-2.0) * np.log(np.float32(1.0) - blocks[:, 0]))
+    angle = np.float32(2.0 * np.pi) * blocks[:, 1]
+    out = np.empty_like(blocks)
+    np.multiply(radius, np.cos(angle), out=out[:, 0])
+    np.multiply(radius, np.sin(angle), out=out[:, 1])
+    return out.reshape(-1)
+
+
+def check_seed(seed: object) -> None:
+    """Raise `ArgumentError` unless `seed` is an integer from 0 to 2^64 - 1."""
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
+        raise ArgumentError(f"seed is {seed!r}", expected="an integer")
+    if not 0 <= int(seed) <= LARGEST_SEED:
+        raise ArgumentError(f"seed is {seed}", expected=f"an integer from 0 to {LARGEST_SEED}")
+
+
+class SharedStream:
+    """One generator for a whole batch, as `generator=torch.manual_seed(seed)` in diffusers: image 0 depends on the batch size.
+
+    Every member asks for its part of each draw; a draw is made when the first member asks for it and forgotten when
+    the last one has.
+    """
+
+    def __init__(self, seed: int, members: int) -> None:
+        self._generator = TorchCpuGenerator(seed)
+        self._members = members
+        self._drawn: list[tuple[Float32, set[int]]] = []
+        self._taken = [0] * members
+        self._first = 0
+
+    def member(self, index: int) -> Gaussians:
+        return _Member(self, index)
+
+    def joint(self, shape: tuple[int, ...]) -> Float32:
+        """A draw for all members at once."""
+        return self._generator.randn(shape)
+
+    def take(self, index: int, shape: tuple[int, ...]) -> Float32:
+        at = self._taken[index] - self._first
+        if at == len(self._drawn):
+            self._drawn.append((self._generator.randn((self._members, *shape)), set()))
+        values, takers = self._drawn[at]
+        takers.add(index)
+        self._taken[index] += 1
+        while self._drawn and len(self._drawn[0][1]) == self._members:
+            self._drawn.pop(0)
+            self._first += 1
+        return values[index]
+
+
+class _Member:
+    def __init__(self, stream: SharedStream, index: int) -> None:
+        self._stream, self._index = stream, index
+
+    def randn(self, shape: tuple[int, ...]) -> Float32:
+        return self._stream.take(self._index, shape)
