@@ -2,7 +2,15 @@
 
 from .compat import program_from_diffusers
 from .compile import compile_program
+from .names import resolve_sampler, resolve_schedule
 from .noise import NoiseSchedule
 from .program import Program
 
-__all__ = ["NoiseSchedule", "Program", "compile_program", "program_from_diffusers"]
+__all__ = [
+    "NoiseSchedule",
+    "Program",
+    "compile_program",
+    "program_from_diffusers",
+    "resolve_sampler",
+    "resolve_schedule",
+]

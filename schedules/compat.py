@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import ArgumentError, UnknownNameError, UnsupportedError
 from . import compat_grid as grids
 from .assemble import assemble
 from .compat_grid import Grid, Request, Tables
+from .levels import EDM_PREDICTIONS
 from .names import resolve_sampler
 from .noise import PREDICTIONS, NoiseSchedule
 from .program import Program
@@ -149,7 +150,10 @@ def program_from_diffusers(
     if prediction not in kind.predictions:
         raise UnsupportedError(f"prediction {prediction!r} with {name}", expected=" or ".join(kind.predictions))
     sampler, arguments = _solver(name, config, options)
-    tables = Tables.of(config, rescales="rescale_betas_zero_snr" in kind.reads, floored=not kind.exact_zero, single=single)
+    if name == "TCDScheduler":
+        arguments["single"] = single
+    rescales = "rescale_betas_zero_snr" in kind.reads
+    tables = Tables.of(config, rescales=rescales, floored=not kind.exact_zero, single=single)
     _check_steps(steps, timesteps, sigmas, start, tables.count)
     request = Request(
         tables=tables, steps=steps, timesteps=timesteps, sigmas=sigmas, start=start, options=options
@@ -162,7 +166,7 @@ def program_from_diffusers(
         sampler,
         grid.path,
         schedule=_schedule_name(config, timesteps, sigmas),
-        prediction={"epsilon": "edm", "v_prediction": "edm_v"}[prediction] if name == "EDMEulerScheduler" else prediction,
+        prediction=EDM_PREDICTIONS[prediction] if name == "EDMEulerScheduler" else prediction,
         init=init,
         options=arguments,
     )
@@ -198,14 +202,8 @@ def _solver(name: str, config: Mapping[str, Any], options: Mapping[str, Any]) ->
     elif name == "LCMScheduler":
         arguments["timestep_scaling"] = float(config.get("timestep_scaling", 10.0))
     elif sampler.solve is euler.euler:
-        sampler = _late_churn(sampler)
+        sampler = replace(sampler, solve=euler.euler_churned_late)
     return sampler, arguments
-
-
-def _late_churn(sampler: Sampler) -> Sampler:
-    from dataclasses import replace
-
-    return replace(sampler, solve=euler.euler_churned_late)
 
 
 def _large_variance(config: Mapping[str, Any]) -> bool:
@@ -239,8 +237,9 @@ def _dpm(name: str, config: Mapping[str, Any], order: int) -> tuple[Sampler, dic
     suffix = "_sde" if algorithm.startswith("sde") else ""
     arguments: dict[str, Any] = {"solver_type": solver_type}
     arguments["lower_order_final"] = bool(config.get("lower_order_final", not single))
+    arguments["published"] = True
     if not single:
-        arguments |= {"euler_at_final": bool(config.get("euler_at_final", False)), "published": True}
+        arguments["euler_at_final"] = bool(config.get("euler_at_final", False))
     return find_sampler(f"dpmpp_{order}{'s' if single else 'm'}{suffix}"), arguments
 
 
@@ -284,16 +283,10 @@ def compile_compat(
 
     `options` are config keys of that class and arguments of its `step`.
     """
-    name = sampler.diffusers
-    if name is None:
-        raise UnsupportedError(f"sampler {sampler.name!r} with compat='diffusers'", remedy="Use compat=None.")
-    kind = CLASSES[name]
-    config: dict[str, Any] = {key: value for key, value in noise.config.items() if key in (*COMMON, *kind.reads)}
-    config.update(_preset_keys(sampler))
+    config = scheduler_config(sampler, noise)
+    kind = CLASSES[config["_class_name"]]
     if prediction is not None:
         config["prediction_type"] = prediction
-    if kind.clips:
-        config.setdefault("clip_sample", False)
     step_options = {}
     for key, value in options.items():
         if key in kind.step_options:
@@ -306,8 +299,24 @@ def compile_compat(
     if schedule is not None:
         steps, timesteps = _apply_schedule(config, kind, schedule, steps, timesteps, sampler)
     return program_from_diffusers(
-        {**config, "_class_name": name}, steps=steps, timesteps=timesteps, sigmas=sigmas, start=start, **step_options
+        config, steps=steps, timesteps=timesteps, sigmas=sigmas, start=start, **step_options
     )
+
+
+def scheduler_config(sampler: Sampler, noise: NoiseSchedule) -> dict[str, Any]:
+    """The config of a sampler's diffusers class on a checkpoint's noise schedule, `_class_name` included.
+
+    Raises UnsupportedError for a sampler that diffusers does not have.
+    """
+    name = sampler.diffusers
+    if name is None:
+        raise UnsupportedError(f"sampler {sampler.name!r} with compat='diffusers'", remedy="Use compat=None.")
+    kind = CLASSES[name]
+    config: dict[str, Any] = {key: value for key, value in noise.config.items() if key in (*COMMON, *kind.reads)}
+    config.update(_preset_keys(sampler))
+    if kind.clips:
+        config.setdefault("clip_sample", False)
+    return {**config, "_class_name": name}
 
 
 def _preset_keys(sampler: Sampler) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class Tables:
 
     def rounded(self, values: Floats) -> Array:
         """The values as the table's float type holds them, in float64."""
-        return np.asarray(values).astype(self.dtype).astype(np.float64)
+        return np.asarray(np.asarray(values).astype(self.dtype), np.float64)
 
     def at_timestep(self, t: float) -> Level:
         """The level of an integer timestep, straight from alpha_bar."""
@@ -138,11 +138,11 @@ def spaced_timesteps(config: Mapping[str, Any], count: int, steps: int, *, defau
     offset = float(config.get("steps_offset", 0))
     points = steps + extra
     if spacing == "linspace":
-        return np.linspace(0, count - 1, points)[::-1][:steps]
+        return np.asarray(np.linspace(0, count - 1, points)[::-1][:steps])
     if spacing == "leading":
         return (np.arange(points) * (count // points)).astype(np.float64)[::-1][:steps] + offset
     if spacing == "trailing":
-        return np.arange(count, 0, -count / steps).round() - 1
+        return np.asarray(np.arange(count, 0, -count / steps).round() - 1, np.float64)
     raise UnknownNameError("timestep_spacing", spacing, ("leading", "linspace", "trailing"))
 
 
@@ -223,8 +223,8 @@ def k_family(request: Request) -> Grid:
     """Euler, Heun, LMS, KDPM2 and DPM SDE: n float32 points; respacing spans the range of the spacing's sigmas."""
     tables, config = request.tables, request.config
     kind = str(config.get("_class_name"))
-    request.refuse_explicit(*{"EulerDiscreteScheduler": ("timesteps", "sigmas"), "HeunDiscreteScheduler": ("timesteps",)}
-                            .get(kind, ()))
+    taken = {"EulerDiscreteScheduler": ("timesteps", "sigmas"), "HeunDiscreteScheduler": ("timesteps",)}
+    request.refuse_explicit(*taken.get(kind, ()))
     table = tables.sigmas.astype(np.float64)
     if request.sigmas is not None:
         sigmas = tables.rounded(np.array(request.sigmas, np.float64))
@@ -242,7 +242,8 @@ def k_family(request: Request) -> Grid:
     if name and name != "lu":
         bounds = config if kind == "EulerDiscreteScheduler" else {}
         high, low = bounds.get("sigma_max"), bounds.get("sigma_min")
-        sigmas = respaced(name, high if high is not None else sigmas[0], low if low is not None else sigmas[-1], steps)
+        high, low = sigmas[0] if high is None else high, sigmas[-1] if low is None else low
+        sigmas = respaced(name, float(high), float(low), steps)
         t = np.array([tables.timestep_of(float(s)) for s in sigmas])
         if name == "karras" and kind.startswith("KDPM2"):
             t = t.round()
@@ -310,7 +311,7 @@ def _multistep_timesteps(request: Request, kind: str) -> Array:
         return np.linspace(0, tables.count - 1 - clipped, steps + 1).round()[::-1][:-1]
     last = tables.count - clipped
     if str(config.get("timestep_spacing") or "linspace") == "trailing":
-        return np.arange(last, 0, -tables.count / steps).round() - 1
+        return np.asarray(np.arange(last, 0, -tables.count / steps).round() - 1, np.float64)
     return np.trunc(spaced_timesteps(config, last, steps, default="linspace", extra=1).round())
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from ..errors import ArgumentError, UnknownNameError
 from .assemble import assemble
 from .compat import compile_compat
-from .levels import Level, Path
+from .levels import EDM_PREDICTIONS, Level, Path
 from .names import resolve_sampler, resolve_schedule
 from .noise import PREDICTIONS, NoiseSchedule
 from .program import Program
@@ -135,10 +135,9 @@ def _edm_axis(layout: dict[str, Any]) -> Axis:
 
 
 def _edm_prediction(prediction: str) -> str:
-    kinds = {"epsilon": "edm", "v_prediction": "edm_v"}
-    if prediction not in kinds:
-        raise ArgumentError(f"edm_euler with prediction {prediction!r}", expected=f"one of {', '.join(kinds)}")
-    return kinds[prediction]
+    if prediction not in EDM_PREDICTIONS:
+        raise ArgumentError(f"edm_euler with prediction {prediction!r}", expected=" or ".join(EDM_PREDICTIONS))
+    return EDM_PREDICTIONS[prediction]
 
 
 def check_counts(

@@ -55,6 +55,10 @@ class Reading:
     eps_out: float
 
 
+EDM_PREDICTIONS = {"epsilon": "edm", "v_prediction": "edm_v"}
+"""What an EDM config calls its two output signs, and what they are called here."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preconditioning:
     """How x0 and eps are read from a network's output.

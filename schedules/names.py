@@ -126,7 +126,7 @@ def resolve_sampler(name: str) -> Resolved:
         if base:
             return Resolved(name=base.name, schedule=_FOLDED_SCHEDULES[suffix], options=base.options)
     if key in _FOLDED_REFUSED:
-        raise UnsupportedError(f"sampler {name!r} ({_FOLDED_REFUSED[key]})", expected="one that: fewstep samplers lists")
+        raise UnsupportedError(f"sampler {name!r} ({_FOLDED_REFUSED[key]})", remedy="See: fewstep samplers.")
     raise UnknownNameError("sampler", name, [*SAMPLERS, *SAMPLER_ALIASES], remedy="See: fewstep samplers.")
 
 

@@ -112,12 +112,12 @@ class NoiseSchedule:
     def sigmas(self) -> Array:
         """float64 [T], rising: sqrt((1 - alpha_bar) / alpha_bar), finite even for zero terminal SNR."""
         a = np.maximum(self.alpha_bar, ZERO_SNR_FLOOR)
-        return np.sqrt((1 - a) / a)
+        return np.asarray(np.sqrt((1 - a) / a))
 
     def sigma_at(self, t: float | Array) -> Array:
         """Sigma at a timestep, linear in sigma between training timesteps (the convention of k-diffusion's port)."""
         s = self.sigmas
-        return np.interp(t, np.arange(len(s)), s)
+        return np.asarray(np.interp(t, np.arange(len(s)), s))
 
     def timestep_at(self, sigma: float | Array) -> Array:
         """The timestep that a network is fed for a sigma: the inverse table in ln(sigma), or ln(sigma) / 4."""
@@ -125,7 +125,9 @@ class NoiseSchedule:
         if self.timestep_type == "continuous":
             return np.asarray(log_sigma / 4)
         s = self.sigmas
-        return np.interp(log_sigma, np.log(s), np.arange(len(s)))
+        t = np.interp(log_sigma, np.log(s), np.arange(len(s)))
+        whole = np.round(t)
+        return np.where(np.abs(t - whole) < 1e-9, whole, t)
 
     def to_json(self) -> str:
         """The config as JSON text; `from_json` gives the same schedule back, bit for bit."""
@@ -142,7 +144,7 @@ def _alpha_bar(config: Mapping[str, Any], *, rescale: bool) -> Array:
     if rescale:
         root = np.sqrt(alpha_bar)
         alpha_bar = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
-    return alpha_bar
+    return np.asarray(alpha_bar)
 
 
 def _betas(config: Mapping[str, Any]) -> Array:
@@ -150,9 +152,9 @@ def _betas(config: Mapping[str, Any]) -> Array:
     if trained is not None:
         return np.asarray(trained, np.float64)
     if name == "linear":
-        return np.linspace(start, end, count)
+        return np.asarray(np.linspace(start, end, count))
     if name == "scaled_linear":
-        return np.linspace(start**0.5, end**0.5, count) ** 2
+        return np.asarray(np.linspace(start**0.5, end**0.5, count) ** 2)
     return cosine_betas(count)
 
 

@@ -89,7 +89,7 @@ class Program:
     @property
     def history(self) -> int:
         """Ring slots of history: K."""
-        return self.b.shape[1]
+        return int(self.b.shape[1])
 
     @property
     def remembers(self) -> bool:

@@ -25,7 +25,7 @@ SigmaSpacing = Callable[..., Array]
 def leading(count: int, steps: int, *, steps_offset: int = 1) -> Array:
     """Whole multiples of T // n, shifted up by `steps_offset` (SD checkpoints: 1). Never starts at pure noise."""
     t = np.arange(steps)[::-1] * float(count // steps)
-    return t + min(steps_offset, count - 1 - t[0])
+    return np.asarray(t + min(steps_offset, count - 1 - t[0]))
 
 
 def linspace(count: int, steps: int) -> Array:
@@ -35,7 +35,7 @@ def linspace(count: int, steps: int) -> Array:
 
 def trailing(count: int, steps: int) -> Array:
     """Rounded multiples of T / n counted back from T - 1 (Lin et al. 2023, arXiv 2305.08891, Table 2)."""
-    return np.round(count - np.arange(steps) * (count / steps)) - 1
+    return np.asarray(np.round(count - np.arange(steps) * (count / steps)) - 1)
 
 
 def sgm_uniform(count: int, steps: int) -> Array:
@@ -45,13 +45,14 @@ def sgm_uniform(count: int, steps: int) -> Array:
 
 def simple(count: int, steps: int) -> Array:
     """Every (T / n)-th training timestep from T - 1 down (ComfyUI's "simple")."""
-    return count - 1 - np.floor(np.arange(steps) * (count / steps))
+    return np.asarray(count - 1 - np.floor(np.arange(steps) * (count / steps)))
 
 
 def lcm_timesteps(count: int, steps: int, *, original_steps: int = 50) -> Array:
     """n of the `original_steps` timesteps a consistency model was distilled at (Luo et al. 2023, arXiv 2310.04378)."""
     taught = np.arange(original_steps, 0, -1) * float(count // original_steps) - 1
-    return taught[np.floor(np.linspace(0, original_steps, steps, endpoint=False)).astype(int)]
+    picked = np.floor(np.linspace(0, original_steps, steps, endpoint=False)).astype(int)
+    return np.asarray(taught[picked], np.float64)
 
 
 def karras(sigma_min: float, sigma_max: float, steps: int, *, rho: float = 7.0) -> Array:
@@ -62,30 +63,31 @@ def karras(sigma_min: float, sigma_max: float, steps: int, *, rho: float = 7.0) 
 
 def exponential(sigma_min: float, sigma_max: float, steps: int) -> Array:
     """Equal steps in ln(sigma)."""
-    return np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), steps))
+    return np.asarray(np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), steps)))
 
 
 def beta(sigma_min: float, sigma_max: float, steps: int, *, alpha: float = 0.6, beta: float = 0.6) -> Array:
     """Sigmas at the quantiles of a beta distribution (Lee et al. 2024, arXiv 2407.12173)."""
     quantiles = [beta_quantile(p, alpha, beta) for p in 1 - np.linspace(0, 1, steps)]
-    return sigma_min + np.array(quantiles) * (sigma_max - sigma_min)
+    return sigma_min + np.array(quantiles, np.float64) * (sigma_max - sigma_min)
 
 
 def lu(sigma_min: float, sigma_max: float, steps: int, *, rho: float = 1.0) -> Array:
     """Equal steps in lambda^(1/rho), lambda = -ln(sigma) (Lu et al. 2022, DPM-Solver, arXiv 2206.00927)."""
     high, low = math.log(sigma_max), math.log(sigma_min)
-    return np.exp(high + np.linspace(0, 1, steps) ** rho * (low - high))
+    return np.asarray(np.exp(high + np.linspace(0, 1, steps) ** rho * (low - high)))
 
 
 def kl_optimal(sigma_min: float, sigma_max: float, steps: int) -> Array:
     """Equal steps in atan(sigma), optimal for Gaussian data (arXiv 2404.14507, eq. 20)."""
-    return np.tan(np.linspace(math.atan(sigma_max), math.atan(sigma_min), steps))
+    return np.asarray(np.tan(np.linspace(math.atan(sigma_max), math.atan(sigma_min), steps)))
 
 
 def from_table(name: str, steps: int) -> Array:
     """A published table at any step count: n + 1 points, linear in ln(sigma) over the index, both ends kept."""
     sigmas = np.log(load_table(name).sigmas)
-    return np.exp(np.interp(np.linspace(0, len(sigmas) - 1, steps + 1), np.arange(len(sigmas)), sigmas))
+    index = np.linspace(0, len(sigmas) - 1, steps + 1)
+    return np.asarray(np.exp(np.interp(index, np.arange(len(sigmas)), sigmas)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from ..algebra import Form, Tape
 from ..levels import Path
 
@@ -23,16 +25,18 @@ def lcm(model: Tape, path: Path, x: Form, *, timestep_scaling: float = 10.0) -> 
     return x
 
 
-def tcd(model: Tape, path: Path, x: Form, *, eta: float = 0.3) -> Form:
+def tcd(model: Tape, path: Path, x: Form, *, eta: float = 0.3, single: bool = False) -> Form:
     """Trajectory consistency distillation (Zheng et al. 2024, arXiv 2402.19159), Algorithm 4: strategic sampling.
 
     DDIM to timestep (1 - eta) t', then noise up to t'; eta = 0 is DDIM, eta = 1 is multistep consistency sampling.
-    The last step goes to the end of the schedule with no noise.
+    The last step goes to the end of the schedule with no noise. single: multiply in float32 before flooring, which
+    may come out one timestep lower (diffusers).
     """
     for i, (here, there) in enumerate(path.pairs):
         at = model(x, here)
         last = i == len(path) - 1
-        aim = there if last else path.at_timestep(math.floor((1 - eta) * there.t))
+        product = np.float32(1 - eta) * np.float32(there.t) if single else (1 - eta) * there.t
+        aim = there if last else path.at_timestep(math.floor(product))
         x = aim.alpha * at.x0 + aim.s * at.eps
         if eta > 0.0 and not last:
             kept = there.alpha / aim.alpha

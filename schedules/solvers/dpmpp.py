@@ -113,6 +113,7 @@ def dpmpp_singlestep(
     sde: bool = False,
     solver_type: str = "midpoint",
     lower_order_final: bool = True,
+    published: bool = False,
 ) -> Form:
     """Algorithm 1 of the paper (2S) and its third-order form (3S), on the schedule's own levels as stages.
 
@@ -127,14 +128,24 @@ def dpmpp_singlestep(
         if k == 1:
             anchor = x
         noise = model.noise() if sde else None
-        x = block_step(anchor, known[:k][::-1], there, solver_type=solver_type, noise=noise)
+        stages = known[:k][::-1]
+        x = block_step(anchor, stages, there, solver_type=solver_type, noise=noise, published=published)
     return x
 
 
 def block_step(
-    x: Form, stages: Sequence[tuple[Level, Form]], there: Level, *, solver_type: str, noise: Form | None
+    x: Form,
+    stages: Sequence[tuple[Level, Form]],
+    there: Level,
+    *,
+    solver_type: str,
+    noise: Form | None,
+    published: bool,
 ) -> Form:
-    """One singlestep step over its stages, oldest first; the step starts at the first stage's level."""
+    """One singlestep step over its stages, oldest first; the step starts at the first stage's level.
+
+    `published` keeps the sign that diffusers gives the second derivative under the SDE form.
+    """
     here, d0 = stages[0]
     h = math.inf if there.sigma == 0.0 else math.log(here.sigma / there.sigma)
     e = 2 * h if noise else h
@@ -154,4 +165,5 @@ def block_step(
         return x + (1 - phi / e) * slope2
     first = (r2 * slope1 - r1 * slope2) / (r2 - r1)
     second = 2 * (slope2 - slope1) / (r2 - r1)
-    return x + (1 - phi / e) * first + (0.5 - (e - phi) / e**2) * second
+    sign = -1 if noise and published else 1
+    return x + (1 - phi / e) * first + (sign * 0.5 - (e - phi) / e**2) * second

@@ -66,7 +66,7 @@ _VP_SCHEDULERS = (
     "UniPCMultistepScheduler",
 )
 
-_INTERNAL = ("published", "restart", "mix_raw", "variance_floor")
+_INTERNAL = ("published", "restart", "mix_raw", "variance_floor", "single")
 """Arguments that choose diffusers' reading of a sampler; set by the compatibility layer alone."""
 
 
