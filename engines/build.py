@@ -145,9 +145,12 @@ def open_engine(
             expected="an engine that passed",
             remedy=f"Rebuild it with: {command(bundle, name)} --force",
         )
-    return kind.open(
-        OpenJob(bundle=bundle, name=component, component=part, entry=entry, data=entry.read(), run=session, store=where)
+    job = OpenJob(
+        bundle=bundle, name=component, component=part, entry=entry, data=entry.read(), run=session, store=where
     )
+    if not where.read_only:
+        entry.mark_used()
+    return kind.open(job)
 
 
 def open_engines(

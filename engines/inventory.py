@@ -17,8 +17,10 @@ from .store import MANIFEST, REBUILD, Entry, Store, sweep
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listed:
-    """An engine as it lies in the store. `state` is `"ready"`, `"other machine or version"`, `"failed"` or `"damaged"`;
-    `reason` says more where it is not ready."""
+    """An engine as it lies in the store, and when it was last opened (seconds since 1970).
+
+    `state` is `"ready"`, `"other machine or version"`, `"failed"` or `"damaged"`; `reason` says more if not ready.
+    """
 
     name: str
     entry: Entry | None
@@ -111,14 +113,14 @@ def prune_engines(
 
 
 def _listed(store: Store, folder: Path) -> Listed:
-    used = (folder / MANIFEST).stat().st_atime
+    used = (folder / MANIFEST).stat().st_mtime
     length = sum(p.lstat().st_size for p in folder.iterdir())
     try:
         entry = store.read_entry(folder)
     except FewstepError as error:
         return Listed(name=folder.name, entry=None, length=length, used=used, state="damaged", reason=str(error))
     state, reason = _state(entry)
-    used = max(used, entry.path.stat().st_atime) if entry.path.exists() else used
+    used = entry.path.stat().st_mtime if entry.path.exists() else used
     return Listed(name=folder.name, entry=entry, length=length, used=used, state=state, reason=reason)
 
 

@@ -117,7 +117,7 @@ def open_session(
         session = onnxruntime.InferenceSession(source, options, providers=providers(backend, run, stream))
     except Exception as error:
         raise CorruptError(
-            f"ONNX Runtime {onnxruntime.__version__} refuses the model: {_brief(error)}",
+            f"ONNX Runtime {onnxruntime.__version__} refuses the model: {_brief(error, model)}",
             expected="a model that it can load",
             remedy="Export the checkpoint again, or rebuild the engine with: fewstep build BUNDLE --force",
         ) from error
@@ -136,9 +136,11 @@ def check_provider(session: Any, backend: str) -> None:
         )
 
 
-def _brief(error: Exception) -> str:
-    """The last part of ONNX Runtime's message, without paths of its sources or of this machine."""
+def _brief(error: Exception, model: Path | bytes) -> str:
+    """The last part of ONNX Runtime's message, with the model's name in place of its path."""
     text = " ".join(str(error).split())
+    if isinstance(model, Path):
+        text = text.replace(str(model), model.name).replace(f"{model.parent}/", "")
     return text.rpartition(" : ")[2][:300]
 
 

@@ -74,6 +74,11 @@ class Entry:
         """The engine's bytes, checked; `CorruptError` when they are not the ones that were built."""
         return read_checked(self.path, self.digest, what=f"the engine {self.name}", remedy=REBUILD)
 
+    def mark_used(self) -> None:
+        """Note that the engine was opened: its file's time of modification is the time of its last use."""
+        with contextlib.suppress(OSError):
+            os.utime(self.path)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "format": MANIFEST_FORMAT,
