@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -128,7 +129,7 @@ class Bundle:
             "components": {n: _component_json(c) for n, c in self.components.items()},
             "tokenizers": [{k: getattr(t, k) for k in Tokenizer.__slots__} for t in self.tokenizers],
             "latent": {k: getattr(self.latent, k) for k in Latent.__slots__},
-            "scheduler": dict(self.scheduler),
+            "scheduler": {k: v for k, v in self.scheduler.items() if not _is_infinite(v)},
             "defaults": {k: getattr(self.defaults, k) for k in Defaults.__slots__},
             "force_zeros": self.force_zeros,
             "guidance_embedding": self.guidance_embedding,
@@ -136,6 +137,11 @@ class Bundle:
             "source": dict(self.source),
             "gate": dict(self.gate),
         }
+
+
+def _is_infinite(value: object) -> bool:
+    """diffusers writes "no clipping" as -Infinity, which is not JSON; left out, it is the default it stands for."""
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _component_json(component: Component) -> dict[str, Any]:
@@ -196,7 +202,7 @@ def write_manifest(bundle: Bundle) -> None:
     part = path.with_name(f".{MANIFEST}.{os.getpid()}.part")
     try:
         with part.open("w", encoding="utf-8") as file:
-            json.dump(bundle.to_json(), file, indent=1, ensure_ascii=False)
+            json.dump(bundle.to_json(), file, indent=1, ensure_ascii=False, allow_nan=False)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)

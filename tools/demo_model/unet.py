@@ -12,15 +12,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from scenes import TEMPLATES, random_scene, render, triples
 from text import LENGTH, new_text_encoder, write_tokenizer
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 from workers import Trainer
 
 BATCH = 64
 SCENES = 32_000
-SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "steps_offset": 1}
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -105,12 +105,6 @@ def train_unet(options: argparse.Namespace) -> None:
     trainer.save()
     trainer.use_ema()
     if rank == 0:
-        save_pipeline_parts(folder, unet, encoder, trailing=False)
+        unet.to(torch.float16).save_pretrained(folder / "unet")
+        encoder.to(torch.float16).save_pretrained(folder / "text_encoder")
 
-
-def save_pipeline_parts(folder: Path, unet: UNet2DConditionModel, encoder: CLIPTextModel, *, trailing: bool) -> None:
-    unet.to(torch.float16).save_pretrained(folder / "unet")
-    encoder.to(torch.float16).save_pretrained(folder / "text_encoder")
-    DPMSolverMultistepScheduler(
-        **SCHEDULE, prediction_type="v_prediction", algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="trailing",
-    ).save_pretrained(folder / "scheduler")

@@ -1,0 +1,80 @@
+"""The command line: parses arguments and dispatches to `commands/`, one module a verb; nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from . import __version__
+from .errors import FewstepError
+
+EXIT_CODES = """exit codes: 0 ok, 2 usage, 3 something is missing (an extra, an engine, a file), 4 incompatible or
+corrupt, 5 a numeric gate failed, 130 interrupted"""
+
+VERBS = {
+    "export": "make a bundle from a checkpoint",
+    "build": "build a bundle's engines for this machine",
+    "run": "make images from a bundle",
+    "grid": "one labelled picture over samplers, schedules, steps or seeds",
+    "inspect": "say what a bundle, an engine or a picture is",
+    "verify": "compare a bundle's engines with torch's stored reference",
+    "samplers": "list samplers and schedules",
+    "schedule": "show the rows of a sampler under a schedule",
+    "engines": "list, show, verify or prune the engines in the store",
+    "demo": "make a picture with the embedded model",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with the exit code that the contract names and a hint at the verb's help."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(2, f"{self.prog}: {message}\nSee: {self.prog} --help\n")
+
+
+def make_parser(verb: str | None = None) -> argparse.ArgumentParser:
+    """The parser; only the arguments of `verb` are defined (all of them when it is `None`), so that help is quick."""
+    parser = _Parser(prog="fewstep", description="Few-step diffusion: export, build, run.", epilog=EXIT_CODES)
+    parser.add_argument("--version", action="version", version=f"fewstep {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
+    for name, summary in VERBS.items():
+        sub = verbs.add_parser(name, help=summary, description=summary.capitalize() + ".", epilog=EXIT_CODES)
+        sub.add_argument("--json", action="store_true", help="data as JSON on stdout, progress on stderr")
+        if verb in (None, name):
+            importlib.import_module(f".commands.{name}", __package__).define(sub)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    verb = next((a for a in arguments if a in VERBS), "")
+    options = make_parser(verb).parse_args(arguments)
+    try:
+        return int(importlib.import_module(f".commands.{options.verb}", __package__).execute(options))
+    except FewstepError as error:
+        return _report(error, as_json=options.json)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _report(error: FewstepError, *, as_json: bool) -> int:
+    if as_json:
+        parts = {"type": type(error).__name__, "found": error.found, "expected": error.expected, "remedy": error.remedy}
+        print(json.dumps({"error": parts, "exit_code": error.exit_code}))
+    print(f"fewstep: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

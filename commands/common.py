@@ -1,0 +1,74 @@
+"""What several verbs share: argument types, progress on stderr, data on stdout."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+BACKENDS = ("auto", "ort-cpu", "ort-cuda", "tensorrt", "tensorrt-rtx", "torch")
+
+
+def size(text: str) -> tuple[int, int]:
+    """`512x768` as (width, height)."""
+    width, x, height = text.lower().partition("x")
+    if not (x and width.isdigit() and height.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, like 512x512")
+    return int(width), int(height)
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="what runs the graphs (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: one a core)")
+
+
+def add_image_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--negative", help="negative prompt")
+    parser.add_argument("--steps", type=int, help="default: the bundle's")
+    parser.add_argument("--sampler", help="any name of `fewstep samplers` (default: the bundle's)")
+    parser.add_argument("--schedule", help="any schedule of `fewstep samplers` (default: the sampler's)")
+    parser.add_argument("--guidance", type=float, help="guidance scale; 1 or less: no negative prompt (default: the bundle's)")
+    parser.add_argument("--size", type=size, metavar="WxH", help="pixels (default: the bundle's)")
+    parser.add_argument("--compat", choices=("diffusers",), help="follow that library's sampler conventions, quirks included")
+    parser.add_argument("--eta", type=float, help="stochasticity of samplers that have one (DDIM, TCD)")
+
+
+def sampler_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of a sampler that were given."""
+    return {} if options.eta is None else {"eta": options.eta}
+
+
+def emit(options: argparse.Namespace, data: dict[str, Any], text: str) -> None:
+    """Print data as JSON, or as text, on stdout."""
+    print(json.dumps(data, ensure_ascii=False, default=str) if options.json else text)
+
+
+def say(message: str) -> None:
+    """A remark for people, on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def bar(total: int | None, unit: str, description: str = "") -> Iterator[Any]:
+    """A progress bar on stderr; silent when that is not a terminal."""
+    from tqdm import tqdm
+
+    scale = unit == "B"
+    with tqdm(total=total, unit=unit, unit_scale=scale, desc=description, disable=not sys.stderr.isatty(), leave=False, file=sys.stderr) as made:
+        yield made
+
+
+def stage_lines(timings: dict[str, Any]) -> str:
+    """Timings as one line: milliseconds by stage."""
+    evaluations = timings["evaluations"]
+    each = f" ({len(evaluations)} x {sum(evaluations) / len(evaluations):.1f})" if evaluations else ""
+    parts = [f"text {timings['text']:.1f}"]
+    if timings["encode_image"] >= 0.05:
+        parts.append(f"encode image {timings['encode_image']:.1f}")
+    parts += [f"denoise {timings['denoise']:.1f}{each}", f"decode {timings['decode']:.1f}", f"total {timings['total']:.1f}"]
+    return ", ".join(parts) + " ms"
+
+

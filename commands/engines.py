@@ -1,0 +1,69 @@
+"""`fewstep engines list|show|verify|prune`."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from .common import emit
+
+
+def define(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=("list", "show", "verify", "prune"))
+    parser.add_argument("name", nargs="*", help="an engine's name, or how it begins")
+    parser.add_argument("--unused-days", type=float, help="prune: those not opened for so many days")
+    parser.add_argument("--keep-mib", type=int, help="prune: the longest unused until the rest fits")
+    parser.add_argument("--everything", action="store_true", help="prune: all of them")
+    parser.add_argument("--dry-run", action="store_true", help="prune: only say what would go")
+
+
+def execute(options: argparse.Namespace) -> int:
+    return {"list": _list, "show": _show, "verify": _verify, "prune": _prune}[options.action](options)
+
+
+def _list(options: argparse.Namespace) -> int:
+    from ..engines import default_store
+    from ..engines.inventory import list_engines
+
+    found = list_engines(default_store())
+    data = [{"name": e.name, "bytes": e.length, "used": e.used, "state": e.state, "reason": e.reason} for e in found]
+    lines = [f"{e.name}  {e.length / 1e6:9.2f} MB  used {time.strftime('%Y-%m-%d', time.localtime(e.used))}  {e.state} {e.reason}" for e in found]
+    emit(options, {"engines": data}, "\n".join(lines) or "no engines")
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    from ..engines import default_store
+    from ..engines.inventory import show_engine
+    from ..errors import ArgumentError
+
+    if len(options.name) != 1:
+        raise ArgumentError(f"{len(options.name)} names are given", expected="the name of one engine", remedy="List them with: fewstep engines list")
+    entry = show_engine(default_store(), options.name[0])
+    data = {"name": entry.name, "key": entry.key.to_json(), "bytes": entry.length, "built": entry.built, "facts": entry.facts, "gate": entry.gate}
+    emit(options, data, "\n".join(f"{k}: {v}" for k, v in data.items()))
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from ..engines import default_store
+    from ..engines.inventory import verify_engines
+
+    verdicts = verify_engines(default_store(), options.name)
+    data = {n: None if e is None else str(e) for n, e in verdicts.items()}
+    emit(options, {"engines": data}, "\n".join(f"{n}  {e or 'whole'}" for n, e in data.items()) or "no engines")
+    return max((e.exit_code for e in verdicts.values() if e is not None), default=0)
+
+
+def _prune(options: argparse.Namespace) -> int:
+    from ..engines import default_store
+    from ..engines.inventory import prune_engines
+
+    keep = None if options.keep_mib is None else options.keep_mib * 2**20
+    gone = prune_engines(
+        default_store(), unused_days=options.unused_days, keep_bytes=keep, everything=options.everything, dry_run=options.dry_run
+    )
+    data = [{"name": p.name, "bytes": p.length, "reason": p.reason} for p in gone]
+    verb = "would delete" if options.dry_run else "deleted"
+    emit(options, {"pruned": data, "dry_run": options.dry_run}, "\n".join(f"{verb} {p.name}  {p.length / 1e6:.2f} MB  {p.reason}" for p in gone) or "nothing to delete")
+    return 0

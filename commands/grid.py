@@ -1,0 +1,65 @@
+"""`fewstep grid BUNDLE`: one labelled picture over two axes, for people who would rather look."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..errors import ArgumentError
+from .common import add_engine_options, add_image_options, bar, emit, sampler_options
+
+AXES = {"sampler": str, "schedule": str, "steps": int, "seed": int, "guidance": float, "prompt": str, "strength": float}
+
+
+def define(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", help="a bundle folder")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--columns", required=True, metavar="AXIS=A,B,...", help=f"one of {', '.join(AXES)}, and its values")
+    parser.add_argument("--rows", metavar="AXIS=A,B,...", help="the other axis")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--image", help="start from this picture")
+    parser.add_argument("--strength", type=float, default=0.8)
+    parser.add_argument("--cell", type=int, help="pixels a picture is enlarged to (default: at least 128)")
+    parser.add_argument("--output", default="grid.png", help="the PNG to write (default: %(default)s)")
+    add_image_options(parser)
+    add_engine_options(parser)
+
+
+def execute(options: argparse.Namespace) -> int:
+    from ..runtime import load
+    from ..runtime.sheet import draw_sheet
+
+    columns = parse_axis(options.columns)
+    rows = parse_axis(options.rows) if options.rows else ("", [None])
+    if columns[0] == rows[0]:
+        raise ArgumentError(f"both axes are {columns[0]!r}", expected="two different axes")
+    pipe = load(options.bundle, backend=options.backend, threads=options.threads, size=options.size)
+    shared = {k: getattr(options, k) for k in ("negative", "steps", "sampler", "schedule", "guidance", "size", "compat", "seed", "image", "strength")}
+    cells: list[list[Any]] = []
+    seconds = []
+    with bar(len(columns[1]) * len(rows[1]), "image", "grid") as progress:
+        for down in rows[1]:
+            cells.append([])
+            for across in columns[1]:
+                given = {**shared, "prompt": options.prompt, columns[0]: across} | ({rows[0]: down} if rows[0] else {})
+                result = pipe(given.pop("prompt"), **given, **sampler_options(options))
+                cells[-1].append(result.images[0])
+                seconds.append(result.timings["total"] / 1e3)
+                progress.update(1)
+    heads = [f"{columns[0]} {v}" for v in columns[1]]
+    sides = [f"{rows[0]} {v}" if rows[0] else "" for v in rows[1]]
+    draw_sheet(cells, heads, sides, title=options.prompt, cell=options.cell).save(options.output)
+    data = {"file": options.output, "columns": heads, "rows": sides, "seconds": [round(s, 4) for s in seconds]}
+    emit(options, data, f"{options.output}: {len(heads)} x {len(sides)} pictures")
+    return 0
+
+
+def parse_axis(text: str) -> tuple[str, list[Any]]:
+    """`steps=2,4,8` as the axis and its values."""
+    name, _, values = text.partition("=")
+    if name not in AXES or not values:
+        raise ArgumentError(f"the axis is {text!r}", expected=f"AXIS=A,B,... with AXIS one of {', '.join(AXES)}")
+    try:
+        return name, [AXES[name](v.strip()) for v in values.split(",")]
+    except ValueError as error:
+        raise ArgumentError(f"the axis {text!r} has a value that is no {AXES[name].__name__}") from error

@@ -1,0 +1,45 @@
+"""`fewstep inspect PATH`: a bundle's contents, or the command that made a picture."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .common import emit
+
+
+def define(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", help="a bundle folder, or a PNG that fewstep made")
+
+
+def execute(options: argparse.Namespace) -> int:
+    path = Path(options.path)
+    return _picture(options, path) if path.suffix.lower() == ".png" else _bundle(options, path)
+
+
+def _picture(options: argparse.Namespace, path: Path) -> int:
+    from ..runtime.images import command_line, read_parameters
+
+    parameters = read_parameters(path)
+    command = command_line(parameters, path.name)
+    emit(options, {"command": command, "parameters": parameters}, command)
+    return 0
+
+
+def _bundle(options: argparse.Namespace, path: Path) -> int:
+    from ..bundle import read_bundle
+
+    bundle = read_bundle(path)
+    d, latent = bundle.defaults, bundle.latent
+    lines = [
+        f"{bundle.name}: {bundle.family}, {d.width}x{d.height}, from {bundle.source.get('checkpoint')}, licence {bundle.licence or 'not stated'}",
+        f"  latent: {latent.channels} channels, {latent.factor} pixels a cell; sizes in multiples of {latent.factor * latent.multiple}",
+        f"  scheduler: {bundle.scheduler.get('_class_name')}, {bundle.scheduler.get('prediction_type', 'epsilon')}",
+        f"  defaults: {d.steps} steps, guidance {d.guidance:g}, sampler {d.sampler or 'the scheduler above'}",
+    ]
+    for name, c in bundle.components.items():
+        megabytes = bundle.path(c.weights).stat().st_size / 1e6
+        lines.append(f"  {name:15} {c.dtype:9} {megabytes:9.2f} MB  weights {c.weights_sha256[:12]}  graph {c.graph_key[:12]}")
+    lines.append(f"  gate: {bundle.gate.get('status')}")
+    emit(options, bundle.to_json(), "\n".join(lines))
+    return 0

@@ -1,0 +1,32 @@
+"""`fewstep samplers`: every sampler and schedule, or which suit a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+
+from .common import emit
+
+
+def define(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--for", dest="bundle", metavar="BUNDLE", help="say which suit this bundle, and why the others do not")
+
+
+def execute(options: argparse.Namespace) -> int:
+    from ..schedules import listing
+
+    if options.bundle:
+        return _suiting(options)
+    samplers, schedules = listing.list_samplers(), listing.list_schedules()
+    data = {"samplers": listing.as_data(samplers), "schedules": listing.as_data(schedules)}
+    emit(options, data, f"{listing.format_samplers(samplers)}\n\n{listing.format_schedules(schedules)}")
+    return 0
+
+
+def _suiting(options: argparse.Namespace) -> int:
+    from ..bundle import read_bundle
+    from ..schedules import NoiseSchedule, listing
+
+    bundle = read_bundle(options.bundle)
+    verdicts = listing.samplers_for(NoiseSchedule.from_diffusers(bundle.scheduler), family=bundle.defaults.preset)
+    emit(options, {"bundle": bundle.name, "samplers": listing.as_data(verdicts)}, listing.format_suitability(verdicts))
+    return 0
