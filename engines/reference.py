@@ -43,7 +43,9 @@ def read_reference(path: Path, component: str | None = None) -> list[Case]:
         )
     try:
         with safe_open(path, framework="numpy") as file:
-            stated = json.loads((file.metadata() or {})["cases"])
+            stated = dict(json.loads((file.metadata() or {})["cases"]))
+            if not stated:
+                raise ValueError("it states no cases")
             names = list(file.keys())
             cases = [
                 _case(file, names, name, stated[name])
