@@ -301,12 +301,13 @@ def _path(levels: Sequence[Level], axis: Axis, start: int) -> Path:
             f"start={start} leaves none of the {total} steps", expected=f"at most {total - 1}",
             remedy="Use a higher strength or more steps.",
         )
+    top = max(axis.sigma_max, levels[0].sigma)
     pairs = list(itertools.pairwise(levels))
     return Path(
         pairs=pairs[start:],
         skipped=start,
         total=total,
         before=levels[:start],
-        at_sigma=lambda sigma: axis.at_sigma(min(sigma, axis.sigma_max)),
+        at_sigma=lambda sigma: axis.at_sigma(min(sigma, top)),
         at_timestep=axis.at_timestep,
     )

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import itertools
 import json
@@ -252,6 +253,12 @@ def network(x: np.ndarray, t: float) -> np.ndarray:
     return np.tanh(one(0.9) * x + one(t / 1500)) * one(0.8) + one(0.15) * np.sin(one(2.0) * x)
 
 
+@functools.lru_cache(maxsize=8)
+def made(cls: Any, config: str, double: bool) -> Any:
+    """A scheduler; the latest few are kept, since some take a tenth of a second to make."""
+    return cls.from_config(json.loads(config))
+
+
 def with_diffusers(case: Case, gaussian: np.ndarray, latent: np.ndarray, draws: list[np.ndarray]) -> np.ndarray:
     """What a pipeline does with this scheduler, in gaussian's float type.
 
@@ -264,10 +271,11 @@ def with_diffusers(case: Case, gaussian: np.ndarray, latent: np.ndarray, draws: 
     source = iter(draws)
     with scheduler_module(case.config["_class_name"], source, double=double) as module, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        cls = getattr(module, case.config["_class_name"])
-        scheduler = cls.from_config(config)
+        scheduler = made(getattr(module, case.config["_class_name"]), json.dumps(config, sort_keys=True), double)
         given = {"timesteps": case.timesteps and list(case.timesteps), "sigmas": case.sigmas and list(case.sigmas)}
         given["num_inference_steps"] = case.steps
+        if case.config["_class_name"] == "DPMSolverSinglestepScheduler":
+            scheduler.register_to_config(lower_order_final=config.get("lower_order_final", False))
         scheduler.set_timesteps(**{key: value for key, value in given.items() if value is not None})
         if case.config["_class_name"] == "DPMSolverSDEScheduler":
             scheduler.noise_sampler = BrownianIncrements(source, dtype)
