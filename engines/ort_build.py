@@ -8,12 +8,12 @@ format ends at 2 GB, all weights go into a file beside it, which ONNX Runtime ma
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from ..errors import CancelledError, UnsupportedError
 from . import machine
+from .accounting import check_fusion, count_operators
 from .base import Engine
 from .options import BuildOptions, RunOptions
 from .ort import OrtEngine, import_onnxruntime, open_session
@@ -84,9 +84,13 @@ class OrtBackend:
             raise CancelledError(f"the build of {job.name!r} was cancelled")
         OrtEngine(session, inputs=job.component.inputs, outputs=job.component.outputs, backend=self.name)
         job.progress(job.name, "optimising", 1.0)
+        found = count_operators(job.target.read_bytes())
+        fused = check_fusion(job.name, job.component.operators, found, strict=self.name == "ort-cuda")
         return {
             "weights": "beside the graph" if beside else "shared with the bundle",
             "providers": session.get_providers(),
+            "operators": dict(sorted(found.items())),
+            "fused": fused,
         }
 
     def open(self, job: OpenJob) -> Engine:
@@ -121,10 +125,3 @@ def _cancel_load(cancel: threading.Event, finished: threading.Event, options: An
 
 def backend(name: str) -> OrtBackend:
     return OrtBackend(name)
-
-
-def operators(model: bytes) -> Counter[str]:
-    """How many nodes of each operator an ONNX graph has; needs the module `onnx`."""
-    import onnx
-
-    return Counter(node.op_type for node in onnx.load_model_from_string(model).graph.node)

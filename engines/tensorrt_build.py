@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CancelledError, CorruptError, FewstepError, MismatchError, UnsupportedError
 from . import machine
+from .accounting import check_fusion
 from .base import Engine, TensorSpec
 from .options import BuildOptions
 from .profile import Profile
@@ -75,6 +76,9 @@ class TensorRTBackend:
         parser = parse(module, network, graph, logger(self.name))
         check_io(network, job.component.inputs, job.component.outputs)
         types = check_types(module, network, job.component.dtype)
+        layers = Counter(network.get_layer(i).type.name for i in range(network.num_layers))
+        found = {"Attention": layers["ATTENTION_INPUT"]}
+        fused = check_fusion(job.name, job.component.operators, found, strict=True)
         attentions = decompose_attention(module, network) if job.component.dtype == "float32" else 0
         self._configure(module, builder, config, job)
         add_profiles(builder, config, job.component.inputs, job.profiles)
@@ -95,7 +99,8 @@ class TensorRTBackend:
             write_cache(timing, bytes(memoryview(config.get_timing_cache().serialize())))
         del parser
         return {
-            "layers": network.num_layers,
+            "layers": dict(sorted(layers.items())),
+            "fused": fused,
             "compute_types": dict(types),
             "decomposed_attentions": attentions,
             "profiles": len(job.profiles),
