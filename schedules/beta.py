@@ -25,6 +25,8 @@ def _lower_quantile(p: float, a: float, b: float) -> float:
     low, high = 0.0, 0.5
     log_norm = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
     x = min(0.5, math.pow(p * a * math.exp(-log_norm), 1 / a))
+    if x == 0.0:
+        return 0.0
     for _ in range(200):
         error = _regularised(x, a, b) - p
         low, high = (low, x) if error > 0 else (x, high)

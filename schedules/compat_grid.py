@@ -383,9 +383,11 @@ def edm_family(request: Request) -> Grid:
     kind = str(config.get("sigma_schedule") or "karras")
     if kind not in ("karras", "exponential"):
         raise UnknownNameError("sigma_schedule", kind, ("karras", "exponential"))
-    sigmas = karras(low, high, steps, rho=float(config.get("rho", 7.0))) if kind == "karras" else (
-        exponential(low, high, steps)
-    )
+    if kind == "karras":
+        sigmas = karras(low, high, steps, rho=float(config.get("rho", 7.0)))
+    else:
+        # Counted up from sigma_min and turned round, so that a single step is taken at sigma_min.
+        sigmas = exponential(high, low, steps)[::-1]
     sigmas = request.tables.rounded(sigmas)
     std = float(config.get("sigma_data", 0.5))
     levels = [Level(0.25 * math.log(sigma), float(sigma), std) for sigma in sigmas]

@@ -123,7 +123,7 @@ class Axis:
 
 def _axis(noise: NoiseSchedule, sampler: Sampler) -> Axis:
     low, high = sigma_range(noise)
-    infinite = noise.zero_terminal_snr and sampler.space == "vp"
+    infinite = noise.zero_terminal_snr and sampler.infinite_top
     return Axis(noise=noise, sigma_min=low, sigma_max=high, edm_std=None, infinite_top=infinite)
 
 

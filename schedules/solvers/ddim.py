@@ -25,9 +25,10 @@ def ddim(model: Tape, path: Path, x: Form, *, eta: float = 0.0) -> Form:
 
 
 def ddpm(model: Tape, path: Path, x: Form, *, large_variance: bool = False, variance_floor: float = 0.0) -> Form:
-    """Ho et al. 2020 (arXiv 2006.11239), eq. 7, on a subset of the timesteps; no noise is added after t = 0.
+    """Ho et al. 2020 (arXiv 2006.11239), eq. 7, on a subset of the timesteps; the last step adds no noise.
 
-    large_variance: beta_t rather than the posterior's variance. variance_floor: diffusers has 1e-20 here.
+    large_variance: beta_t rather than the posterior's variance. variance_floor: diffusers has 1e-20 here, and draws
+    noise wherever t > 0, the last step included.
     """
     for here, there in path.pairs:
         ratio = (here.alpha / there.alpha) ** 2
@@ -36,6 +37,6 @@ def ddpm(model: Tape, path: Path, x: Form, *, large_variance: bool = False, vari
         b = there.alpha * (1 - ratio) / here.s**2
         variance = 1 - ratio if large_variance else posterior_variance(here, there)
         x = a * x + b * x0
-        if here.t > 0:
+        if (here.t if variance_floor else there.sigma) > 0:
             x = x + math.sqrt(max(variance, variance_floor)) * model.noise()
     return x

@@ -26,6 +26,7 @@ class Sampler:
     stages: evaluations of the network per step, and extra_evaluations beside them (PLMS: 1).
     draws: when it draws noise: "never", "always", or in words. exact: whether, given the true x0 and a schedule
     that ends at sigma 0, it ends on it.
+    infinite_top: whether it can start where no signal is left at all (zero terminal SNR), rather than just below.
     schedule: the spacing it takes if none is asked for.
     """
 
@@ -39,6 +40,7 @@ class Sampler:
     extra_evaluations: int = 0
     draws: str = "never"
     exact: bool = True
+    infinite_top: bool = False
     schedule: str = "trailing"
     diffusers: str | None = None
 
@@ -114,11 +116,11 @@ _ALL: list[Sampler] = [
     Sampler(name="lms", solve=multistep.lms, space="ve", order=4, source=KDIFF, diffusers="LMSDiscreteScheduler"),
     Sampler(
         name="ddim", solve=ddim.ddim, space="vp", order=1, source="Song et al. 2020, arXiv 2010.02502",
-        draws="with eta > 0", diffusers="DDIMScheduler",
+        draws="with eta > 0", infinite_top=True, diffusers="DDIMScheduler",
     ),
     Sampler(
         name="ddpm", solve=ddim.ddpm, space="vp", order=1, source="Ho et al. 2020, arXiv 2006.11239",
-        draws="but at t = 0", diffusers="DDPMScheduler",
+        draws="but at the last step", infinite_top=True, diffusers="DDPMScheduler",
     ),
     Sampler(
         name="plms", solve=multistep.plms, space="vp", order=2, source="Liu et al. 2022, arXiv 2202.09778",
@@ -146,11 +148,13 @@ _ALL: list[Sampler] = [
     ],
     Sampler(
         name="lcm", solve=consistency.lcm, space="vp", order=1, source="Luo et al. 2023, arXiv 2310.04378",
-        draws="but at the last step", exact=False, schedule="lcm", diffusers="LCMScheduler",
+        draws="but at the last step", exact=False, infinite_top=True, schedule="lcm",
+        diffusers="LCMScheduler",
     ),
     Sampler(
         name="tcd", solve=consistency.tcd, space="vp", order=1, source="Zheng et al. 2024, arXiv 2402.19159",
-        draws="with eta > 0, but at the last step", schedule="lcm", diffusers="TCDScheduler",
+        draws="with eta > 0, but at the last step", infinite_top=True, schedule="lcm",
+        diffusers="TCDScheduler",
     ),
     Sampler(
         name="edm_euler", solve=euler.euler, space="ve", order=1, source=EULER, draws="with s_churn",

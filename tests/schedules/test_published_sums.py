@@ -211,4 +211,5 @@ def test_ddpm_with_clipped_x0_gives_the_published_sums(changes: dict[str, Any], 
     x = first.alpha * RAMP + first.s * NOISE if start else RAMP.copy()
     model: Any = ClippedArrays(str(config.get("prediction_type", "epsilon")), generator_draws())
     result: Any = sampler.solve(model, grid.path, x.astype(np.float32), **arguments)
-    assert np.abs(result).sum() == pytest.approx(published, abs=1e-2)
+    # diffusers' float32 1 - alpha_bar_1 / alpha_bar_0 keeps three digits, which shows where it is half of all steps.
+    assert np.abs(result).sum() == pytest.approx(published, abs=0.03 if start else 0.01)

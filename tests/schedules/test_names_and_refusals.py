@@ -1,0 +1,209 @@
+"""Names of four families mean what they say; what cannot be is refused with what mends it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from fewstep.errors import ArgumentError, CorruptError, UnknownNameError, UnsupportedError
+from fewstep.schedules import NoiseSchedule, Program, compile_program, program_from_diffusers, resolve_sampler
+from fewstep.schedules.compat import CLASSES
+from fewstep.schedules.names import SAMPLER_ALIASES, SCHEDULE_ALIASES, resolve_schedule
+from fewstep.schedules.solvers.registry import SAMPLERS
+from fewstep.schedules.spacing import SPACINGS
+
+NOISE = NoiseSchedule.scaled_linear()
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler", "schedule", "options"),
+    [
+        ("euler", "euler", None, {}),
+        ("Euler a", "euler_ancestral", None, {}),
+        ("DPM++ 2M Karras", "dpmpp_2m", "karras", {}),
+        ("DPM++ 2M SDE Exponential", "dpmpp_2m_sde", "exponential", {}),
+        ("DPM++ 2M SDE Heun Karras", "dpmpp_2m_sde", "karras", {"solver_type": "heun"}),
+        ("DPM2 a Karras", "kdpm2_ancestral", "karras", {}),
+        ("dpmpp_3m_sde", "dpmpp_3m_sde", None, {}),
+        ("uni_pc_bh2", "unipc_3", None, {"solver_type": "bh2"}),
+        ("DPMSolverMultistepScheduler", "dpmpp_2m", None, {}),
+        ("KDPM2DiscreteScheduler", "kdpm2", None, {}),
+        ("LMS Karras", "lms", "karras", {}),
+        ("Euler SGM Uniform", "euler", "sgm_uniform", {}),
+        ("PLMS", "plms", None, {}),
+    ],
+)
+def test_aliases(name: str, sampler: str, schedule: str | None, options: dict[str, Any]) -> None:
+    found = resolve_sampler(name)
+    assert (found.name, found.schedule, dict(found.options)) == (sampler, schedule, options)
+
+
+def test_every_alias_leads_somewhere_and_every_class_has_a_name() -> None:
+    assert {name for name, _ in SAMPLER_ALIASES.values()} <= set(SAMPLERS)
+    assert set(SCHEDULE_ALIASES.values()) <= set(SPACINGS)
+    for name in CLASSES:
+        assert resolve_sampler(name).name in SAMPLERS
+
+
+def test_names_carry_their_schedule_and_options_into_the_program() -> None:
+    program = compile_program("DPM++ 2M Karras", steps=5, noise=NOISE)
+    assert (program.sampler, program.schedule) == ("dpmpp_2m", "karras")
+    pair = compile_program("dpmpp_2m", schedule="karras", steps=5, noise=NOISE)
+    assert np.array_equal(program.b, pair.b)
+    heun = compile_program("DPM++ 2M SDE Heun", steps=5, noise=NOISE)
+    assert not np.array_equal(heun.b, compile_program("dpmpp_2m_sde", steps=5, noise=NOISE).b)
+    comfy = compile_program("uni_pc", schedule="normal", steps=5, noise=NOISE)
+    assert (comfy.sampler, comfy.schedule) == ("unipc_3", "linspace")
+    with pytest.raises(ArgumentError, match="carries the schedule 'karras'"):
+        compile_program("DPM++ 2M Karras", schedule="trailing", steps=5, noise=NOISE)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("eular", "euler"), ("dpmpp2m", "dpmpp_2m"), ("ddmi", "ddim"), ("unipc_4", "unipc")]
+)
+def test_unknown_samplers_name_the_nearest(name: str, near: str) -> None:
+    with pytest.raises(UnknownNameError, match=near):
+        compile_program(name, steps=5, noise=NOISE)
+
+
+def test_unknown_schedules_name_the_nearest() -> None:
+    with pytest.raises(UnknownNameError, match="karras"):
+        resolve_schedule("karas")
+    with pytest.raises(UnknownNameError, match="trailing"):
+        compile_program("euler", schedule="trialing", steps=5, noise=NOISE)
+
+
+@pytest.mark.parametrize("name", ["DPM adaptive", "Restart", "dpmpp_2s_ancestral", "FlowMatchEulerDiscreteScheduler"])
+def test_known_samplers_that_are_not_done_are_refused_by_name(name: str) -> None:
+    with pytest.raises(UnsupportedError, match=name):
+        compile_program(name, steps=5, noise=NOISE)
+
+
+@pytest.mark.parametrize(
+    "option", ["thresholding", "clip_sample", "guidance_rescale", "use_clipped_model_output", "use_flow_sigmas"]
+)
+@pytest.mark.parametrize("compat", [None, "diffusers"])
+def test_what_is_not_linear_is_refused_by_name(option: str, compat: str | None) -> None:
+    with pytest.raises(UnsupportedError, match=option):
+        compile_program("ddim", steps=5, noise=NOISE, compat=compat, **{option: True})
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"_class_name": "DDIMScheduler"}, "clip_sample"),
+        ({"_class_name": "DDIMScheduler", "clip_sample": False, "thresholding": True}, "thresholding"),
+        ({"_class_name": "DDPMScheduler", "clip_sample": False, "variance_type": "learned_range"}, "learned_range"),
+        ({"_class_name": "PNDMScheduler"}, "PRK"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"}, "dpmsolver"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "variance_type": "learned"}, "learned"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 4}, "solver_order"),
+        ({"_class_name": "UniPCMultistepScheduler", "predict_x0": False}, "predict_x0"),
+        ({"_class_name": "UniPCMultistepScheduler", "solver_p": {"x": 1}}, "solver_p"),
+        ({"_class_name": "EulerAncestralDiscreteScheduler", "prediction_type": "sample"}, "sample"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "flow matching"),
+    ],
+)
+def test_configs_that_rows_cannot_follow_are_refused_by_name(config: dict[str, Any], words: str) -> None:
+    with pytest.raises(UnsupportedError, match=words):
+        program_from_diffusers(config, steps=5)
+
+
+def test_unknown_classes_and_options_name_the_nearest() -> None:
+    with pytest.raises(UnknownNameError, match="EulerDiscreteScheduler"):
+        program_from_diffusers({"_class_name": "EulerDiscretScheduler"}, steps=5)
+    with pytest.raises(UnknownNameError):
+        program_from_diffusers({}, steps=5)
+    with pytest.raises(UnknownNameError, match="eta"):
+        compile_program("ddim", steps=5, noise=NOISE, etaa=0.5)
+    with pytest.raises(UnknownNameError, match="use_karras_sigmas"):
+        compile_program("euler", steps=5, noise=NOISE, compat="diffusers", use_karras=True)
+    with pytest.raises(UnknownNameError, match="timestep_spacing"):
+        program_from_diffusers({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "middling"}, steps=5)
+
+
+IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
+    ({"steps": 0}, "steps"),
+    ({"steps": -3}, "steps"),
+    ({"steps": 2.5}, "steps"),
+    ({"steps": True}, "steps"),
+    ({"steps": 1001}, "1000 training timesteps"),
+    ({}, "steps=..."),
+    ({"steps": 5, "start": 5}, "strength"),
+    ({"steps": 5, "start": -1}, "start"),
+    ({"schedule": "karras", "timesteps": [999, 500]}, "Drop schedule"),
+    ({"schedule": "karras", "sigmas": [10.0, 0.0]}, "Drop schedule"),
+    ({"steps": 2, "timesteps": [999, 500]}, "Drop steps"),
+    ({"timesteps": [999, 500], "sigmas": [3.0, 1.0]}, "one of them"),
+    ({"timesteps": []}, "empty"),
+    ({"timesteps": [500, 999]}, "falling"),
+    ({"timesteps": [999, 999]}, "falling"),
+    ({"timesteps": [1000, 2]}, "at most 999"),
+    ({"timesteps": [999, float("nan")]}, "finite"),
+    ({"timesteps": [-1]}, "none below 0"),
+    ({"timesteps": [999], "last_sigma": "own"}, "at least two"),
+    ({"sigmas": [99.0, 1.0, 0.0]}, "trained to"),
+    ({"sigmas": [0.0]}, "at least two"),
+    ({"sigmas": [3.0, 0.0], "last_sigma": "zero"}, "own"),
+    ({"steps": 5, "last_sigma": "own"}, "no end of its own"),
+    ({"steps": 5, "last_sigma": "sigmamin"}, "sigma_min"),
+    ({"steps": 5, "last_sigma": 100.0}, "last_sigma"),
+    ({"steps": 5, "last_sigma": float("nan")}, "last_sigma"),
+    ({"steps": 5, "schedule": "karras", "sigma_min": 5.0, "sigma_max": 1.0}, "sigma_min"),
+    ({"steps": 5, "prediction": "eps"}, "epsilon"),
+    ({"steps": 5, "compat": "k-diffusion"}, "diffusers"),
+    ({"steps": 5, "s_churn": -1.0}, "s_churn"),
+    ({"steps": 5, "s_churn": "much"}, "s_churn"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), IMPOSSIBLE)
+def test_impossible_combinations_say_what_mends_them(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(ArgumentError, match=words):
+        compile_program("euler", noise=NOISE, **arguments)
+
+
+def test_other_impossible_combinations() -> None:
+    with pytest.raises(ArgumentError, match="from 0 to 1"):
+        compile_program("ddim", steps=5, noise=NOISE, eta=1.5)
+    with pytest.raises(UnknownNameError, match="midpoint"):
+        compile_program("dpmpp_2m", steps=5, noise=NOISE, solver_type="midpiont")
+    with pytest.raises(ArgumentError, match="lcm spacing"):
+        compile_program("lcm", steps=51, noise=NOISE)
+    with pytest.raises(ArgumentError, match="EDM"):
+        compile_program("edm_euler", schedule="trailing", steps=5, noise=NOISE)
+    with pytest.raises(ArgumentError, match="takes no explicit timesteps"):
+        compile_program("lms", timesteps=[999, 500], noise=NOISE, compat="diffusers")
+    with pytest.raises(ArgumentError, match="karras"):
+        compile_program("euler", timesteps=[999, 500], noise=NOISE, compat="diffusers", use_karras_sigmas=True)
+    with pytest.raises(UnsupportedError, match="compat=None"):
+        compile_program("ddim", schedule="karras", steps=5, noise=NOISE, compat="diffusers")
+    with pytest.raises(ArgumentError, match="start"):
+        compile_program("plms", steps=5, start=5, noise=NOISE, compat="diffusers")
+    program = compile_program("euler", steps=5, start=2, noise=NOISE)
+    with pytest.raises(ArgumentError, match="latent"):
+        program.run(lambda x, t: x, np.zeros(2), lambda: np.zeros(2))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"format": 99}', '{"format": 1, "sampler": "euler"}', "null", '{"format": 1, "a": "b"}'],
+)
+def test_text_that_is_no_program(text: str) -> None:
+    with pytest.raises(CorruptError):
+        Program.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("a", [1.0]), ("write", [0, 1, 2, 9, 0]), ("b", [[float("nan")] * 2] * 5), ("timesteps", []), ("c", [None] * 5)],
+)
+def test_damaged_programs_are_refused(field: str, value: Any) -> None:
+    import json
+
+    data = json.loads(compile_program("dpmpp_2m", steps=5, noise=NOISE).to_json())
+    data[field] = value
+    with pytest.raises(CorruptError):
+        Program.from_json(json.dumps(data))
