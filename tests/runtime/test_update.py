@@ -1,0 +1,204 @@
+"""Slots walking different programs in one batch: each must come out as its program alone does."""
+
+from __future__ import annotations
+
+import tracemalloc
+from typing import Any
+
+import numpy as np
+import pytest
+from fewstep.errors import ArgumentError
+from fewstep.runtime.update import SlotState
+from fewstep.schedules import NoiseSchedule, Program, compile_program
+from fewstep.schedules.solvers.registry import SAMPLERS
+
+SHAPE = (3, 5, 4)
+NOISE = NoiseSchedule.scaled_linear()
+NAMES = sorted(set(SAMPLERS) - {"edm_euler"})
+
+
+def network(x: np.ndarray, t: float) -> np.ndarray:
+    return np.asarray(np.tanh(x * np.float32(0.8) + np.float32(t / 2000)))
+
+
+def programs() -> list[Program]:
+    """One program a sampler, of different lengths, schedules, predictions and starts."""
+    schedules, predictions = ("trailing", "karras", "ays"), ("epsilon", "v_prediction", "sample")
+    return [
+        compile_program(
+            name, schedule=schedules[i % 3], steps=4 + i % 7, start=i % 3, noise=NOISE,
+            prediction=predictions[i % 2],
+        )
+        for i, name in enumerate(NAMES)
+    ]
+
+
+def material(count: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(3)
+    shape = (count, *SHAPE)
+    start, latent = rng.standard_normal(shape), rng.standard_normal(shape)
+    return start.astype(np.float32), latent.astype(np.float32), rng.standard_normal((rows, *shape)).astype(np.float32)
+
+
+def alone(program: Program, start: np.ndarray, latent: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """The reference loop's state at the end (not in diffusers' coordinates)."""
+    source = iter(draws)
+    result = program.run(network, start, lambda: next(source), latent)
+    return np.asarray(result / program.state_scale[-1], np.float32)
+
+
+def test_every_sampler_in_one_batch_is_as_it_is_alone() -> None:
+    chosen = programs()
+    start, latent, draws = material(len(chosen), 40)
+    state = SlotState(len(chosen) + 1, SHAPE, 4)
+    # Every slot has had a tenant whose network overflowed.
+    for array in (state.latent, state.history, state.noise, state._held):
+        array.fill(np.nan)
+    for slot, program in enumerate(chosen):
+        state.wipe(slot)
+        state.latent[slot] = program.init_noise * start[slot] + program.init_latent * latent[slot]
+    drawn = [0] * len(chosen)
+    inputs = np.empty((len(chosen), *SHAPE), np.float32)
+    for tick in range(max(program.evaluations for program in chosen)):
+        active = [slot for slot, program in enumerate(chosen) if tick < program.evaluations]
+        active = active[::-1] if tick % 2 else active
+        for j, slot in enumerate(active):
+            if chosen[slot].draws[tick]:
+                state.noise[slot] = draws[drawn[slot], slot]
+                drawn[slot] += 1
+            state.model_input(slot, chosen[slot], tick, inputs[j])
+        outputs = np.stack([network(inputs[j], chosen[slot].timesteps[tick]) for j, slot in enumerate(active)])
+        state.advance(active, [chosen[slot] for slot in active], [tick] * len(active), outputs)
+    for slot, program in enumerate(chosen):
+        expected = alone(program, start[slot], latent[slot], draws[:, slot])
+        assert np.abs(state.latent[slot] - expected).max() < 2e-5 * np.abs(expected).max(), program.sampler
+        assert np.isfinite(state.latent[slot]).all()
+    assert np.isnan(state.latent[-1]).all()
+
+
+def test_what_a_wipe_is_for() -> None:
+    """Without it the former tenant's NaN comes back through the history of a multistep program."""
+    program = compile_program("dpmpp_2m", steps=3, noise=NOISE)
+    for wipe in (True, False):
+        state = SlotState(1, SHAPE, 2)
+        state.latent[:], state.history[:] = np.nan, np.nan
+        if wipe:
+            state.wipe(0)
+        for i in range(3):
+            state.advance([0], [program], [i], np.ones((1, *SHAPE), np.float32))
+        assert np.isfinite(state.latent).all() == wipe
+
+
+def test_half_precision_engines_leave_the_state_in_float32() -> None:
+    program = compile_program("unipc_2", steps=6, noise=NOISE)
+    start, latent, draws = material(1, 1)
+    state = SlotState(1, SHAPE, 4)
+    state.latent[:] = start
+    buffer = np.empty((1, *SHAPE), np.float16)
+    for i in range(6):
+        state.model_input(0, program, i, buffer[0])
+        state.advance([0], [program], [i], network(buffer.astype(np.float32), program.timesteps[i]).astype(np.float16))
+    expected = alone(program, start[0], latent[0], draws[:, 0])
+    assert state.latent.dtype == np.float32
+    assert 0 < np.abs(state.latent[0] - expected).max() < 0.02
+
+
+def test_previews_are_x0() -> None:
+    program = compile_program("euler", steps=5, noise=NOISE, prediction="v_prediction")
+    start, _, _ = material(1, 1)
+    state = SlotState(1, SHAPE, 1)
+    state.latent[:] = start
+    out = network(start, 0.0)
+    into = np.empty(SHAPE, np.float32)
+    state.preview(0, program, 2, out[0], into)
+    assert np.allclose(into, program.x0_x[2] * start[0] + program.x0_out[2] * out[0], atol=1e-6)
+    state.finish(0, program, into)
+    assert np.array_equal(into, state.latent[0])
+
+
+def test_nothing_is_allocated_in_a_tick() -> None:
+    shape = (4, 64, 64)
+    chosen = [compile_program(name, steps=8, noise=NOISE) for name in ("euler", "dpmpp_3m_sde", "plms", "unipc_3")]
+    state = SlotState(4, shape, 4)
+    outputs = np.ones((4, *shape), np.float32)
+    buffer = np.empty((4, *shape), np.float32)
+    for i in (0, 1):
+        state.advance(range(4), chosen, [i] * 4, outputs)
+    tracemalloc.start()
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
+    for i in (2, 3, 4):
+        for slot in range(4):
+            state.model_input(slot, chosen[slot], i, buffer[slot])
+        state.advance(range(4), chosen, [i] * 4, outputs)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak - before < outputs[0].nbytes / 4
+
+
+def test_a_new_program_in_a_used_slot_is_noticed() -> None:
+    first, second = (compile_program("euler", steps=n, noise=NOISE) for n in (4, 9))
+    state = SlotState(1, SHAPE, 1)
+    start, _, _ = material(1, 1)
+    for program in (first, second):
+        state.latent[:] = start
+        state.advance([0], [program], [0], start)
+        assert np.allclose(state.latent, (program.a[0] + program.b[0, 0]) * start, atol=1e-5)
+
+
+@pytest.mark.parametrize("arguments", [(0, SHAPE, 1), (1, (0, 2), 1), (1, SHAPE, 0)])
+def test_impossible_sizes(arguments: tuple[Any, ...]) -> None:
+    with pytest.raises(ArgumentError, match="positive"):
+        SlotState(*arguments)
+
+
+def test_too_little_history_is_an_error_of_its_own() -> None:
+    program = compile_program("unipc_3", steps=9, noise=NOISE)
+    state = SlotState(1, SHAPE, 2)
+    with pytest.raises(ArgumentError, match="larger history"):
+        state.advance([0], [program], [0], np.ones((1, *SHAPE), np.float32))
+
+
+def test_the_torch_form_is_the_numpy_form() -> None:
+    """On CPU tensors: the arithmetic and the gathers, not the device."""
+    torch = pytest.importorskip("torch")
+    from fewstep.runtime.update_cuda import CudaSlotState, slot_index
+
+    chosen = programs()
+    start, latent, draws = material(len(chosen), 40)
+    state = CudaSlotState(len(chosen), SHAPE, 4, max_rows=32, device="cpu")
+    state.latent.fill_(float("nan"))
+    state.history.fill_(float("nan"))
+    for slot, program in enumerate(chosen):
+        state.wipe(slot)
+        state.load(slot, program)
+        begin = program.init_noise * start[slot] + program.init_latent * latent[slot]
+        state.latent[slot] = torch.from_numpy(begin.astype(np.float32))
+    drawn = [0] * len(chosen)
+    for tick in range(max(program.evaluations for program in chosen)):
+        active = [slot for slot, program in enumerate(chosen) if tick < program.evaluations]
+        index = slot_index(active, "cpu")
+        for slot in active:
+            if chosen[slot].draws[tick]:
+                state.noise[slot] = torch.from_numpy(draws[drawn[slot], slot])
+                drawn[slot] += 1
+        inputs = torch.empty((len(active), *SHAPE))
+        state.model_input(index, inputs)
+        fed = state.timesteps(index).tolist()
+        outputs = np.stack([network(x, t) for x, t in zip(inputs.numpy(), fed, strict=True)])
+        state.advance(index, torch.from_numpy(outputs))
+    for slot, program in enumerate(chosen):
+        expected = alone(program, start[slot], latent[slot], draws[:, slot])
+        found = state.latent[slot].numpy()
+        assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max(), program.sampler
+
+
+def test_the_torch_form_refuses_what_does_not_fit() -> None:
+    pytest.importorskip("torch")
+    from fewstep.runtime.update_cuda import CudaSlotState
+
+    state = CudaSlotState(1, SHAPE, 2, max_rows=4, device="cpu")
+    with pytest.raises(ArgumentError, match="max_rows"):
+        state.load(0, compile_program("euler", steps=9, noise=NOISE))
+    with pytest.raises(ArgumentError, match="history"):
+        state.load(0, compile_program("lms", steps=4, noise=NOISE))
