@@ -1,0 +1,45 @@
+# Every target sets up .venv from nothing and reuses it after. `demo` installs no torch; the others add what they need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+CORE := $(VENV)/.core
+FULL := $(VENV)/.full
+
+.PHONY: demo test lint parity bench install-check model clean
+
+demo: $(CORE)
+	$(BIN)/fewstep demo
+
+test: $(FULL)
+	$(BIN)/python -m pytest
+
+parity: $(FULL)
+	FEWSTEP_PARITY=full $(BIN)/python -m pytest tests/schedules/test_parity.py -s
+
+lint: $(FULL)
+	$(BIN)/ruff check .
+	@mkdir -p build/mypy && ln -sfn ../.. build/mypy/fewstep
+	MYPYPATH=build/mypy $(BIN)/mypy
+
+bench: $(FULL)
+	$(BIN)/python bench/startup.py
+	$(BIN)/python bench/samplers.py
+
+install-check: $(FULL)
+	$(BIN)/python tools/check_install.py
+
+$(CORE): pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 11) else 'fewstep needs Python 3.11 or later: make PYTHON=python3.11')"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --editable '.[cpu]'
+	@touch $@
+
+# torch first and by its exact version: a range could pull a build with gigabytes of CUDA libraries.
+$(FULL): $(CORE)
+	$(PIP) torch==2.13.0
+	$(PIP) --editable '.[cpu,export,verify,tensorrt-rtx,plot,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
