@@ -26,11 +26,9 @@ class BuildOptions:
     `compute_capabilities` (`"8.9"`) are TensorRT-RTX's targets when it builds for other GPUs than this machine's.
     `workspace_bytes` and `auxiliary_streams` bound TensorRT's scratch memory and its side streams.
     `capturable` makes a TensorRT-RTX engine leave all memory to its caller, so that a caller's CUDA graph can hold it.
-    `float16` converts an ONNX Runtime graph to half precision after fusion (CUDA only).
     """
 
     optimization: str = "all"
-    float16: bool = False
     optimization_level: int | None = None
     workspace_bytes: int | None = None
     auxiliary_streams: int | None = 0

@@ -226,7 +226,7 @@ class OrtEngine:
     ) -> OrtEngine:
         """Load a graph whose external data lie beside it, and optimise it now."""
         options = run or RunOptions()
-        stream = _make_stream(options) if backend == "ort-cuda" else None
+        stream = engine_stream(backend, options)
         session = open_session(
             path,
             backend=backend,
@@ -258,7 +258,10 @@ class OrtEngine:
         return OrtCudaBinding(self._session, self.inputs, self.outputs, dims, run=self._run, stream=self._stream)
 
 
-def _make_stream(run: RunOptions) -> Any:
+def engine_stream(backend: str, run: RunOptions) -> Any:
+    """The CUDA stream of a session on CUDA, made before it; `None` on the CPU."""
+    if backend == "ort-cpu":
+        return None
     from .ort_cuda import make_stream
 
     return make_stream(run.device)

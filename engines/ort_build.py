@@ -11,12 +11,12 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import CancelledError, UnsupportedError
+from ..errors import CancelledError
 from . import machine
 from .accounting import check_fusion, count_operators
 from .base import Engine
 from .options import BuildOptions, RunOptions
-from .ort import OrtEngine, import_onnxruntime, open_session
+from .ort import OrtEngine, engine_stream, import_onnxruntime, open_session
 from .registry import BuildJob, OpenJob
 from .weights import check_data, check_graph, check_weights, read_weights
 
@@ -27,7 +27,7 @@ class OrtBackend:
     """Builds and loads engines of ONNX Runtime for one provider."""
 
     suffix = "onnx"
-    heeds = ("optimization", "float16")
+    heeds: tuple[str, ...] = ("optimization",)
     uses_profiles = False
 
     def __init__(self, name: str) -> None:
@@ -47,10 +47,6 @@ class OrtBackend:
 
     def build(self, job: BuildJob) -> Mapping[str, Any]:
         """Have ONNX Runtime optimise the graph and save it. Raises `CancelledError`, `CorruptError`."""
-        if job.options.float16:
-            raise UnsupportedError(
-                "float16 conversion on the CPU", remedy="Export with --dtype float16, or leave it out."
-            )
         job.progress(job.name, "optimising", 0.0)
         source = check_graph(job.bundle, job.component)
         check_weights(job.bundle, job.component, None)
@@ -102,6 +98,7 @@ class OrtBackend:
             external = {job.component.weights: weights}
         else:
             folder = check_weights(job.bundle, job.component, job.store).parent
+        stream = engine_stream(self.name, job.run)
         session = open_session(
             bytes(job.data),
             backend=self.name,
@@ -109,9 +106,15 @@ class OrtBackend:
             optimization="disabled",
             external=external,
             external_folder=folder,
+            stream=None if stream is None else stream.cuda_stream,
         )
         return OrtEngine(
-            session, inputs=job.component.inputs, outputs=job.component.outputs, backend=self.name, run=job.run
+            session,
+            inputs=job.component.inputs,
+            outputs=job.component.outputs,
+            backend=self.name,
+            run=job.run,
+            stream=stream,
         )
 
 

@@ -40,7 +40,6 @@ from fewstep.errors import (
     MismatchError,
     MissingError,
     UnknownNameError,
-    UnsupportedError,
 )
 from small_bundle import example, write_bundle
 
@@ -174,7 +173,7 @@ def test_a_mismatch_names_field_found_expected_and_command(bundle: Bundle, store
 def test_options_are_part_of_the_key_and_foreign_ones_are_refused(bundle: Bundle, store: Store) -> None:
     basic = BuildOptions(optimization="basic")
     one = build_engines(bundle, backend="ort-cpu", components=["unet"], store=store, options=basic)["unet"]
-    assert one.entry.key.options == {"optimization": "basic", "float16": False}
+    assert one.entry.key.options == {"optimization": "basic"}
     open_engine(bundle, "unet", backend="ort-cpu", store=store, build="never")
     with pytest.raises(MismatchError, match=r"build options optimization='basic' \(expected optimization='all'"):
         open_engine(bundle, "unet", backend="ort-cpu", store=store, build="never", options=BuildOptions())
@@ -182,8 +181,6 @@ def test_options_are_part_of_the_key_and_foreign_ones_are_refused(bundle: Bundle
     assert two.entry.name != one.entry.name
     with pytest.raises(ArgumentError, match="workspace_bytes means nothing"):
         build_engines(bundle, backend="ort-cpu", store=store, options=BuildOptions(workspace_bytes=1 << 30))
-    with pytest.raises(UnsupportedError, match="float16"):
-        build_engines(bundle, backend="ort-cpu", store=store, options=BuildOptions(float16=True))
 
 
 @pytest.mark.parametrize(

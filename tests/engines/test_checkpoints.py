@@ -1,0 +1,56 @@
+"""Exported checkpoints of each family, tiny and random: built for TensorRT-RTX, built and gated on the CPU."""
+
+from __future__ import annotations
+
+import onnx
+import pytest
+from fewstep.bundle import Bundle
+from fewstep.engines import BuildOptions, Span, Store, build_engines, open_engines, profiles_for
+from fewstep.engines.reference import FILE
+from fewstep.errors import CorruptError
+
+GPUS = BuildOptions(compute_capabilities=("8.9", "12.0"))
+
+
+@pytest.fixture(params=["sd1", "sdxl"])
+def exported(request: pytest.FixtureRequest) -> Bundle:
+    found: Bundle = request.getfixturevalue(f"{request.param}_bundle")
+    return found
+
+
+def casts_last(bundle: Bundle) -> bool:
+    """Whether the decoder's image comes straight out of a cast: TensorRT takes uint8 at the network's edge only."""
+    model = onnx.load(str(bundle.path(bundle.component("vae_decoder").graph)), load_external_data=False)
+    producers = {output: node.op_type for node in model.graph.node for output in node.output}
+    return producers["image"] == "Cast"
+
+
+@pytest.mark.parametrize("kind", ["exact", "dynamic"])
+def test_every_component_builds_for_two_gpus(exported: Bundle, store: Store, kind: str) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    step = exported.latent.multiple
+    span = Span(minimum=step, optimum=4 * step, maximum=8 * step)
+    spans = {"height": span, "width": span} if kind == "dynamic" else None
+    profiles = profiles_for(exported, dynamic=spans)
+    for name in exported.components:
+        if name == "vae_decoder" and not casts_last(exported):
+            with pytest.raises(CorruptError, match=r"Cast.*legalUINT8"):
+                build_engines(exported, backend="tensorrt-rtx", components=[name], store=store, options=GPUS)
+            continue
+        built = build_engines(
+            exported, backend="tensorrt-rtx", components=[name], store=store, profiles=profiles, options=GPUS
+        )[name]
+        attentions = exported.component(name).operators.get("Attention", 0)
+        assert built.entry.facts["decomposed_attentions"] == attentions
+        assert (name == "unet") <= (attentions > 0)
+        assert built.entry.facts["profiles"] == len(profiles[name])
+
+
+def test_the_cpus_engines_agree_with_torch(exported: Bundle, store: Store) -> None:
+    built = build_engines(exported, backend="ort-cpu", store=store)
+    if (exported.folder / FILE).is_file():
+        assert [b.entry.gate["passed"] for b in built.values()] == [True] * len(built)
+    engines = open_engines(exported, list(exported.components), backend="ort-cpu", store=store, build="never")
+    dims = {n: p[0].optimum for n, p in profiles_for(exported).items()}
+    for name, engine in engines.items():
+        engine.bind(dims[name]).enqueue()
