@@ -20,44 +20,71 @@ from ..schedules import Program
 Float32 = npt.NDArray[np.float32]
 
 
+Scalar = npt.NDArray[np.float32]
+"""A factor as an array of no dimensions: NumPy multiplies by these faster than by Python floats."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One row as the kernel wants it: no zero terms, and what nobody remembers folded into x and out.
+    """One row as the kernel wants it: without terms that do nothing (None), and with what no row reads back folded
+    into the factors of x and out.
 
-    keep: (slot, p, q) of the kept quantity p x + q out, or None where no row reads it back.
+    keep: (slot, factor of x or None, factor of out), the quantity to store, or None where no row reads it.
+    adds: whether it is stored times its own factor in this row, so that the row adds it as it is; the factors of
+        later rows make up for that.
     x, out: factors of the state and of the network's output. terms: (slot, factor) of the history.
     c, c_prev: factors of this draw and of the one before. holds: whether the next row reads this draw again.
     """
 
-    scale: float
-    keep: tuple[int, float, float] | None
-    x: float
-    out: float
-    terms: tuple[tuple[int, float], ...]
-    c: float
-    c_prev: float
+    scale: Scalar | None
+    keep: tuple[int, Scalar | None, Scalar] | None
+    adds: bool
+    x: Scalar | None
+    out: Scalar | None
+    terms: tuple[tuple[int, Scalar], ...]
+    c: Scalar | None
+    c_prev: Scalar | None
     holds: bool
-    preview: tuple[float, float]
+    preview: tuple[Scalar | None, Scalar]
+
+
+def _scalar(value: float) -> Scalar:
+    return np.array(value, np.float32)
+
+
+def _unless(value: float, idle: float) -> Scalar | None:
+    return None if value == idle else _scalar(value)
 
 
 def _compile_rows(program: Program) -> list[_Row]:
     rows = []
+    stored_as = np.ones(program.history)
     for i in range(program.evaluations):
         slot, p, q = int(program.write[i]), float(program.h_x[i]), float(program.h_out[i])
         b = program.b[i]
         own = float(b[slot])
+        x, out, keep, adds = float(program.a[i]) + own * p, own * q, None, False
+        terms = tuple((int(k), _scalar(b[k] / stored_as[k])) for k in np.flatnonzero(b) if k != slot)
+        if _is_read_later(program, i):
+            # Added as it is stored, unless its own factor is so small that storing it times that would blow up others.
+            adds = abs(own) > 1e-3
+            stored_as[slot] = own if adds else 1.0
+            keep = (slot, _unless(p * stored_as[slot], 0.0), _scalar(q * stored_as[slot]))
+            if adds:
+                x, out = float(program.a[i]), 0.0
         following = i + 1 < program.evaluations and bool(program.c_prev[i + 1])
         rows.append(
             _Row(
-                scale=float(program.input_scale[i]),
-                keep=(slot, p, q) if _is_read_later(program, i) else None,
-                x=float(program.a[i]) + own * p,
-                out=own * q,
-                terms=tuple((int(k), float(b[k])) for k in np.flatnonzero(b) if k != slot),
-                c=float(program.c[i]),
-                c_prev=float(program.c_prev[i]),
+                scale=_unless(float(program.input_scale[i]), 1.0),
+                keep=keep,
+                adds=adds,
+                x=_unless(x, 1.0),
+                out=_unless(out, 0.0),
+                terms=terms,
+                c=_unless(float(program.c[i]), 0.0),
+                c_prev=_unless(float(program.c_prev[i]), 0.0),
                 holds=following,
-                preview=(float(program.x0_x[i]), float(program.x0_out[i])),
+                preview=(_unless(float(program.x0_x[i]), 0.0), _scalar(float(program.x0_out[i]))),
             )
         )
     return rows
@@ -77,7 +104,8 @@ def _is_read_later(program: Program, i: int) -> bool:
 class SlotState:
     """The sampling state of S slots, each walking its own program.
 
-    latent: float32 [S, *shape], the network's input before scaling. history: float32 [S, K, *shape].
+    latent: float32 [S, *shape], the network's input before scaling.
+    history: float32 [S, K, *shape], the kept quantities, each up to a factor that the rows know.
     noise: float32 [S, *shape], the unit draw for the coming row; the caller fills it where `program.draws[row]`.
     """
 
@@ -121,9 +149,12 @@ class SlotState:
 
     def model_input(self, slot: int, program: Program, i: int, out: npt.NDArray[Any]) -> None:
         """Write the network's input of row i into `out`, a float32 or float16 view of the engine's buffer."""
-        scale = self.rows(slot, program)[i].scale
-        if scale == 1.0:
-            np.copyto(out, self._latents[slot], casting="same_kind")
+        known, table = self._tables[slot]
+        if known is not program:
+            table = self.rows(slot, program)
+        scale = table[i].scale
+        if scale is None:
+            out[...] = self._latents[slot]
         else:
             np.multiply(self._latents[slot], scale, out=out, casting="same_kind")
 
@@ -142,7 +173,7 @@ class SlotState:
         x_factor, out_factor = self.rows(slot, program)[i].preview
         output = self._as_float32(output)
         np.multiply(output, out_factor, out=into)
-        if x_factor:
+        if x_factor is not None:
             np.multiply(self._latents[slot], x_factor, out=self._scratch)
             np.add(into, self._scratch, out=into)
 
@@ -160,32 +191,31 @@ class SlotState:
         return self._converted
 
     def _advance(self, slot: int, row: _Row, output: npt.NDArray[Any]) -> None:
-        x, scratch = self._latents[slot], self._scratch
+        x, scratch, history = self._latents[slot], self._scratch, self._histories[slot]
         multiply, add = np.multiply, np.add
         if output.dtype != np.float32:
             output = self._as_float32(output)
         if row.keep is not None:
             ring, p, q = row.keep
-            kept = self._histories[slot][ring]
-            if q == 1.0:
-                np.copyto(kept, output)
-            else:
-                multiply(output, q, kept)
-            if p:
+            kept = history[ring]
+            multiply(output, q, kept)
+            if p is not None:
                 multiply(x, p, scratch)
                 add(kept, scratch, kept)
-        if row.x != 1.0:
+        if row.x is not None:
             multiply(x, row.x, x)
-        if row.out:
+        if row.out is not None:
             multiply(output, row.out, scratch)
             add(x, scratch, x)
+        if row.adds:
+            add(x, kept, x)
         for ring, factor in row.terms:
-            multiply(self._histories[slot][ring], factor, scratch)
+            multiply(history[ring], factor, scratch)
             add(x, scratch, x)
-        if row.c:
+        if row.c is not None:
             multiply(self._noises[slot], row.c, scratch)
             add(x, scratch, x)
-        if row.c_prev:
+        if row.c_prev is not None:
             multiply(self._helds[slot], row.c_prev, scratch)
             add(x, scratch, x)
         if row.holds:
