@@ -9,7 +9,8 @@ from typing import Any
 from ..errors import ArgumentError, UnknownNameError, UnsupportedError
 from . import compat_grid as grids
 from .assemble import assemble
-from .compat_grid import Grid, Request, Tables
+from .compat_grid import Grid, Request
+from .compat_tables import Tables
 from .levels import EDM_PREDICTIONS
 from .names import resolve_sampler
 from .noise import PREDICTIONS, NoiseSchedule

@@ -17,7 +17,8 @@ import pytest
 import torch
 from fewstep.schedules import program_from_diffusers
 from fewstep.schedules.compat import CLASSES, _solver
-from fewstep.schedules.compat_grid import Grid, Request, Tables
+from fewstep.schedules.compat_grid import Grid, Request
+from fewstep.schedules.compat_tables import Tables
 from fewstep.schedules.levels import Level, Preconditioning
 
 COUNT = 4 * 3 * 8 * 8
