@@ -1,0 +1,306 @@
+"""Exports: what a bundle holds, what is refused, and that nothing half-written stays."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import copy
+from safetensors.numpy import load_file, save_file
+
+from fewstep.bundle import read_bundle
+from fewstep.errors import (
+    ArgumentError,
+    CorruptError,
+    FewstepError,
+    GateError,
+    MissingError,
+    UnknownNameError,
+    UnsafeFileError,
+    UnsupportedError,
+)
+from fewstep.export import export_bundle, open_checkpoint
+from fewstep.export.embedded import embedded_bundle, embedded_checkpoint
+from fewstep.export.graphs import find_graph, graph_key
+from fewstep.export.plan import choose_precisions, plan_components
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+def refused(source: Path | str, target: Path, kind: type[FewstepError], words: str, **options: Any) -> None:
+    with pytest.raises(kind, match=words) as caught:
+        export_bundle(source, target, **options)
+    assert caught.value.remedy or caught.value.expected
+    assert not target.exists()
+    assert not list(target.parent.glob(f".{target.name}*")), "something half-written stayed"
+
+
+def edit(path: Path, **changes: Any) -> None:
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({**data, **changes}))
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_the_bundle_follows_the_contract(family: str, request: pytest.FixtureRequest) -> None:
+    bundle = request.getfixturevalue(f"{family}_bundle")
+    assert bundle.family == family
+    assert read_bundle(bundle.folder).to_json() == bundle.to_json()
+    unet = {s.name for s in bundle.components["unet"].inputs}
+    assert unet >= {"sample", "timestep", "encoder_hidden_states"}
+    assert ({"text_embeds", "time_ids"} <= unet) == (family == "sdxl")
+    assert [s.dtype for s in bundle.components["vae_decoder"].outputs] == ["uint8", "bool"]
+    assert bundle.latent.factor == 2, "the VAE's factor must come from its configuration"
+    assert bundle.gate["status"] == "passed"
+    assert all(c["worst_relative_l2"] <= c["limit"] for c in bundle.gate["components"].values())
+    for component in bundle.components.values():
+        weights = load_file(bundle.path(component.weights))
+        assert sum(v.nbytes for v in weights.values()) > 0
+
+
+def test_graphs_hold_no_weights_and_no_paths(sd1_bundle: Any) -> None:
+    import onnx
+
+    for name, component in sd1_bundle.components.items():
+        path = sd1_bundle.path(component.graph)
+        onnx.checker.check_model(str(path), full_check=True)
+        model = onnx.load(path, load_external_data=False)
+        names = set(load_file(sd1_bundle.path(component.weights)))
+        external = {t.name for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL}
+        assert external == names, name
+        text = path.read_bytes()
+        assert b".py" not in text
+        assert os.fsencode(str(Path.home())) not in text
+
+
+def test_a_graph_depends_on_the_configuration_alone(tiny_sd1: Path, sd1_bundle: Any, tmp_path: Path) -> None:
+    other = copy(tiny_sd1, tmp_path / "other")
+    weights = load_file(other / UNET)
+    save_file({k: v * np.float32(0.5) for k, v in weights.items()}, other / UNET, metadata={"format": "pt"})
+    bundle = export_bundle(other, tmp_path / "bundle", gate=False)
+    before, after = sd1_bundle.components["unet"], bundle.components["unet"]
+    assert before.graph_key == after.graph_key
+    assert before.graph_sha256 == after.graph_sha256
+    assert before.weights_sha256 != after.weights_sha256
+    config = plan_components(open_checkpoint(tiny_sd1))[1].config
+    assert graph_key("unet", {**config, "layers_per_block": 2}, "float32") != before.graph_key
+
+
+def test_half_precision_weights_are_converted_tensor_by_tensor(tiny_sd1: Path, tmp_path: Path) -> None:
+    import ml_dtypes
+
+    from fewstep.export.weights import Stored, convert
+
+    values = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
+    values[:2] = (1.0 + 2**-8, 1.0 + 3 * 2**-8)
+    stored = Stored(dtype="F32", shape=(1000,), data=values.view(np.uint8))
+    expected = values.astype(ml_dtypes.bfloat16)
+    found = convert(stored, "bfloat16", "x")
+    np.testing.assert_array_equal(found, expected.view(np.uint16))
+    back = convert(Stored(dtype="BF16", shape=(1000,), data=found.view(np.uint8)), "float32", "x")
+    np.testing.assert_array_equal(back, expected.astype(np.float32))
+
+
+def test_vae_precision_is_explicit(tiny_sdxl: Path) -> None:
+    checkpoint = open_checkpoint(tiny_sdxl)
+    chosen = choose_precisions(checkpoint, "fp16")
+    assert (chosen["unet"], chosen["vae_decoder"]) == ("float16", "float32"), "SDXL's VAE overflows in float16"
+    assert choose_precisions(checkpoint, "fp16", "bf16")["vae_decoder"] == "bfloat16"
+    with pytest.raises(ArgumentError, match="unknown precision 'int4'"):
+        choose_precisions(checkpoint, "int4")
+
+
+def test_the_embedded_model_is_exported_from_packaged_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(embedded_checkpoint("base"))
+    assert all(find_graph(p.key) is not None for p in plan_components(checkpoint)), "run tools/package_graphs.py"
+    monkeypatch.setenv("FEWSTEP_CACHE_DIR", str(tmp_path))
+    bundle, made = embedded_bundle("base")
+    again, made_again = embedded_bundle("base")
+    assert (made, made_again) == (True, False)
+    assert again.to_json() == bundle.to_json()
+    assert bundle.gate["status"] == "passed"
+    size = sum(f.stat().st_size for f in embedded_checkpoint("base").rglob("*.safetensors") if f.name != "reference.safetensors")
+    assert size <= 12_000_000
+
+
+def test_the_gate_refuses_weights_under_wrong_names(tiny_sd1: Path, tmp_path: Path) -> None:
+    """Two weights of one shape change places in the bundle only: what torch made of the checkpoint is the reference."""
+    from fewstep.export import export as module
+
+    real = module.open_tensors
+
+    def swapped(paths: Any) -> Any:
+        found = real(paths)
+        a, b = "mid_block.resnets.0.conv1.weight", "mid_block.resnets.0.conv2.weight"
+        if a in found:
+            found[a], found[b] = found[b], found[a]
+        return found
+
+    module.open_tensors = swapped
+    try:
+        refused(tiny_sd1, tmp_path / "bundle", GateError, "disagrees with torch")
+    finally:
+        module.open_tensors = real
+
+
+def test_no_such_folder(tmp_path: Path) -> None:
+    refused(tmp_path / "nothing", tmp_path / "b", MissingError, "no folder")
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".bin"])
+def test_a_pickle_is_refused(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / f"model{suffix}").write_bytes(b"\x80\x04.")
+    refused(tmp_path / f"model{suffix}", tmp_path / "b", UnsafeFileError, "pickle")
+
+
+def test_pickled_weights_in_a_folder_are_refused(tiny_sd1: Path, tmp_path: Path) -> None:
+    bad = copy(tiny_sd1, tmp_path / "bad")
+    (bad / UNET).rename(bad / "unet" / "diffusion_pytorch_model.bin")
+    refused(bad, tmp_path / "b", UnsafeFileError, "pickles only")
+
+
+def test_a_folder_without_an_index(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", tmp_path / "b", MissingError, "model_index.json")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "[" * 5000], ids=["empty", "cut", "list", "deep"])
+def test_an_index_that_is_not_an_object(tiny_sd1: Path, tmp_path: Path, content: str) -> None:
+    bad = copy(tiny_sd1, tmp_path / "bad")
+    (bad / "model_index.json").write_text(content)
+    refused(bad, tmp_path / "b", CorruptError, "model_index.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("_class_name", "StableDiffusion3Pipeline", "StableDiffusion3Pipeline"),
+        ("unet", ["os", "system"], "'system'"),
+        ("controlnet", ["diffusers", "ControlNetModel"], "controlnet"),
+    ],
+)
+def test_classes_go_through_an_allow_list(tiny_sd1: Path, tmp_path: Path, name: str, value: Any, words: str) -> None:
+    bad = copy(tiny_sd1, tmp_path / "bad")
+    edit(bad / "model_index.json", **{name: value})
+    refused(bad, tmp_path / "b", UnsupportedError, words)
+
+
+def test_inpainting_unets_are_refused_by_name(tiny_sd1: Path, tmp_path: Path) -> None:
+    bad = copy(tiny_sd1, tmp_path / "bad")
+    edit(bad / "unet" / "config.json", in_channels=9)
+    refused(bad, tmp_path / "b", UnsupportedError, "9 channels")
+
+
+def damage(kind: str, path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    names = [n for n in header if n != "__metadata__"]
+    if kind == "truncated":
+        data = data[: len(data) // 2]
+    elif kind == "empty":
+        data = bytearray()
+    elif kind == "oversize header":
+        data[:8] = (2**40).to_bytes(8, "little")
+    else:
+        if kind == "overlap":
+            header[names[1]]["data_offsets"] = header[names[0]]["data_offsets"]
+        elif kind == "bad offset":
+            header[names[0]]["data_offsets"] = [10**9, 10**9 + 4]
+        elif kind == "unknown dtype":
+            header[names[0]]["dtype"] = "Q7"
+        text = json.dumps(header).encode()
+        data = bytearray(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "empty", "oversize header", "overlap", "bad offset", "unknown dtype"])
+def test_damaged_safetensors(tiny_sd1: Path, tmp_path: Path, kind: str) -> None:
+    bad = copy(tiny_sd1, tmp_path / "bad")
+    damage(kind, bad / UNET)
+    refused(bad, tmp_path / "b", CorruptError, "not a valid safetensors file", gate=False)
+
+
+def test_weights_that_are_not_finite(tiny_sd1: Path, tmp_path: Path) -> None:
+    bad = copy(tiny_sd1, tmp_path / "bad")
+    weights = load_file(bad / UNET)
+    weights["conv_in.bias"] = np.full_like(weights["conv_in.bias"], np.nan)
+    save_file(weights, bad / UNET)
+    refused(bad, tmp_path / "b", CorruptError, "NaN or infinity", gate=False)
+
+
+def test_missing_and_misshapen_weights(tiny_sd1: Path, tmp_path: Path) -> None:
+    bad = copy(tiny_sd1, tmp_path / "bad")
+    weights = load_file(bad / UNET)
+    gone = weights.pop("conv_in.bias")
+    save_file(weights, bad / UNET)
+    refused(bad, tmp_path / "b", CorruptError, "lacks 1 weights.*conv_in.bias", gate=False)
+    save_file({**weights, "conv_in.bias": np.concatenate([gone, gone])}, bad / UNET)
+    refused(bad, tmp_path / "b", CorruptError, "has shape", gate=False)
+
+
+def test_a_variant_that_is_not_there(tiny_sd1: Path, tmp_path: Path) -> None:
+    refused(tiny_sd1, tmp_path / "b", MissingError, "fp16", variant="fp16")
+
+
+def test_an_existing_bundle_is_kept_unless_asked(tiny_sd1: Path, tmp_path: Path) -> None:
+    target = tmp_path / "b"
+    export_bundle(tiny_sd1, target, gate=False)
+    before = (target / "bundle.json").read_bytes()
+    with pytest.raises(ArgumentError, match="--overwrite"):
+        export_bundle(tiny_sd1, target, gate=False)
+    assert (target / "bundle.json").read_bytes() == before
+    export_bundle(tiny_sd1, target, gate=False, overwrite=True, name="again")
+    assert read_bundle(target).name == "again"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("do not delete")
+    with pytest.raises(ArgumentError, match="no bundle"):
+        export_bundle(tiny_sd1, tmp_path / "mine", gate=False, overwrite=True)
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_a_hub_id_through_the_hubs_cache(tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache as huggingface_hub lays it out, links included, found without a network."""
+    import huggingface_hub.constants as constants
+
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "hub" / "models--someone--tiny-sd"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(revision)
+    for file in tiny_sd1.rglob("*"):
+        if file.is_file():
+            blob = repo / "blobs" / file.relative_to(tiny_sd1).as_posix().replace("/", "--")
+            link = repo / "snapshots" / revision / file.relative_to(tiny_sd1)
+            blob.parent.mkdir(exist_ok=True)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            blob.write_bytes(file.read_bytes())
+            link.symlink_to(blob)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    bundle = export_bundle("someone/tiny-sd", tmp_path / "b", offline=True, gate=False)
+    assert bundle.source["revision"] == revision
+    refused("someone/other", tmp_path / "c", MissingError, "not in the hub's cache", offline=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [("", CorruptError), ("{}", CorruptError), ('{"format": 99}', CorruptError), ('{"format": 1}', CorruptError), ("\xff", CorruptError)],
+)
+def test_a_manifest_that_is_none(tmp_path: Path, content: str, kind: type[FewstepError]) -> None:
+    (tmp_path / "bundle.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(kind, match="bundle.json"):
+        read_bundle(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../weights", "/etc/passwd", "a/b", "..", "unet.onnx\0"])
+def test_manifests_name_plain_files(sd1_bundle: Any, name: str) -> None:
+    with pytest.raises(UnsafeFileError):
+        sd1_bundle.path(name)
+
+
+def test_names_are_suggested() -> None:
+    error = UnknownNameError("sampler", "eulr", ["euler", "heun", "ddim"])
+    assert error.near[0] == "euler"
+    assert error.exit_code == 2

@@ -1,0 +1,219 @@
+"""The pipeline as its users meet it: requests, slots, progress, previews, cancelling, guards, threads."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import fewstep
+from fewstep.errors import ArgumentError, BlackImageError, CancelledError, CorruptError, FewstepError, MissingError, NonFiniteError
+from fewstep.runtime.images import command_line, open_image, read_parameters
+from fewstep.runtime.request import choose_program
+from fewstep.runtime.slots import Slots, Tenant
+
+CALL = {"steps": 3, "guidance": 3.0, "sampler": "dpmpp_2m"}
+
+
+@pytest.fixture(scope="module")
+def pipe(sd1_bundle: Any) -> fewstep.Pipeline:
+    return fewstep.load(sd1_bundle)
+
+
+def test_a_seed_is_an_image_whatever_the_batch(pipe: fewstep.Pipeline) -> None:
+    together = pipe("a", seed=[4, 9, 2], **CALL)
+    for i, seed in enumerate((4, 9, 2)):
+        alone = pipe("a", seed=seed, **CALL)
+        assert np.abs(alone.images[0].astype(int) - together.images[i]).max() <= 1
+    assert pipe("a", seed=4, images_per_prompt=3, **CALL).seeds == (4, 5, 6)
+    again = pipe("a", seed=[4, 9, 2], **CALL)
+    np.testing.assert_array_equal(again.images, together.images)
+    assert pipe("a", **CALL).seeds != pipe("a", **CALL).seeds, "no seed must mean a fresh one"
+
+
+def test_slots_mix_programs_prompts_and_guidance(pipe: fewstep.Pipeline) -> None:
+    """Requests that share every evaluation end where they end alone, though they join and leave between ticks."""
+    specs = [("euler", 5, 4.0), ("dpmpp_2m", 3, 1.0), ("lcm", 4, 1.0), ("heun", 3, 2.0), ("lms", 6, 7.5)]
+    shape = (4, 16, 16)
+    slots = Slots(pipe.engines["unet"], slots=3, shape=shape)
+
+    def tenant(index: int) -> tuple[Tenant, np.ndarray]:
+        from fewstep.runtime.seeds import TorchCpuGenerator
+
+        sampler, steps, guidance = specs[index]
+        noise = TorchCpuGenerator(index)
+        positive, negative = pipe.text.encode([f"prompt {index}", ""])
+        program = choose_program(pipe.bundle, sampler=sampler, schedule=None, steps=steps, options={})
+        gaussian = noise.randn(shape)
+        return Tenant(program=program, noise=noise, positive=positive, negative=negative if guidance > 1 else None, guidance=guidance), gaussian
+
+    def finish(slot: int) -> np.ndarray:
+        out = np.empty(shape, np.float32)
+        slots.result(slot, out)
+        slots.release(slot)
+        return out
+
+    alone = []
+    for i in range(len(specs)):
+        one, gaussian = tenant(i)
+        slot = slots.admit(one, gaussian)
+        while not one.done:
+            slots.tick([slot])
+        alone.append(finish(slot))
+    waiting, active, shared = list(range(len(specs))), {}, {}
+    while waiting or active:
+        while waiting and slots.free:
+            one, gaussian = tenant(waiting[0])
+            active[slots.admit(one, gaussian)] = waiting.pop(0)
+        slots.tick(list(active))
+        for slot in [s for s in active if slots.tenant(s).done]:
+            shared[active.pop(slot)] = finish(slot)
+    for i, expected in enumerate(alone):
+        np.testing.assert_allclose(shared[i], expected, atol=2e-4, err_msg=str(specs[i]))
+
+
+def test_a_nan_of_the_former_tenant_is_gone(pipe: fewstep.Pipeline) -> None:
+    shape = (4, 16, 16)
+    slots = Slots(pipe.engines["unet"], slots=1, shape=shape)
+    program = choose_program(pipe.bundle, sampler="dpmpp_3m", schedule=None, steps=4, options={})
+    (embedding,) = pipe.text.encode(["x"])
+
+    def run(gaussian: np.ndarray) -> np.ndarray:
+        slot = slots.admit(Tenant(program=program, noise=None, positive=embedding, negative=None, guidance=1.0), gaussian)  # type: ignore[arg-type]
+        try:
+            for _ in range(program.evaluations):
+                slots.tick([slot])
+            out = np.empty(shape, np.float32)
+            slots.result(slot, out)
+            return out
+        finally:
+            slots.release(slot)
+
+    good = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    before = run(good)
+    with pytest.raises(NonFiniteError, match="latent holds NaN"):
+        run(np.full(shape, np.nan, np.float32))
+    np.testing.assert_array_equal(run(good), before)
+
+
+def test_progress_previews_and_cancelling(pipe: fewstep.Pipeline) -> None:
+    request = pipe.request("a", seed=1, steps=4, guidance=2.0)
+    stream, steps = pipe.stream(request, previews=True), []
+    while True:
+        try:
+            steps.append(next(stream))
+        except StopIteration as stop:
+            result = stop.value
+            break
+    assert [s.index for s in steps] == list(range(request.program.evaluations))
+    assert steps[0].preview().shape == result.images.shape
+    assert np.abs(steps[-1].preview().astype(int) - result.images).mean() < 3, "the last preview is the picture"
+    assert {"text", "denoise", "decode", "total"} <= set(result.timings)
+    assert len(result.timings["evaluations"]) == len(steps)
+    first = pipe.stream(request)
+    next(first)
+    first.close()
+    cancel = threading.Event()
+    with pytest.raises(CancelledError, match="after 2 of"):
+        pipe("a", seed=1, steps=6, cancel=cancel, on_step=lambda s: cancel.set() if s.index == 1 else None)
+    np.testing.assert_array_equal(pipe("a", seed=1, steps=4, guidance=2.0).images, result.images)
+
+
+def test_several_threads_share_a_pipeline(pipe: fewstep.Pipeline) -> None:
+    expected = [pipe(f"thing {i % 3}", seed=i, **CALL).images for i in range(6)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: pipe(f"thing {i % 3}", seed=i, **CALL).images, range(6)))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"steps": 0}, "steps is 0"),
+    ({"steps": 2.5}, "steps is 2.5"),
+    ({"steps": True}, "steps is True"),
+    ({"guidance": float("nan")}, "guidance is nan"),
+    ({"guidance": float("inf")}, "guidance is inf"),
+    ({"guidance": "7"}, "guidance is '7'"),
+    ({"seed": -1}, "seed is -1"),
+    ({"seed": [1, 2.0]}, "seed is 2.0"),
+    ({"seed": []}, "0 images"),
+    ({"size": (33, 32)}, "width is 33; expected a multiple of 4. Use 32 or 36"),
+    ({"size": (32, 0)}, "height is 0"),
+    ({"size": 32}, "size is 32"),
+    ({"sampler": "eulr"}, "expected one like euler"),
+    ({"schedule": "karas", "sampler": "euler"}, "karras"),
+    ({"prompt": "\ud800"}, "surrogate"),
+    ({"prompt": 5}, "int|not iterable"),
+    ({"prompt": "x" * 30_000}, "30000 characters"),
+    ({"negative": ["a", "b"]}, "2 negative prompts for 1 images"),
+    ({"images_per_prompt": 0}, "images_per_prompt is 0"),
+    ({"image": Image.new("RGB", (32, 32)), "strength": 0.1, "steps": 4}, "leaves no step.*Use steps=10"),
+    ({"image": Image.new("RGB", (32, 32)), "strength": 1.5}, "strength is 1.5"),
+    ({"image": np.zeros((4, 4), np.uint8)}, "uint8 \\[H, W, 3\\]"),
+]
+
+
+@pytest.mark.parametrize(("given", "words"), BAD, ids=[f"{next(iter(g))}-{i}" for i, (g, _) in enumerate(BAD)])
+def test_bad_requests_say_what_mends_them(pipe: fewstep.Pipeline, given: dict[str, Any], words: str) -> None:
+    given = {"prompt": "x", "steps": 2, **given}
+    with pytest.raises((ArgumentError, TypeError), match=words) as caught:
+        pipe(given.pop("prompt"), **given)
+    assert isinstance(caught.value, ArgumentError)
+    assert caught.value.exit_code == 2
+
+
+def test_pictures_that_cannot_be_read(pipe: fewstep.Pipeline, tmp_path: Path) -> None:
+    with pytest.raises(MissingError):
+        open_image(tmp_path / "none.png")
+    for name, data in (("empty.png", b""), ("text.png", b"hello"), ("bmp.png", b"BM" + bytes(60))):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(CorruptError, match=name):
+            open_image(tmp_path / name)
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:60])
+    with pytest.raises(CorruptError):
+        open_image(tmp_path / "cut.png")
+
+
+def test_a_picture_knows_the_command_that_made_it(pipe: fewstep.Pipeline, tmp_path: Path) -> None:
+    result = pipe("it's \"quoted\" ünïcode", negative="none", seed=3, **CALL)
+    (name,) = result.save(tmp_path / "out.png")
+    found = read_parameters(name)
+    assert found["prompt"] == "it's \"quoted\" ünïcode"
+    assert "--seed 3" in command_line(found, "again.png")
+    with Image.open(name) as image:
+        assert image.text["parameters"].splitlines()[1] == "Negative prompt: none"
+        np.testing.assert_array_equal(np.asarray(image), result.images[0])
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    with pytest.raises(CorruptError, match="no parameters"):
+        read_parameters(tmp_path / "plain.png")
+    with pytest.raises(MissingError, match="no folder"):
+        result.save(tmp_path / "nowhere" / "out.png")
+
+
+def test_black_and_broken_images_are_errors(pipe: fewstep.Pipeline) -> None:
+    latents = np.zeros((2, 4, 16, 16), np.float32)
+    latents[1] = np.nan
+    with pytest.raises(NonFiniteError, match="image 1"):
+        pipe.vae.decode(latents)
+    real = pipe.vae._decode
+    try:
+        pipe.vae._decode = lambda z: (np.zeros((len(z), 32, 32, 3), np.uint8), np.ones(len(z), bool))  # type: ignore[method-assign]
+        with pytest.raises(BlackImageError, match="image 0"):
+            pipe.vae.decode(latents[:1])
+    finally:
+        pipe.vae._decode = real  # type: ignore[method-assign]
+
+
+def test_a_missing_bundle_and_a_missing_engine(sd1_bundle: Any, tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match="fewstep export"):
+        fewstep.load(tmp_path)
+    from fewstep.engines import Store
+
+    with pytest.raises(FewstepError, match="fewstep build"):
+        fewstep.load(sd1_bundle, build="never", store=Store(tmp_path / "engines"))
