@@ -205,6 +205,20 @@ def test_starting_late_is_compiled_anew(name: str) -> None:
     assert np.array_equal(np.unique(program.timesteps), np.unique(whole.timesteps)[: len(np.unique(program.timesteps))])
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_the_reference_loop_keeps_the_float_type(dtype: Any) -> None:
+    program = compile_program("dpmpp_sde", steps=3, start=1, noise=NOISE)
+    one = np.ones((2, 3), dtype)
+    fed: list[Any] = []
+
+    def network(x: np.ndarray, t: float) -> np.ndarray:
+        fed.append((x.dtype, type(t)))
+        return x
+
+    assert program.run(network, one, lambda: one, one).dtype == dtype
+    assert fed == [(dtype, float)] * program.evaluations
+
+
 def test_previews_and_callback_scales() -> None:
     program = compile_program("euler", steps=4, noise=NOISE)
     assert np.allclose(program.state_scale[:-1], np.sqrt(1 + program.sigmas[:-1] ** 2))
