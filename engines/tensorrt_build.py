@@ -218,7 +218,7 @@ def decompose_attention(module: Any, network: trt.INetworkDefinition) -> int:
     """Allow every attention to be built from matrix products where no fused kernel takes it; returns their number."""
     count = 0
     for index in range(network.num_layers):
-        layer = network.get_layer(index)
+        layer: Any = network.get_layer(index)
         if layer.type.name == "ATTENTION_INPUT":
             layer.__class__ = module.IAttentionInputLayer
             layer.attention.decomposable = True
