@@ -26,6 +26,7 @@ class BuildOptions:
     `compute_capabilities` (`"8.9"`) are TensorRT-RTX's targets when it builds for other GPUs than this machine's.
     `workspace_bytes` and `auxiliary_streams` bound TensorRT's scratch memory and its side streams.
     `capturable` makes a TensorRT-RTX engine leave all memory to its caller, so that a caller's CUDA graph can hold it.
+    `float16` converts a graph for ONNX Runtime on CUDA to half precision after fusion; TensorRT takes it as exported.
     """
 
     optimization: str = "all"
@@ -34,6 +35,7 @@ class BuildOptions:
     auxiliary_streams: int | None = 0
     compute_capabilities: tuple[str, ...] = ()
     capturable: bool = False
+    float16: bool = False
 
     def __post_init__(self) -> None:
         _one_of("optimization", self.optimization, OPTIMIZATIONS)

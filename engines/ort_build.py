@@ -11,12 +11,13 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import CancelledError
+from ..errors import CancelledError, UnsupportedError
 from . import machine
 from .accounting import check_fusion, count_operators
 from .base import Engine
 from .options import BuildOptions, RunOptions
 from .ort import OrtEngine, engine_stream, import_onnxruntime, open_session
+from .ort_float16 import convert_saved
 from .registry import BuildJob, OpenJob
 from .weights import check_data, check_graph, check_weights, read_weights
 
@@ -27,7 +28,7 @@ class OrtBackend:
     """Builds and loads engines of ONNX Runtime for one provider."""
 
     suffix = "onnx"
-    heeds: tuple[str, ...] = ("optimization",)
+    heeds = ("optimization", "float16")
     uses_profiles = False
 
     def __init__(self, name: str) -> None:
@@ -47,11 +48,15 @@ class OrtBackend:
 
     def build(self, job: BuildJob) -> Mapping[str, Any]:
         """Have ONNX Runtime optimise the graph and save it. Raises `CancelledError`, `CorruptError`."""
+        if job.options.float16 and self.name != "ort-cuda":
+            raise UnsupportedError(
+                "half precision on the CPU, where it is slower", remedy="Leave it out, or name --backend ort-cuda."
+            )
         job.progress(job.name, "optimising", 0.0)
         source = check_graph(job.bundle, job.component)
         check_weights(job.bundle, job.component, None)
         weights = job.bundle.path(job.component.weights)
-        beside = weights.stat().st_size > INLINE_BYTES
+        beside = job.options.float16 or weights.stat().st_size > INLINE_BYTES
 
         def configure(options: Any) -> None:
             options.optimized_model_filepath = str(job.target)
@@ -79,12 +84,17 @@ class OrtBackend:
         if job.cancel.is_set():
             raise CancelledError(f"the build of {job.name!r} was cancelled")
         OrtEngine(session, inputs=job.component.inputs, outputs=job.component.outputs, backend=self.name)
+        providers = session.get_providers()
         job.progress(job.name, "optimising", 1.0)
+        if job.options.float16:
+            del session
+            job.progress(job.name, "converting to half precision", 0.0)
+            convert_saved(job.target, job.data)
         found = count_operators(job.target.read_bytes())
         fused = check_fusion(job.name, job.component.operators, found, strict=self.name == "ort-cuda")
         return {
             "weights": "beside the graph" if beside else "shared with the bundle",
-            "providers": session.get_providers(),
+            "providers": providers,
             "operators": dict(sorted(found.items())),
             "fused": fused,
         }

@@ -44,7 +44,8 @@ def verify_entry(
         bundle=bundle, name=name, component=part, entry=entry, data=entry.read(), run=run or RunOptions(), store=store
     )
     engine = load_backend(entry.key.backend).open(job)
-    report = gate_engine(engine, cases, component=name, dtype=part.dtype, name=f"the engine {entry.name}", check=False)
+    dtype = "float16" if entry.key.options.get("float16") else part.dtype
+    report = gate_engine(engine, cases, component=name, dtype=dtype, name=f"the engine {entry.name}", check=False)
     if not store.read_only:
         store.record_gate(entry, report.to_json())
     return report

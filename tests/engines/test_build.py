@@ -31,6 +31,8 @@ from fewstep.engines import (
     register_backend,
     weights,
 )
+from fewstep.engines.gate import compare, engine_function
+from fewstep.engines.ort_float16 import convert_saved
 from fewstep.engines.plan import available_memory, check_resources, plan_build
 from fewstep.engines.registry import _factories
 from fewstep.errors import (
@@ -40,6 +42,7 @@ from fewstep.errors import (
     MismatchError,
     MissingError,
     UnknownNameError,
+    UnsupportedError,
 )
 from small_bundle import example, write_bundle
 
@@ -173,7 +176,7 @@ def test_a_mismatch_names_field_found_expected_and_command(bundle: Bundle, store
 def test_options_are_part_of_the_key_and_foreign_ones_are_refused(bundle: Bundle, store: Store) -> None:
     basic = BuildOptions(optimization="basic")
     one = build_engines(bundle, backend="ort-cpu", components=["unet"], store=store, options=basic)["unet"]
-    assert one.entry.key.options == {"optimization": "basic"}
+    assert one.entry.key.options == {"optimization": "basic", "float16": False}
     open_engine(bundle, "unet", backend="ort-cpu", store=store, build="never")
     with pytest.raises(MismatchError, match=r"build options optimization='basic' \(expected optimization='all'"):
         open_engine(bundle, "unet", backend="ort-cpu", store=store, build="never", options=BuildOptions())
@@ -181,6 +184,36 @@ def test_options_are_part_of_the_key_and_foreign_ones_are_refused(bundle: Bundle
     assert two.entry.name != one.entry.name
     with pytest.raises(ArgumentError, match="workspace_bytes means nothing"):
         build_engines(bundle, backend="ort-cpu", store=store, options=BuildOptions(workspace_bytes=1 << 30))
+    with pytest.raises(UnsupportedError, match="half precision on the CPU"):
+        build_engines(bundle, backend="ort-cpu", store=store, options=BuildOptions(float16=True))
+
+
+@pytest.mark.parametrize("component", ["unet", "vae_decoder"])
+def test_a_fused_graph_converted_to_half_precision_stays_close(
+    bundle: Bundle, store: Store, component: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The conversion that ONNX Runtime on CUDA gets, run on the CPU, whose own fusions are kept out of it."""
+    monkeypatch.setattr(ort_build, "INLINE_BYTES", 0)
+    extended = BuildOptions(optimization="extended")
+    entry = build_engines(bundle, backend="ort-cpu", components=[component], store=store, options=extended)[
+        component
+    ].entry
+    assert entry.data is not None
+    model, data = entry.path, entry.folder / entry.data[0]
+    dims = {**DIMS, "batch": 1, "prompts": 1}
+    inputs, part = example(component, dims), bundle.component(component)
+
+    def outputs() -> dict[str, np.ndarray]:
+        engine = ort_build.OrtEngine.from_onnx(model, inputs=part.inputs, outputs=part.outputs, optimization="disabled")
+        return dict(engine_function(engine)(inputs, dims))
+
+    before, size = outputs(), data.stat().st_size
+    assert convert_saved(model, data) > 0
+    assert data.stat().st_size < 0.7 * size
+    for name, value in outputs().items():
+        report = compare(value, before[name])
+        assert report.rel_l2 < 5e-3
+        assert report.rel_l2 > 0 or value.dtype == np.bool_
 
 
 @pytest.mark.parametrize(
