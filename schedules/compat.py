@@ -14,6 +14,7 @@ from .compat_tables import Tables
 from .levels import EDM_PREDICTIONS
 from .names import resolve_sampler
 from .noise import PREDICTIONS, NoiseSchedule
+from .options import check_option
 from .program import Program
 from .refusals import refuse_options
 from .solvers import euler
@@ -147,6 +148,7 @@ def program_from_diffusers(
     for option in options:
         if option not in kind.step_options:
             raise UnknownNameError(f"step option of {name}", option, kind.step_options or ("(none)",))
+        check_option(option, options[option])
     prediction = str(config.get("prediction_type") or "epsilon")
     if prediction not in kind.predictions:
         raise UnsupportedError(f"prediction {prediction!r} with {name}", expected=" or ".join(kind.predictions))

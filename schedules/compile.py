@@ -21,6 +21,7 @@ from .compat import compile_compat
 from .levels import EDM_PREDICTIONS, Level, Path
 from .names import resolve_sampler, resolve_schedule
 from .noise import PREDICTIONS, NoiseSchedule
+from .options import check_option, check_spacing_option
 from .program import Program
 from .refusals import refuse_options
 from .solvers.registry import Sampler, find_sampler
@@ -129,6 +130,8 @@ def _axis(noise: NoiseSchedule, sampler: Sampler) -> Axis:
 
 def _edm_axis(layout: dict[str, Any]) -> Axis:
     """EDM networks have no training timesteps: sigma ranges over [0.002, 80] unless told otherwise."""
+    for name in ("sigma_min", "sigma_max", "sigma_data"):
+        check_spacing_option(name, layout.get(name, 1.0))
     low, high = float(layout.get("sigma_min", 0.002)), float(layout.get("sigma_max", 80.0))
     std = float(layout.pop("sigma_data", 0.5))
     return Axis(noise=NoiseSchedule.scaled_linear(), sigma_min=low, sigma_max=high, edm_std=std, infinite_top=False)
@@ -177,29 +180,8 @@ def split_options(sampler: Sampler, options: Mapping[str, Any]) -> tuple[dict[st
     """The sampler's own options, checked, and the rest, which belong to the spacing."""
     own = {name: value for name, value in options.items() if name in sampler.options}
     for name, value in own.items():
-        check_option(name, value)
+        check_option(name, value, sampler.options[name])
     return own, {name: value for name, value in options.items() if name not in own}
-
-
-_CHOICES = {"solver_type": ("midpoint", "heun", "bh1", "bh2")}
-_UNIT_RANGE = ("eta",)
-
-
-def check_option(name: str, value: Any) -> None:
-    """Range checks of sampler options, by name."""
-    if name in _CHOICES:
-        if value not in _CHOICES[name]:
-            raise UnknownNameError(name, str(value), _CHOICES[name])
-    elif name in ("lower_order_final", "euler_at_final", "large_variance"):
-        if not isinstance(value, bool):
-            raise ArgumentError(f"{name}={value!r}", expected="True or False")
-    elif name == "disable_corrector":
-        if not all(isinstance(i, int) for i in value):
-            raise ArgumentError(f"{name}={value!r}", expected="step numbers")
-    elif isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or value < 0:
-        raise ArgumentError(f"{name}={value!r}", expected="a number of at least 0")
-    elif name in _UNIT_RANGE and value > 1:
-        raise ArgumentError(f"{name}={value!r}", expected="a number from 0 to 1")
 
 
 def _spacing_options(spacing: Spacing | None) -> list[str]:
@@ -213,6 +195,8 @@ def _spacing_options(spacing: Spacing | None) -> list[str]:
 def _spaced(spacing: Spacing, axis: Axis, steps: int, layout: dict[str, Any]) -> list[Level]:
     """The n + 1 levels of a named spacing; takes its options out of `layout`."""
     own = {name: layout.pop(name) for name in _spacing_options(spacing) if name in layout}
+    for name, value in own.items():
+        check_spacing_option(name, value)
     last = layout.pop("last_sigma", "zero")
     if axis.edm_std is not None and spacing.sigmas is None:
         raise ArgumentError(
@@ -245,8 +229,11 @@ def _explicit(
     axis: Axis, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None, layout: dict[str, Any]
 ) -> list[Level]:
     """The levels of an explicit list. Timesteps end at sigma 0, sigmas at their own last, unless told otherwise."""
-    values = [float(v) for v in (timesteps if timesteps is not None else sigmas or ())]
     name = "timesteps" if timesteps is not None else "sigmas"
+    try:
+        values = [float(v) for v in (timesteps if timesteps is not None else sigmas or ())]
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"{name} {timesteps if timesteps is not None else sigmas}", expected="numbers") from error
     last = layout.pop("last_sigma", "zero" if timesteps is not None else "own")
     if any(not math.isfinite(v) or v < 0 for v in values) or any(b >= a for a, b in itertools.pairwise(values)):
         raise ArgumentError(f"{name} {values}", expected="finite numbers, falling, none below 0")
@@ -279,6 +266,8 @@ def _ended(levels: list[Level], last: str | float, axis: Axis) -> list[Level]:
         if last not in LAST_SIGMAS:
             raise UnknownNameError("last_sigma", last, LAST_SIGMAS)
         last = 0.0 if last == "zero" else axis.sigma_min
+    if isinstance(last, bool) or not isinstance(last, int | float):
+        raise ArgumentError(f"last_sigma={last!r}", expected=f"a number, or one of {', '.join(LAST_SIGMAS)}")
     if not 0.0 <= last <= levels[-1].sigma:
         raise ArgumentError(
             f"last_sigma={last}", expected=f"from 0 to the last evaluation's sigma, {levels[-1].sigma:g}"

@@ -155,6 +155,15 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"steps": 5, "prediction": "eps"}, "epsilon"),
     ({"steps": 5, "compat": "k-diffusion"}, "diffusers"),
     ({"steps": 5, "s_churn": -1.0}, "s_churn"),
+    ({"steps": 5, "s_churn": -1.0, "compat": "diffusers"}, "s_churn"),
+    ({"steps": 5, "schedule": "karras", "rho": 0.0}, "rho"),
+    ({"steps": 5, "schedule": "karras", "rho": "seven"}, "rho"),
+    ({"steps": 5, "schedule": "karras", "sigma_min": float("nan")}, "sigma_min"),
+    ({"steps": 5, "schedule": "leading", "steps_offset": -4}, "steps_offset"),
+    ({"steps": 5, "schedule": "lcm", "original_steps": 0}, "original_steps"),
+    ({"steps": 5, "last_sigma": [0.0]}, "last_sigma"),
+    ({"timesteps": ["last", "first"]}, "numbers"),
+    ({"timesteps": [None]}, "numbers"),
     ({"steps": 5, "s_churn": "much"}, "s_churn"),
 ]
 
@@ -168,8 +177,14 @@ def test_impossible_combinations_say_what_mends_them(arguments: dict[str, Any], 
 def test_other_impossible_combinations() -> None:
     with pytest.raises(ArgumentError, match="from 0 to 1"):
         compile_program("ddim", steps=5, noise=NOISE, eta=1.5)
+    with pytest.raises(ArgumentError, match="from 1 to 4"):
+        compile_program("lms", steps=5, noise=NOISE, order=0)
+    with pytest.raises(ArgumentError, match="sigma_data"):
+        compile_program("edm_euler", steps=5, noise=NOISE, sigma_data=0)
     with pytest.raises(UnknownNameError, match="midpoint"):
         compile_program("dpmpp_2m", steps=5, noise=NOISE, solver_type="midpiont")
+    with pytest.raises(UnknownNameError, match="bh1"):
+        compile_program("unipc_2", steps=5, noise=NOISE, solver_type="heun")
     with pytest.raises(ArgumentError, match="lcm spacing"):
         compile_program("lcm", steps=51, noise=NOISE)
     with pytest.raises(ArgumentError, match="EDM"):

@@ -157,7 +157,7 @@ def combinations(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(combinations())
 def test_any_valid_combination_compiles_to_finite_rows(chosen: dict[str, Any]) -> None:
     try:
