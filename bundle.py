@@ -1,4 +1,4 @@
-"""The bundle: a folder with graphs, weights, tokenizers and `bundle.json`, which says what they are and where they came from."""
+"""The bundle: a folder with graphs, weights, tokenizers, and `bundle.json`, which says what they are and whence."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Tokenizer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Latent:
-    """The latent's geometry: channels, pixels per latent cell, and the multiple that the UNet asks of its height and width."""
+    """The latent's geometry: channels, pixels per cell, and the multiple that the UNet asks of height and width."""
 
     channels: int
     factor: int
@@ -106,7 +106,9 @@ class Bundle:
             raise UnsafeFileError(f"{MANIFEST} names the file {name!r}", expected="a plain name inside the bundle")
         path = self.folder / name
         if path.is_symlink():
-            raise UnsafeFileError(f"{name} in the bundle is a link", expected="a regular file", remedy="Copy the file there.")
+            raise UnsafeFileError(
+                f"{name} in the bundle is a link", expected="a regular file", remedy="Copy the file there."
+            )
         if not path.is_file():
             raise MissingError(f"the bundle has no file {name!r}", remedy="Export the checkpoint again.")
         return path
@@ -167,7 +169,9 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
     manifest = root / MANIFEST
     if not manifest.is_file():
         raise MissingError(
-            f"no bundle in {str(folder)!r}", expected=f"a folder with {MANIFEST}", remedy="Make one with: fewstep export CHECKPOINT FOLDER"
+            f"no bundle in {str(folder)!r}",
+            expected=f"a folder with {MANIFEST}",
+            remedy="Make one with: fewstep export CHECKPOINT FOLDER",
         )
     try:
         data = json.loads(manifest.read_text(encoding="utf-8"))
@@ -175,7 +179,9 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
         raise CorruptError(f"{MANIFEST} is not JSON: {error}", remedy="Export the checkpoint again.") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
-        raise CorruptError(f"{MANIFEST} has format {found!r}", expected=str(FORMAT), remedy="Export the checkpoint again.")
+        raise CorruptError(
+            f"{MANIFEST} has format {found!r}", expected=str(FORMAT), remedy="Export the checkpoint again."
+        )
     try:
         return Bundle(
             folder=root,

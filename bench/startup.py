@@ -1,6 +1,6 @@
 """What starting costs: `import fewstep`, `fewstep --help`, and the demo's second run, each as a process of its own.
 
-    python bench/startup.py [--runs 9] [--output FILE]
+python bench/startup.py [--runs 9] [--output FILE]
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ def timed(command: list[str], runs: int, environment: dict[str, str], cwd: str) 
     found = []
     for _ in range(runs + 1):
         began = time.perf_counter()
-        subprocess.run(command, env=environment, cwd=cwd, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            command, env=environment, cwd=cwd, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         found.append(1e3 * (time.perf_counter() - began))
     return found[1:]
 
@@ -42,12 +44,23 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "FEWSTEP_CACHE_DIR": str(Path(folder) / "cache")}
         figures = {name: timed(command, options.runs, environment, folder) for name, command in commands.items()}
-    rows = {n: {"p50_ms": round(statistics.median(v), 1), "min_ms": round(min(v), 1), "max_ms": round(max(v), 1)} for n, v in figures.items()}
+    rows = {
+        n: {"p50_ms": round(statistics.median(v), 1), "min_ms": round(min(v), 1), "max_ms": round(max(v), 1)}
+        for n, v in figures.items()
+    }
     bare = rows["bare python"]["p50_ms"]
     for name, row in rows.items():
-        print(f"{name:20} p50 {row['p50_ms']:7.1f} ms  (min {row['min_ms']:.1f}, max {row['max_ms']:.1f}; over bare Python {row['p50_ms'] - bare:+.1f})")
+        spread = f"min {row['min_ms']:.1f}, max {row['max_ms']:.1f}"
+        over = row["p50_ms"] - bare
+        print(f"{name:20} p50 {row['p50_ms']:7.1f} ms  ({spread}; over bare Python {over:+.1f})")
     if options.output:
-        data = {"python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count(), "runs": options.runs, "figures": rows}
+        data = {
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "cores": os.cpu_count(),
+            "runs": options.runs,
+            "figures": rows,
+        }
         options.output.write_text(json.dumps(data, indent=1) + "\n")
     return 0
 

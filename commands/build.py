@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
 from .common import BACKENDS, bar, emit, size
@@ -17,16 +17,33 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="a bundle folder")
     parser.add_argument("--backend", choices=BACKENDS, default="auto")
     parser.add_argument("--component", action="append", help="only this component; repeatable")
-    parser.add_argument("--size", type=size, action="append", metavar="WxH", help="an exact profile for this size; repeatable")
+    parser.add_argument(
+        "--size", type=size, action="append", metavar="WxH", help="an exact profile for this size; repeatable"
+    )
     parser.add_argument("--batch", type=int, action="append", help="an exact profile for this batch size; repeatable")
-    parser.add_argument("--dynamic", action="append", default=[], metavar="DIM=MIN:OPT:MAX", help="a span for rows, height, width (latent cells), tokens or batch")
+    parser.add_argument(
+        "--dynamic",
+        action="append",
+        default=[],
+        metavar="DIM=MIN:OPT:MAX",
+        help="a span for rows, height, width (latent cells), tokens or batch",
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would be built, how large, and why")
     parser.add_argument("--no-preflight", action="store_true", help="do not check memory and disk first")
     parser.add_argument("--force", action="store_true", help="build even what is there already")
     parser.add_argument("--optimization-level", type=int, help="TensorRT's, 0 to 5")
     parser.add_argument("--workspace", type=int, metavar="MIB", help="TensorRT's scratch memory")
-    parser.add_argument("--compute-capability", action="append", default=[], help="TensorRT-RTX: build for this GPU, like 8.9; repeatable")
-    parser.add_argument("--dtype", choices=("fp16",), help="ONNX Runtime on CUDA: convert to half precision after fusion")
+    parser.add_argument(
+        "--compute-capability",
+        action="append",
+        default=[],
+        help="TensorRT-RTX: build for this GPU, like 8.9; repeatable",
+    )
+    parser.add_argument(
+        "--capturable",
+        action="store_true",
+        help="TensorRT-RTX: leave all memory to the caller, whose CUDA graph may hold it",
+    )
 
 
 def execute(options: argparse.Namespace) -> int:
@@ -36,19 +53,28 @@ def execute(options: argparse.Namespace) -> int:
 
     bundle = read_bundle(options.bundle)
     chosen = BuildOptions(
-        float16=options.dtype == "fp16",
         optimization_level=options.optimization_level,
         workspace_bytes=None if options.workspace is None else options.workspace * 2**20,
         compute_capabilities=tuple(options.compute_capability),
+        capturable=options.capturable,
     )
     profiles = None
     if options.size or options.batch or options.dynamic:
         dynamic = dict(_span(text) for text in options.dynamic)
         profiles = profiles_for(bundle, sizes=options.size or (), batches=options.batch or (1,), dynamic=dynamic)
-    shared = {"backend": options.backend, "components": options.component, "profiles": profiles, "options": chosen, "force": options.force}
+    shared: dict[str, Any] = {
+        "backend": options.backend,
+        "components": options.component,
+        "profiles": profiles,
+        "options": chosen,
+        "force": options.force,
+    }
     planned = plan_build(bundle, **shared)
     if options.dry_run:
-        lines = [f"{p.component:15} {p.backend}  {p.length / 1e6:9.2f} MB, {p.memory / 1e6:.0f} MB to build; {p.reason}" for p in planned]
+        lines = [
+            f"{p.component:15} {p.backend}  {p.length / 1e6:9.2f} MB, {p.memory / 1e6:.0f} MB to build; {p.reason}"
+            for p in planned
+        ]
         emit(options, {"plan": [p.to_json() for p in planned]}, "\n".join(lines))
         return 0
     if not options.no_preflight:
@@ -63,10 +89,19 @@ def execute(options: argparse.Namespace) -> int:
 
         built = build_engines(bundle, progress=report, **shared)
     engines = {
-        n: {"engine": b.entry.name, "backend": b.backend, "reused": b.reused, "reason": b.reason, "seconds": round(b.seconds, 3)}
+        n: {
+            "engine": b.entry.name,
+            "backend": b.backend,
+            "reused": b.reused,
+            "reason": b.reason,
+            "seconds": round(b.seconds, 3),
+        }
         for n, b in built.items()
     }
-    lines = [f"{n:15} {e['backend']}  {'kept' if e['reused'] else 'built'} in {e['seconds']:.2f} s ({e['reason']})" for n, e in engines.items()]
+    lines = [
+        f"{n:15} {e['backend']}  {'kept' if e['reused'] else 'built'} in {e['seconds']:.2f} s ({e['reason']})"
+        for n, e in engines.items()
+    ]
     emit(options, {"engines": engines, "seconds": round(time.monotonic() - began, 3)}, "\n".join(lines))
     return 0
 

@@ -21,7 +21,9 @@ def size(text: str) -> tuple[int, int]:
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="what runs the graphs (default: %(default)s)")
+    parser.add_argument(
+        "--backend", choices=BACKENDS, default="auto", help="what runs the graphs (default: %(default)s)"
+    )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: one a core)")
 
 
@@ -30,9 +32,13 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="default: the bundle's")
     parser.add_argument("--sampler", help="any name of `fewstep samplers` (default: the bundle's)")
     parser.add_argument("--schedule", help="any schedule of `fewstep samplers` (default: the sampler's)")
-    parser.add_argument("--guidance", type=float, help="guidance scale; 1 or less: no negative prompt (default: the bundle's)")
+    parser.add_argument(
+        "--guidance", type=float, help="guidance scale; 1 or less: no negative prompt (default: the bundle's)"
+    )
     parser.add_argument("--size", type=size, metavar="WxH", help="pixels (default: the bundle's)")
-    parser.add_argument("--compat", choices=("diffusers",), help="follow that library's sampler conventions, quirks included")
+    parser.add_argument(
+        "--compat", choices=("diffusers",), help="follow that library's sampler conventions, quirks included"
+    )
     parser.add_argument("--eta", type=float, help="stochasticity of samplers that have one (DDIM, TCD)")
 
 
@@ -57,7 +63,15 @@ def bar(total: int | None, unit: str, description: str = "") -> Iterator[Any]:
     from tqdm import tqdm
 
     scale = unit == "B"
-    with tqdm(total=total, unit=unit, unit_scale=scale, desc=description, disable=not sys.stderr.isatty(), leave=False, file=sys.stderr) as made:
+    with tqdm(
+        total=total,
+        unit=unit,
+        unit_scale=scale,
+        desc=description,
+        disable=not sys.stderr.isatty(),
+        leave=False,
+        file=sys.stderr,
+    ) as made:
         yield made
 
 
@@ -68,7 +82,9 @@ def stage_lines(timings: dict[str, Any]) -> str:
     parts = [f"text {timings['text']:.1f}"]
     if timings["encode_image"] >= 0.05:
         parts.append(f"encode image {timings['encode_image']:.1f}")
-    parts += [f"denoise {timings['denoise']:.1f}{each}", f"decode {timings['decode']:.1f}", f"total {timings['total']:.1f}"]
+    parts += [
+        f"denoise {timings['denoise']:.1f}{each}",
+        f"decode {timings['decode']:.1f}",
+        f"total {timings['total']:.1f}",
+    ]
     return ", ".join(parts) + " ms"
-
-

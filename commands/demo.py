@@ -12,10 +12,17 @@ PROMPT = "a red circle on a blue background"
 
 def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="?", default=PROMPT, help='the default is "%(default)s"')
-    parser.add_argument("--model", choices=("student", "base"), default="student", help="4 steps without guidance, or 20 with (default: %(default)s)")
+    parser.add_argument(
+        "--model",
+        choices=("student", "base"),
+        default="student",
+        help="4 steps without guidance, or 20 with (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--scale", type=int, default=6, help="enlarge the 64x64 picture this many times (default: %(default)s)")
+    parser.add_argument(
+        "--scale", type=int, default=6, help="enlarge the 64x64 picture this many times (default: %(default)s)"
+    )
     parser.add_argument("--output", default="demo.png", help="the PNG to write (default: %(default)s)")
     add_engine_options(parser)
 
@@ -47,6 +54,11 @@ def execute(options: argparse.Namespace) -> int:
     lines += [f"  {name:24} {1e3 * seconds:8.1f} ms" for name, seconds in stages.items()]
     lines.append(f"  of the image: {stage_lines(dict(result.timings))}")
     lines.append(f"the bundle lies in {bundle.folder}")
-    data = {"file": options.output, "bundle": str(bundle.folder), "stages_ms": {k: 1e3 * v for k, v in stages.items()}, "timings_ms": dict(result.timings)}
+    data = {
+        "file": options.output,
+        "bundle": str(bundle.folder),
+        "stages_ms": {k: 1e3 * v for k, v in stages.items()},
+        "timings_ms": dict(result.timings),
+    }
     emit(options, data, "\n".join(lines))
     return 0

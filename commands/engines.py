@@ -27,7 +27,10 @@ def _list(options: argparse.Namespace) -> int:
 
     found = list_engines(default_store())
     data = [{"name": e.name, "bytes": e.length, "used": e.used, "state": e.state, "reason": e.reason} for e in found]
-    lines = [f"{e.name}  {e.length / 1e6:9.2f} MB  used {time.strftime('%Y-%m-%d', time.localtime(e.used))}  {e.state} {e.reason}" for e in found]
+    lines = []
+    for e in found:
+        used = time.strftime("%Y-%m-%d", time.localtime(e.used))
+        lines.append(f"{e.name}  {e.length / 1e6:9.2f} MB  used {used}  {e.state} {e.reason}")
     emit(options, {"engines": data}, "\n".join(lines) or "no engines")
     return 0
 
@@ -38,9 +41,20 @@ def _show(options: argparse.Namespace) -> int:
     from ..errors import ArgumentError
 
     if len(options.name) != 1:
-        raise ArgumentError(f"{len(options.name)} names are given", expected="the name of one engine", remedy="List them with: fewstep engines list")
+        raise ArgumentError(
+            f"{len(options.name)} names are given",
+            expected="the name of one engine",
+            remedy="List them with: fewstep engines list",
+        )
     entry = show_engine(default_store(), options.name[0])
-    data = {"name": entry.name, "key": entry.key.to_json(), "bytes": entry.length, "built": entry.built, "facts": entry.facts, "gate": entry.gate}
+    data = {
+        "name": entry.name,
+        "key": entry.key.to_json(),
+        "bytes": entry.length,
+        "built": entry.built,
+        "facts": entry.facts,
+        "gate": entry.gate,
+    }
     emit(options, data, "\n".join(f"{k}: {v}" for k, v in data.items()))
     return 0
 
@@ -61,9 +75,17 @@ def _prune(options: argparse.Namespace) -> int:
 
     keep = None if options.keep_mib is None else options.keep_mib * 2**20
     gone = prune_engines(
-        default_store(), unused_days=options.unused_days, keep_bytes=keep, everything=options.everything, dry_run=options.dry_run
+        default_store(),
+        unused_days=options.unused_days,
+        keep_bytes=keep,
+        everything=options.everything,
+        dry_run=options.dry_run,
     )
     data = [{"name": p.name, "bytes": p.length, "reason": p.reason} for p in gone]
     verb = "would delete" if options.dry_run else "deleted"
-    emit(options, {"pruned": data, "dry_run": options.dry_run}, "\n".join(f"{verb} {p.name}  {p.length / 1e6:.2f} MB  {p.reason}" for p in gone) or "nothing to delete")
+    emit(
+        options,
+        {"pruned": data, "dry_run": options.dry_run},
+        "\n".join(f"{verb} {p.name}  {p.length / 1e6:.2f} MB  {p.reason}" for p in gone) or "nothing to delete",
+    )
     return 0

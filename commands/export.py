@@ -14,12 +14,16 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="a diffusers folder, or a hub id like stabilityai/sd-turbo")
     parser.add_argument("folder", help="where the bundle goes")
     parser.add_argument("--dtype", default="fp32", help="fp32, fp16 or bf16 (default: %(default)s)")
-    parser.add_argument("--vae-precision", help="the VAE's own precision (default: --dtype, but fp32 for a VAE that overflows in fp16)")
+    parser.add_argument(
+        "--vae-precision", help="the VAE's own precision (default: --dtype, but fp32 for a VAE that overflows in fp16)"
+    )
     parser.add_argument("--variant", help="weight files of this variant, like fp16")
     parser.add_argument("--revision", help="revision on the hub")
     parser.add_argument("--offline", action="store_true", help="use the hub's cache only")
     parser.add_argument("--no-gate", action="store_true", help="do not compare with torch")
-    parser.add_argument("--quick-gate", action="store_true", help="compare at one point a component, for models of full size")
+    parser.add_argument(
+        "--quick-gate", action="store_true", help="compare at one point a component, for models of full size"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
 
 
@@ -35,16 +39,29 @@ def execute(options: argparse.Namespace) -> int:
                 say(f"{time.monotonic() - began:6.1f} s  {name}")
 
         bundle = export_bundle(
-            options.checkpoint, options.folder, dtype=options.dtype, vae_dtype=options.vae_precision, variant=options.variant,
-            revision=options.revision, offline=options.offline, gate=not options.no_gate, quick_gate=options.quick_gate,
-            overwrite=options.overwrite, progress=Progress(stage=stage, bytes_written=progress.update),
-        )  # fmt: skip
+            options.checkpoint,
+            options.folder,
+            dtype=options.dtype,
+            vae_dtype=options.vae_precision,
+            variant=options.variant,
+            revision=options.revision,
+            offline=options.offline,
+            gate=not options.no_gate,
+            quick_gate=options.quick_gate,
+            overwrite=options.overwrite,
+            progress=Progress(stage=stage, bytes_written=progress.update),
+        )
     data = describe(bundle) | {
         "seconds": round(time.monotonic() - began, 2),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
-    lines = [f"{options.folder}: {bundle.family} in {data['seconds']} s, peak memory {data['peak_memory_bytes'] / 1e6:.0f} MB"]
-    lines += [f"  {n:15} {c['dtype']:9} {c['bytes'] / 1e6:9.2f} MB {c['operators']:5} operators" for n, c in data["components"].items()]
+    lines = [
+        f"{options.folder}: {bundle.family} in {data['seconds']} s, peak memory {data['peak_memory_bytes'] / 1e6:.0f} MB"
+    ]
+    lines += [
+        f"  {n:15} {c['dtype']:9} {c['bytes'] / 1e6:8.2f} MB {c['operators']:4} nodes"
+        for n, c in data["components"].items()
+    ]
     lines.append(f"  gate: {data['gate'].get('status')}")
     emit(options, data, "\n".join(lines))
     return 0

@@ -14,7 +14,9 @@ AXES = {"sampler": str, "schedule": str, "steps": int, "seed": int, "guidance": 
 def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="a bundle folder")
     parser.add_argument("--prompt", required=True)
-    parser.add_argument("--columns", required=True, metavar="AXIS=A,B,...", help=f"one of {', '.join(AXES)}, and its values")
+    parser.add_argument(
+        "--columns", required=True, metavar="AXIS=A,B,...", help=f"one of {', '.join(AXES)}, and its values"
+    )
     parser.add_argument("--rows", metavar="AXIS=A,B,...", help="the other axis")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--image", help="start from this picture")
@@ -34,7 +36,10 @@ def execute(options: argparse.Namespace) -> int:
     if columns[0] == rows[0]:
         raise ArgumentError(f"both axes are {columns[0]!r}", expected="two different axes")
     pipe = load(options.bundle, backend=options.backend, threads=options.threads, size=options.size)
-    shared = {k: getattr(options, k) for k in ("negative", "steps", "sampler", "schedule", "guidance", "size", "compat", "seed", "image", "strength")}
+    shared = {
+        k: getattr(options, k)
+        for k in ("negative", "steps", "sampler", "schedule", "guidance", "size", "compat", "seed", "image", "strength")
+    }
     cells: list[list[Any]] = []
     seconds = []
     with bar(len(columns[1]) * len(rows[1]), "image", "grid") as progress:

@@ -31,15 +31,19 @@ def _bundle(options: argparse.Namespace, path: Path) -> int:
 
     bundle = read_bundle(path)
     d, latent = bundle.defaults, bundle.latent
+    origin = f"from {bundle.source.get('checkpoint')}, licence {bundle.licence or 'not stated'}"
+    unit = latent.factor * latent.multiple
     lines = [
-        f"{bundle.name}: {bundle.family}, {d.width}x{d.height}, from {bundle.source.get('checkpoint')}, licence {bundle.licence or 'not stated'}",
-        f"  latent: {latent.channels} channels, {latent.factor} pixels a cell; sizes in multiples of {latent.factor * latent.multiple}",
+        f"{bundle.name}: {bundle.family}, {d.width}x{d.height}, {origin}",
+        f"  latent: {latent.channels} channels, {latent.factor} pixels a cell; sizes in multiples of {unit}",
         f"  scheduler: {bundle.scheduler.get('_class_name')}, {bundle.scheduler.get('prediction_type', 'epsilon')}",
         f"  defaults: {d.steps} steps, guidance {d.guidance:g}, sampler {d.sampler or 'the scheduler above'}",
     ]
     for name, c in bundle.components.items():
         megabytes = bundle.path(c.weights).stat().st_size / 1e6
-        lines.append(f"  {name:15} {c.dtype:9} {megabytes:9.2f} MB  weights {c.weights_sha256[:12]}  graph {c.graph_key[:12]}")
+        lines.append(
+            f"  {name:15} {c.dtype:9} {megabytes:9.2f} MB  weights {c.weights_sha256[:12]}  graph {c.graph_key[:12]}"
+        )
     lines.append(f"  gate: {bundle.gate.get('status')}")
     emit(options, bundle.to_json(), "\n".join(lines))
     return 0

@@ -10,12 +10,22 @@ from .common import add_engine_options, add_image_options, bar, emit, sampler_op
 
 def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="a bundle folder")
-    parser.add_argument("--prompt", required=True, action="append", help="what the image shows; repeatable, one image each")
-    parser.add_argument("--seed", type=int, action="append", help="repeatable, one image each (default: a random one, printed)")
+    parser.add_argument(
+        "--prompt", required=True, action="append", help="what the image shows; repeatable, one image each"
+    )
+    parser.add_argument(
+        "--seed", type=int, action="append", help="repeatable, one image each (default: a random one, printed)"
+    )
     parser.add_argument("--images", type=int, default=1, help="images a prompt, with successive seeds")
     parser.add_argument("--image", help="start from this picture")
-    parser.add_argument("--strength", type=float, default=0.8, help="how much of --image to change, 0 to 1 (default: %(default)s)")
-    parser.add_argument("--shared-stream", action="store_true", help="draw the whole batch from the first seed, as one torch generator does")
+    parser.add_argument(
+        "--strength", type=float, default=0.8, help="how much of --image to change, 0 to 1 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--shared-stream",
+        action="store_true",
+        help="draw the whole batch from the first seed, as one torch generator does",
+    )
     parser.add_argument("--output", default="image.png", help="the PNG to write (default: %(default)s)")
     add_image_options(parser)
     add_engine_options(parser)
@@ -33,13 +43,29 @@ def execute(options: argparse.Namespace) -> int:
             progress.update(1)
 
         result = pipe(
-            options.prompt[0] if len(options.prompt) == 1 else options.prompt, negative=options.negative, steps=options.steps,
-            sampler=options.sampler, schedule=options.schedule, guidance=options.guidance, seed=seed, size=options.size,
-            images_per_prompt=options.images, image=options.image, strength=options.strength, compat=options.compat,
-            shared_stream=options.shared_stream, on_step=on_step, **sampler_options(options),
-        )  # fmt: skip
+            options.prompt[0] if len(options.prompt) == 1 else options.prompt,
+            negative=options.negative,
+            steps=options.steps,
+            sampler=options.sampler,
+            schedule=options.schedule,
+            guidance=options.guidance,
+            seed=seed,
+            size=options.size,
+            images_per_prompt=options.images,
+            image=options.image,
+            strength=options.strength,
+            compat=options.compat,
+            shared_stream=options.shared_stream,
+            on_step=on_step,
+            **sampler_options(options),
+        )
     files = result.save(options.output)
-    data = {"files": files, "seeds": list(result.seeds), "timings_ms": dict(result.timings), "parameters": [dict(p) for p in result.parameters]}
+    data = {
+        "files": files,
+        "seeds": list(result.seeds),
+        "timings_ms": dict(result.timings),
+        "parameters": [dict(p) for p in result.parameters],
+    }
     lines = [f"{f}  seed {s}" for f, s in zip(files, result.seeds, strict=True)]
     emit(options, data, "\n".join([*lines, stage_lines(dict(result.timings))]))
     return 0

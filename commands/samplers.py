@@ -8,7 +8,9 @@ from .common import emit
 
 
 def define(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--for", dest="bundle", metavar="BUNDLE", help="say which suit this bundle, and why the others do not")
+    parser.add_argument(
+        "--for", dest="bundle", metavar="BUNDLE", help="say which suit this bundle, and why the others do not"
+    )
 
 
 def execute(options: argparse.Namespace) -> int:

@@ -11,10 +11,14 @@ from .common import emit
 def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=("show",))
     parser.add_argument("sampler", help="any name of `fewstep samplers`")
-    parser.add_argument("--schedule", action="append", help="any schedule; repeatable for --plot (default: the sampler's)")
+    parser.add_argument(
+        "--schedule", action="append", help="any schedule; repeatable for --plot (default: the sampler's)"
+    )
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--start", type=int, default=0, help="steps to skip, as image-to-image does")
-    parser.add_argument("--for", dest="bundle", metavar="BUNDLE", help="with this bundle's noise schedule and prediction")
+    parser.add_argument(
+        "--for", dest="bundle", metavar="BUNDLE", help="with this bundle's noise schedule and prediction"
+    )
     parser.add_argument("--prediction", help="epsilon, v_prediction or sample")
     parser.add_argument("--compat", choices=("diffusers",), help="follow that library's conventions, quirks included")
     parser.add_argument("--plot", metavar="FILE", help="draw sigma over steps, one line a schedule")
@@ -31,13 +35,26 @@ def execute(options: argparse.Namespace) -> int:
         noise = NoiseSchedule.from_diffusers(read_bundle(options.bundle).scheduler)
     programs = [
         compile_program(
-            options.sampler, schedule=s, steps=options.steps, noise=noise, prediction=options.prediction, start=options.start, compat=options.compat
+            options.sampler,
+            schedule=s,
+            steps=options.steps,
+            noise=noise,
+            prediction=options.prediction,
+            start=options.start,
+            compat=options.compat,
         )
         for s in options.schedule or [None]
     ]
     data: dict[str, Any] = {
         "programs": [
-            {"sampler": p.sampler, "schedule": p.schedule, "prediction": p.prediction, "steps": p.steps, "rows": program_table(p)} for p in programs
+            {
+                "sampler": p.sampler,
+                "schedule": p.schedule,
+                "prediction": p.prediction,
+                "steps": p.steps,
+                "rows": program_table(p),
+            }
+            for p in programs
         ]
     }
     text = "\n\n".join(format_program(p) for p in programs)

@@ -17,12 +17,18 @@ def execute(options: argparse.Namespace) -> int:
     from ..engines import default_store
     from ..engines.verify import verify_bundle
 
-    reports = verify_bundle(read_bundle(options.bundle), store=default_store(), components=options.component, check=False)
+    reports = verify_bundle(
+        read_bundle(options.bundle), store=default_store(), components=options.component, check=False
+    )
     lines = []
     for r in reports:
         worst = r.worst
         verdict = "passed" if r.passed else f"FAILED: {worst.reason}"
-        lines.append(f"{r.component:15} {r.subject:45} {r.dtype:9} worst {worst.report.rel_l2:.2e} (limit {worst.limit:.2e})  {verdict}")
-    data = {"passed": all(r.passed for r in reports), "reports": [{"component": r.component, "subject": r.subject, **r.to_json()} for r in reports]}
+        errors = f"worst {worst.report.rel_l2:.2e} (limit {worst.limit:.2e})"
+        lines.append(f"{r.component:15} {r.subject:45} {r.dtype:9} {errors}  {verdict}")
+    data = {
+        "passed": all(r.passed for r in reports),
+        "reports": [{"component": r.component, "subject": r.subject, **r.to_json()} for r in reports],
+    }
     emit(options, data, "\n".join(lines))
     return 0 if data["passed"] else 5

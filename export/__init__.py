@@ -1,4 +1,4 @@
-"""Checkpoint in, bundle out. The only room that knows torch modules, diffusers and transformers; all of them are loaded late."""
+"""Checkpoint in, bundle out: the only room that knows torch modules, diffusers and transformers, all loaded late."""
 
 from .checkpoint import Checkpoint, open_checkpoint
 from .export import Progress, describe, export_bundle

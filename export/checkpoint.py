@@ -64,7 +64,9 @@ class Checkpoint:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def open_checkpoint(source: str | Path, *, revision: str | None = None, variant: str | None = None, offline: bool = False) -> Checkpoint:
+def open_checkpoint(
+    source: str | Path, *, revision: str | None = None, variant: str | None = None, offline: bool = False
+) -> Checkpoint:
     """Understand a diffusers folder, or a hub id through the hub's own cache.
 
     Raises `MissingError` (no such folder), `UnsafeFileError` (a pickle), `UnsupportedError` (a class that is not
@@ -73,17 +75,22 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None, variant:
     path = Path(source)
     if path.suffix in PICKLES:
         raise UnsafeFileError(
-            f"{path.name} is a pickle, which can run code when it is loaded", expected="a diffusers folder with .safetensors weights"
+            f"{path.name} is a pickle, which can run code when it is loaded",
+            expected="a diffusers folder with .safetensors weights",
         )
     if path.is_file():
         raise UnsupportedError(
-            f"{path.name} is a single file", expected="a diffusers folder", remedy="Convert it with diffusers: from_single_file(...).save_pretrained(...)."
+            f"{path.name} is a single file",
+            expected="a diffusers folder",
+            remedy="Convert it with diffusers: from_single_file(...).save_pretrained(...).",
         )
     if path.is_dir():
         return _from_folder(path, str(source), variant=variant, revision=None)
     if _HUB_ID.fullmatch(str(source)) and not str(source).startswith((".", "/")):
         return _from_hub(str(source), revision=revision, variant=variant, offline=offline)
-    raise MissingError(f"no folder {str(source)!r}", expected="a diffusers folder or a hub id like 'stabilityai/sd-turbo'")
+    raise MissingError(
+        f"no folder {str(source)!r}", expected="a diffusers folder or a hub id like 'stabilityai/sd-turbo'"
+    )
 
 
 def _from_hub(name: str, *, revision: str | None, variant: str | None, offline: bool) -> Checkpoint:
@@ -98,7 +105,10 @@ def _from_hub(name: str, *, revision: str | None, variant: str | None, offline: 
         hint = "Leave out --offline, or fetch it first." if offline else "Check the network, or give a folder."
         raise MissingError(f"{name!r} is not in the hub's cache and could not be fetched", remedy=hint) from error
     except (RepositoryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise MissingError(f"{name!r} could not be fetched from the hub ({type(error).__name__})", remedy="Check its name and your access.") from error
+        raise MissingError(
+            f"{name!r} could not be fetched from the hub ({type(error).__name__})",
+            remedy="Check its name and your access.",
+        ) from error
     return _from_folder(Path(folder), name, variant=variant, revision=Path(folder).name)
 
 
@@ -114,7 +124,9 @@ def _from_folder(folder: Path, source: str, *, variant: str | None, revision: st
         if name in UNUSED or name == "scheduler":
             continue
         if name not in CLASSES:
-            raise UnsupportedError(f"the checkpoint has a part {name!r} ({value[1]})", expected=f"only {', '.join(CLASSES)}")
+            raise UnsupportedError(
+                f"the checkpoint has a part {name!r} ({value[1]})", expected=f"only {', '.join(CLASSES)}"
+            )
         if value[1] not in CLASSES[name]:
             raise UnsupportedError(f"the {name} is a {value[1]!r}", expected=" or ".join(sorted(CLASSES[name])))
         if name.startswith("tokenizer"):
@@ -177,13 +189,18 @@ def _weight_files(place: Path, stem: str, variant: str | None) -> tuple[Path, ..
         shards = sorted(set(read_json(index).get("weight_map", {}).values()))
         for shard in shards:
             if Path(shard).name != shard or not (place / shard).is_file():
-                raise MissingError(f"{index.name} names the shard {shard!r}, which is not beside it", remedy="Take the whole checkpoint.")
+                raise MissingError(
+                    f"{index.name} names the shard {shard!r}, which is not beside it",
+                    remedy="Take the whole checkpoint.",
+                )
         return tuple(place / s for s in shards)
     others = sorted(p.name for p in place.glob("*")) if place.is_dir() else []
     pickles = [n for n in others if Path(n).suffix in PICKLES]
     if pickles:
         raise UnsafeFileError(
-            f"{place.name} has its weights as pickles only ({', '.join(pickles)})", expected=single.name, remedy="Take the checkpoint's safetensors files."
+            f"{place.name} has its weights as pickles only ({', '.join(pickles)})",
+            expected=single.name,
+            remedy="Take the checkpoint's safetensors files.",
         )
     variants = sorted({n.split(".")[1] for n in others if n.endswith(".safetensors") and n.count(".") == 2})
     hint = f"Choose a variant it has: {', '.join(variants)} (--variant)." if variants else "Take the whole checkpoint."
@@ -195,7 +212,9 @@ def _licence(folder: Path) -> str | None:
     card = folder / "README.md"
     if not card.is_file():
         return None
-    found = re.search(r"^license:\s*([\w.+-]+)\s*$", card.read_text(encoding="utf-8", errors="replace")[:4000], re.MULTILINE)
+    found = re.search(
+        r"^license:\s*([\w.+-]+)\s*$", card.read_text(encoding="utf-8", errors="replace")[:4000], re.MULTILINE
+    )
     return found.group(1) if found else None
 
 
@@ -208,7 +227,7 @@ def read_json(path: Path, *, remedy: str = "Take the whole checkpoint.") -> dict
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{path.parent.name}/{path.name} is not JSON: {error}", remedy=remedy) from error
     if not isinstance(data, dict):
-        raise CorruptError(f"{path.parent.name}/{path.name} holds a {type(data).__name__}", expected="a JSON object", remedy=remedy)
+        raise CorruptError(
+            f"{path.parent.name}/{path.name} holds a {type(data).__name__}", expected="a JSON object", remedy=remedy
+        )
     return data
-
-

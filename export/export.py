@@ -1,4 +1,4 @@
-"""Checkpoint in, bundle out: find or trace the graphs, write the weights beside them, compare with torch, then put it in place."""
+"""Checkpoint in, bundle out: find or trace the graphs, write the weights, compare with torch, put it in place."""
 
 from __future__ import annotations
 
@@ -83,9 +83,13 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise ArgumentError(f"{str(target)!r} is not a folder", expected="a new folder for the bundle")
     if target.is_dir() and any(target.iterdir()):
         if not (target / MANIFEST).is_file():
-            raise ArgumentError(f"the folder {str(target)!r} holds something that is no bundle", expected="a new or empty folder")
+            raise ArgumentError(
+                f"the folder {str(target)!r} holds something that is no bundle", expected="a new or empty folder"
+            )
         if not overwrite:
-            raise ArgumentError(f"there is a bundle in {str(target)!r}", remedy="Choose another folder, or replace it with --overwrite.")
+            raise ArgumentError(
+                f"there is a bundle in {str(target)!r}", remedy="Choose another folder, or replace it with --overwrite."
+            )
 
 
 def _put_in_place(staging: Path, target: Path) -> None:
@@ -127,7 +131,9 @@ def _export_component(plan: ComponentPlan, folder: Path, progress: Progress) -> 
 def _trace(plan: ComponentPlan) -> Graph:
     for module in ("torch", "diffusers", "transformers", "onnxscript"):
         if importlib.util.find_spec(module) is None:
-            raise MissingExtraError(module, "export", purpose=f"Tracing the {plan.kind}, whose graph does not travel with fewstep,")
+            raise MissingExtraError(
+                module, "export", purpose=f"Tracing the {plan.kind}, whose graph does not travel with fewstep,"
+            )
     from .trace import trace_component
 
     log.info("tracing %s (%s)", plan.kind, plan.dtype)
@@ -141,7 +147,9 @@ def _assemble(checkpoint: Checkpoint, folder: Path, components: Mapping[str, Com
     tokenizers = tuple(export_tokenizer(t, folder / n) for t, n in zip(checkpoint.tokenizers, names, strict=False))
     encoders = [k for k in components if k.startswith("text_encoder")]
     if len(tokenizers) != len(encoders):
-        raise CorruptError(f"the checkpoint has {len(tokenizers)} tokenizers", expected=f"{len(encoders)}, one a text encoder")
+        raise CorruptError(
+            f"the checkpoint has {len(tokenizers)} tokenizers", expected=f"{len(encoders)}, one a text encoder"
+        )
     unet, vae = checkpoint.parts["unet"].config, checkpoint.parts["vae"].config
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     size = unet.get("sample_size") or 64
@@ -152,29 +160,44 @@ def _assemble(checkpoint: Checkpoint, folder: Path, components: Mapping[str, Com
         family=checkpoint.family,
         components=components,
         tokenizers=tokenizers,
-        latent=Latent(channels=vae["latent_channels"], factor=factor, multiple=2 ** (len(unet["block_out_channels"]) - 1)),
+        latent=Latent(
+            channels=vae["latent_channels"], factor=factor, multiple=2 ** (len(unet["block_out_channels"]) - 1)
+        ),
         scheduler=checkpoint.scheduler,
         defaults=_defaults(checkpoint, width * factor, height * factor),
         force_zeros=checkpoint.force_zeros,
         guidance_embedding=int(unet.get("time_cond_proj_dim") or 0),
         licence=checkpoint.licence,
-        source={"checkpoint": Path(checkpoint.source).name, "revision": checkpoint.revision, "exported_by": f"fewstep {__version__}"},
+        source={
+            "checkpoint": Path(checkpoint.source).name,
+            "revision": checkpoint.revision,
+            "exported_by": f"fewstep {__version__}",
+        },
     )
 
 
 def _defaults(checkpoint: Checkpoint, width: int, height: int) -> Defaults:
     """What the checkpoint says of itself in `fewstep.json`, or the usual figures of its kind."""
-    plain = {"width": width, "height": height, "steps": 25, "guidance": 5.0 if checkpoint.family == "sdxl" else 7.5}
+    plain: dict[str, Any] = {
+        "width": width,
+        "height": height,
+        "steps": 25,
+        "guidance": 5.0 if checkpoint.family == "sdxl" else 7.5,
+    }
     own = checkpoint.folder / "fewstep.json"
     if own.is_file():
         try:
             plain |= json.loads(own.read_text(encoding="utf-8"))["defaults"]
         except (ValueError, KeyError, TypeError) as error:
-            raise CorruptError(f"fewstep.json in the checkpoint cannot be read ({error})", expected='{"defaults": {...}}') from error
+            raise CorruptError(
+                f"fewstep.json in the checkpoint cannot be read ({error})", expected='{"defaults": {...}}'
+            ) from error
     return Defaults(**plain)
 
 
-def _gate(checkpoint: Checkpoint, bundle: Bundle, dtypes: Mapping[str, str], progress: Progress, *, wanted: bool, quick: bool) -> Bundle:
+def _gate(
+    checkpoint: Checkpoint, bundle: Bundle, dtypes: Mapping[str, str], progress: Progress, *, wanted: bool, quick: bool
+) -> Bundle:
     """Compare every component with torch in float32; the report goes into the manifest."""
     if not wanted:
         return replace(bundle, gate={"status": "not run: it was switched off"})
@@ -193,8 +216,9 @@ def _gate(checkpoint: Checkpoint, bundle: Bundle, dtypes: Mapping[str, str], pro
 
 def _judge(bundle: Bundle) -> dict[str, Any]:
     """The report for the manifest; `GateError` names the worst output of the first component that disagrees."""
+    from ..engines.gate import failure
     from ..engines.reference import read_reference
-    from ..engines.verify import failure, verify_graph
+    from ..engines.verify import verify_graph
 
     cases = read_reference(bundle.folder / REFERENCE)
     components: dict[str, Any] = {}
@@ -214,11 +238,24 @@ def _judge(bundle: Bundle) -> dict[str, Any]:
             "worst_output": f"{worst.case}/{worst.tensor}",
         }
     ran = all(c["status"] == "passed" for c in components.values())
-    return {"status": "passed" if ran else "passed in part", "reference": "torch float32", "runner": "onnxruntime, CPU", "components": components}
+    return {
+        "status": "passed" if ran else "passed in part",
+        "reference": "torch float32",
+        "runner": "onnxruntime, CPU",
+        "components": components,
+    }
 
 
 def _run_reference(checkpoint: Checkpoint, path: Path, dtypes: Mapping[str, str], *, quick: bool) -> None:
-    command = [sys.executable, "-m", f"{__package__}.reference", str(checkpoint.folder), str(path), "--dtypes", json.dumps(dict(dtypes))]
+    command = [
+        sys.executable,
+        "-m",
+        f"{__package__}.reference",
+        str(checkpoint.folder),
+        str(path),
+        "--dtypes",
+        json.dumps(dict(dtypes)),
+    ]
     if checkpoint.options.get("variant"):
         command += ["--variant", str(checkpoint.options["variant"])]
     if quick:
@@ -237,7 +274,11 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "bundle": str(bundle.folder),
         "family": bundle.family,
         "components": {
-            n: {"dtype": c.dtype, "bytes": (bundle.folder / c.weights).stat().st_size, "operators": sum(c.operators.values())}
+            n: {
+                "dtype": c.dtype,
+                "bytes": (bundle.folder / c.weights).stat().st_size,
+                "operators": sum(c.operators.values()),
+            }
             for n, c in bundle.components.items()
         },
         "gate": dict(bundle.gate),

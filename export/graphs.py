@@ -26,11 +26,38 @@ RECIPE = 1
 """Raised whenever the modules, the tracing or the layout change what a graph is."""
 
 _IGNORED = {
-    "_name_or_path", "_diffusers_version", "_commit_hash", "_use_default_values", "transformers_version", "torch_dtype", "dtype", "sample_size",
-    "architectures", "model_type", "initializer_factor", "initializer_range", "bos_token_id", "pad_token_id", "use_cache", "return_dict",
-    "dropout", "attention_dropout", "force_upcast", "latents_mean", "latents_std", "tie_word_embeddings", "chunk_size_feed_forward",
-    "output_attentions", "output_hidden_states", "is_encoder_decoder", "problem_type", "id2label", "label2id", "is_decoder", "vocab_size_",
-}  # fmt: skip
+    "_name_or_path",
+    "_diffusers_version",
+    "_commit_hash",
+    "_use_default_values",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "sample_size",
+    "architectures",
+    "model_type",
+    "initializer_factor",
+    "initializer_range",
+    "bos_token_id",
+    "pad_token_id",
+    "use_cache",
+    "return_dict",
+    "dropout",
+    "attention_dropout",
+    "force_upcast",
+    "latents_mean",
+    "latents_std",
+    "tie_word_embeddings",
+    "chunk_size_feed_forward",
+    "output_attentions",
+    "output_hidden_states",
+    "is_encoder_decoder",
+    "problem_type",
+    "id2label",
+    "label2id",
+    "is_decoder",
+    "vocab_size_",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,4 +152,6 @@ def _unpack(data: bytes, path: str) -> Graph:
         outputs = tuple(TensorSpec.from_json(s) for s in fields.pop("outputs"))
         return Graph(parameters=parameters, inputs=inputs, outputs=outputs, onnx=onnx, **fields)
     except (ValueError, KeyError, TypeError, lzma.LZMAError, EOFError) as error:
-        raise CorruptError(f"the kept graph {Path(path).name} is damaged ({error})", remedy=f"Delete it: {path}") from error
+        raise CorruptError(
+            f"the kept graph {Path(path).name} is damaged ({error})", remedy=f"Delete it: {path}"
+        ) from error

@@ -1,4 +1,4 @@
-"""Where each tensor's bytes lie in a safetensors file that fewstep writes: a function of names, dtypes and shapes alone.
+"""Where tensors lie in a safetensors file that fewstep writes: a function of names, dtypes and shapes alone.
 
 The format is the one that the safetensors project specifies: eight bytes of header length, a JSON header, the data
 without holes. Two freedoms that it leaves are used here: the header is padded with spaces so that the data begin at

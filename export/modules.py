@@ -21,7 +21,7 @@ LARGEST = {"float32": 3.0e38, "float16": 65504.0, "bfloat16": 3.0e38}
 
 
 class UNet(nn.Module):
-    """One evaluation: `sample [R, C, h, w]`, `timestep [R]`, `encoder_hidden_states [R, T, D]` -> `out [R, C, h, w]`."""
+    """`sample [R, C, h, w]`, `timestep [R]`, `encoder_hidden_states [R, T, D]` -> `out [R, C, h, w]`."""
 
     def __init__(self, model: UNet2DConditionModel) -> None:
         super().__init__()
@@ -140,7 +140,9 @@ def _construct(kind: str, config: Mapping[str, Any]) -> nn.Module:
         return UNet2DConditionModel.from_config(plain).eval()
     if kind in {"vae_decoder", "vae_encoder"}:
         return AutoencoderKL.from_config(plain).eval()
-    made = CLIPTextConfig(**{k: v for k, v in plain.items() if k not in {"architectures", "torch_dtype", "dtype", "transformers_version"}})
+    made = CLIPTextConfig(
+        **{k: v for k, v in plain.items() if k not in {"architectures", "torch_dtype", "dtype", "transformers_version"}}
+    )
     projected = config["_class"] == "CLIPTextModelWithProjection"
     cls = CLIPTextModelWithProjection if projected else CLIPTextModel
     return cls._from_config(made, dtype=torch.get_default_dtype(), attn_implementation="sdpa").eval()
@@ -156,7 +158,9 @@ def wrap(kind: str, model: nn.Module, config: Mapping[str, Any], dtype: str) -> 
             module=VaeDecoder(model, dtype=dtype).eval(),
             inputs=(TensorSpec(name="latent", dtype="float32", shape=("batch", c, "height", "width")),),
             outputs=(
-                TensorSpec(name="image", dtype="uint8", shape=("batch", f"height*{f}", f"width*{f}", config["out_channels"])),
+                TensorSpec(
+                    name="image", dtype="uint8", shape=("batch", f"height*{f}", f"width*{f}", config["out_channels"])
+                ),
                 TensorSpec(name="finite", dtype="bool", shape=("batch",)),
             ),
             example={"batch": 2, "height": 8, "width": 12},
@@ -166,8 +170,15 @@ def wrap(kind: str, model: nn.Module, config: Mapping[str, Any], dtype: str) -> 
         shape = ("batch", c, "height", "width")
         return Traceable(
             module=VaeEncoder(model, dtype=dtype).eval(),
-            inputs=(TensorSpec(name="image", dtype="float32", shape=("batch", config["in_channels"], f"height*{f}", f"width*{f}")),),
-            outputs=(TensorSpec(name="mean", dtype="float32", shape=shape), TensorSpec(name="std", dtype="float32", shape=shape)),
+            inputs=(
+                TensorSpec(
+                    name="image", dtype="float32", shape=("batch", config["in_channels"], f"height*{f}", f"width*{f}")
+                ),
+            ),
+            outputs=(
+                TensorSpec(name="mean", dtype="float32", shape=shape),
+                TensorSpec(name="std", dtype="float32", shape=shape),
+            ),
             example={"batch": 2, "height": 8, "width": 12},
         )
     return _wrap_text_encoder(model, config)

@@ -53,7 +53,7 @@ def _kinds(checkpoint: Checkpoint) -> list[str]:
 
 
 def plan_components(checkpoint: Checkpoint, dtypes: Mapping[str, str] | None = None) -> list[ComponentPlan]:
-    """The components in the order they are exported; text encoders first, since the gate feeds their output to the UNet."""
+    """The components in the order of their export; text encoders first, as the gate feeds the UNet their output."""
     plans = []
     for kind in _kinds(checkpoint):
         part = checkpoint.parts["vae" if kind.startswith("vae") else kind]

@@ -58,7 +58,11 @@ def make_reference(checkpoint: Checkpoint, path: Path, *, dtypes: Mapping[str, s
             tensors |= {f"{plan.kind}/{i}/out/{k}": v for k, v in made.items()}
             cases[f"{plan.kind}/{i}"] = {"dims": _dims(traceable, given), "torch_error": errors[i]}
     part = path.with_suffix(".part")
-    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, part, metadata={"cases": json.dumps(cases), "torch": torch.__version__})
+    save_file(
+        {k: np.ascontiguousarray(v) for k, v in tensors.items()},
+        part,
+        metadata={"cases": json.dumps(cases), "torch": torch.__version__},
+    )
     part.replace(path)
 
 
@@ -87,7 +91,11 @@ def _run(traceable: Traceable, case: Mapping[str, np.ndarray]) -> dict[str, np.n
 
 
 def _own_errors(
-    checkpoint: Checkpoint, plan: ComponentPlan, traceable: Traceable, inputs: list[dict[str, np.ndarray]], outputs: list[dict[str, np.ndarray]]
+    checkpoint: Checkpoint,
+    plan: ComponentPlan,
+    traceable: Traceable,
+    inputs: list[dict[str, np.ndarray]],
+    outputs: list[dict[str, np.ndarray]],
 ) -> list[dict[str, float]]:
     """How far torch itself is from the reference in the component's precision, by case: {dtype: relative L2 error}."""
     if plan.dtype == "float32":
@@ -133,7 +141,9 @@ def _dims(traceable: Traceable, case: Mapping[str, np.ndarray]) -> dict[str, int
     return found
 
 
-def _cases(plan: ComponentPlan, traceable: Traceable, context: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+def _cases(
+    plan: ComponentPlan, traceable: Traceable, context: Mapping[str, np.ndarray]
+) -> Iterator[dict[str, np.ndarray]]:
     """Inputs of several shapes and batch sizes: noise mixed with smooth and sharp patterns, never noise alone."""
     rng = np.random.default_rng(2024)
     if plan.kind.startswith("text_encoder"):
@@ -173,12 +183,18 @@ def _unet_cases(
     for rows, height, width in ((1, side, side), (2, side, side + multiple), (3, multiple * 2, multiple * 2)):
         t = np.array([TIMESTEPS[(at + i) % len(TIMESTEPS)] for i in range(rows)], np.float32)
         at += rows
-        shapes = {s.name: s.resolve({"rows": rows, "height": height, "width": width, "tokens": hidden.shape[1]}) for s in traceable.inputs}
+        shapes = {
+            s.name: s.resolve({"rows": rows, "height": height, "width": width, "tokens": hidden.shape[1]})
+            for s in traceable.inputs
+        }
         noise = (t / 1000.0).reshape(-1, 1, 1, 1)
         case = {
-            "sample": (np.sqrt(1 - noise**2) * _pattern(shapes["sample"]) + noise * rng.standard_normal(shapes["sample"])).astype(np.float32),
+            "sample": (
+                np.sqrt(1 - noise**2) * _pattern(shapes["sample"]) + noise * rng.standard_normal(shapes["sample"])
+            ).astype(np.float32),
             "timestep": t,
-            "encoder_hidden_states": np.repeat(hidden, rows, 0) * (1 + 0.1 * np.arange(rows, dtype=np.float32)).reshape(-1, 1, 1),
+            "encoder_hidden_states": np.repeat(hidden, rows, 0)
+            * (1 + 0.1 * np.arange(rows, dtype=np.float32)).reshape(-1, 1, 1),
         }
         if "time_ids" in shapes:
             pixels = [1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]

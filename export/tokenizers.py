@@ -30,23 +30,33 @@ def export_tokenizer(folder: Path, target: Path) -> TokenizerRecord:
     except Exception as error:
         if isinstance(error, MissingError):
             raise
-        raise CorruptError(f"the tokenizer in {folder.name!r} cannot be read ({error})", remedy="Take the whole checkpoint.") from error
-    ids = {}
-    for kind, fallback in (("bos_token", "<|startoftext|>"), ("eos_token", "<|endoftext|>"), ("pad_token", "<|endoftext|>")):
+        raise CorruptError(
+            f"the tokenizer in {folder.name!r} cannot be read ({error})", remedy="Take the whole checkpoint."
+        ) from error
+    ids: dict[str, int] = {}
+    for kind, fallback in (
+        ("bos_token", "<|startoftext|>"),
+        ("eos_token", "<|endoftext|>"),
+        ("pad_token", "<|endoftext|>"),
+    ):
         token = names.get(kind, fallback)
         if not ready.is_file():
             tokenizer.add_special_tokens([token])
-        ids[kind] = tokenizer.token_to_id(token)
-        if ids[kind] is None:
+        number = tokenizer.token_to_id(token)
+        if number is None:
             raise CorruptError(f"the tokenizer in {folder.name!r} does not know its own {kind} {token!r}")
+        ids[kind] = number
     tokenizer.no_padding()
     tokenizer.no_truncation()
     length = int(config.get("model_max_length", 77))
     target.write_text(tokenizer.to_str(), encoding="utf-8")
     return TokenizerRecord(
-        file=target.name, length=min(length, 77) if length > 10_000 else length,
-        pad_id=ids["pad_token"], bos_id=ids["bos_token"], eos_id=ids["eos_token"],
-    )  # fmt: skip
+        file=target.name,
+        length=min(length, 77) if length > 10_000 else length,
+        pad_id=ids["pad_token"],
+        bos_id=ids["bos_token"],
+        eos_id=ids["eos_token"],
+    )
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -64,20 +74,37 @@ def _from_merges(folder: Path) -> Tokenizer:
     vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
     if not vocabulary.is_file() or not merges.is_file():
         raise MissingError(
-            f"no tokenizer in {folder.name!r}", expected="tokenizer.json, or vocab.json and merges.txt", remedy="Take the whole checkpoint."
+            f"no tokenizer in {folder.name!r}",
+            expected="tokenizer.json, or vocab.json and merges.txt",
+            remedy="Take the whole checkpoint.",
         )
     ids = json.loads(vocabulary.read_text(encoding="utf-8"))
     lines = merges.read_text(encoding="utf-8").split("\n")
-    pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
-    pairs = [p for p in pairs if len(p) == 2 and "".join(p) in ids]
+    split = [line.split() for line in lines if not line.startswith("#version")]
+    pairs = [(p[0], p[1]) for p in split if len(p) == 2 and "".join(p) in ids]
     tokenizer = Tokenizer(
-        BPE(vocab=ids, merges=pairs, continuing_subword_prefix="", end_of_word_suffix="</w>", fuse_unk=False, unk_token="<|endoftext|>")
+        BPE(
+            vocab=ids,
+            merges=pairs,
+            continuing_subword_prefix="",
+            end_of_word_suffix="</w>",
+            fuse_unk=False,
+            unk_token="<|endoftext|>",
+        )
     )
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.post_processor = processors.RobertaProcessing(
-        sep=("<|endoftext|>", ids["<|endoftext|>"]), cls=("<|startoftext|>", ids["<|startoftext|>"]), add_prefix_space=False, trim_offsets=False
+        ("<|endoftext|>", ids["<|endoftext|>"]),
+        ("<|startoftext|>", ids["<|startoftext|>"]),
+        add_prefix_space=False,
+        trim_offsets=False,
     )
     return tokenizer

@@ -52,7 +52,9 @@ def trace_component(kind: str, config: Mapping[str, Any], dtype: str, *, key: st
                 verbose=False,
             )
         if program is None or program.model is None:
-            raise UnsupportedError(f"the {kind} of this configuration could not be traced", remedy="Report it with its config.json.")
+            raise UnsupportedError(
+                f"the {kind} of this configuration could not be traced", remedy="Report it with its config.json."
+            )
         return _finish(kind, program.model, traceable, key=key, dtype=dtype)
 
 
@@ -67,7 +69,7 @@ def _dynamic(spec: TensorSpec) -> dict[int, Any]:
 
 
 def _finish(kind: str, model: ir.Model, traceable: Traceable, *, key: str, dtype: str) -> Graph:
-    """Cut the weights out, optimise what is left, put the promised shapes on inputs and outputs, and clear the traces."""
+    """Cut the weights out, optimise what is left, state the promised shapes, and clear the traces."""
     weights = set(dict(traceable.module.named_parameters()))
     for name, value in list(model.graph.initializers.items()):
         if name in weights:
@@ -87,14 +89,25 @@ def _finish(kind: str, model: ir.Model, traceable: Traceable, *, key: str, dtype
     for name in sorted(used):
         value = model.graph.initializers[name]
         parameters.append(
-            Parameter(name=name, key=_checkpoint_key(kind, name), dtype=_NAMES[value.dtype.name], shape=tuple(int(d) for d in value.shape))
+            Parameter(
+                name=name,
+                key=_checkpoint_key(kind, name),
+                dtype=_NAMES[value.dtype.name],
+                shape=tuple(int(d) for d in value.shape),
+            )
         )
     layout = plan_layout([(p.name, p.dtype, p.shape) for p in parameters])
     for p in parameters:
         value = model.graph.initializers[p.name]
         begin, size = layout.places[p.name]
         value.const_value = ir.ExternalTensor(
-            location=file, offset=begin, length=size, dtype=value.dtype, shape=ir.Shape(p.shape), name=p.name, base_dir=""
+            location=file,
+            offset=begin,
+            length=size,
+            dtype=value.dtype,
+            shape=ir.Shape(p.shape),
+            name=p.name,
+            base_dir="",
         )
     _clear(model, traceable)
     operators = Counter(node.op_type for node in model.graph.all_nodes())
@@ -139,8 +152,11 @@ def _checkpoint_key(kind: str, name: str) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's remarks on missing torchvision, weightless initialisers and deprecated internals from the user's terminal."""
-    loggers = [logging.getLogger(n) for n in ("torch.onnx", "torch.onnx._internal.exporter._registration", "torch.export", "onnx_ir", "onnxscript")]
+    """Keep the exporter's remarks on absent weights and deprecated internals from the user's terminal."""
+    loggers = [
+        logging.getLogger(n)
+        for n in ("torch.onnx", "torch.onnx._internal.exporter._registration", "torch.export", "onnx_ir", "onnxscript")
+    ]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
@@ -151,5 +167,3 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-

@@ -1,4 +1,4 @@
-"""Weights on their way from a checkpoint into a bundle: read in place, converted one tensor at a time, written as a stream."""
+"""Weights from a checkpoint to a bundle: read in place, converted one tensor at a time, written as a stream."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ def _map(path: Path, names: set[str]) -> dict[str, Stored]:
         entry = header[name]
         code, shape = entry["dtype"], tuple(entry["shape"])
         if code not in _NUMPY:
-            raise UnsupportedError(f"tensor {name!r} in {path.name} has dtype {code}", expected=f"one of {', '.join(_NUMPY)}")
+            raise UnsupportedError(
+                f"tensor {name!r} in {path.name} has dtype {code}", expected=f"one of {', '.join(_NUMPY)}"
+            )
         begin, end = entry["data_offsets"]
         raw = np.frombuffer(view, dtype=np.uint8, count=end - begin, offset=start + begin)
         tensors[name] = Stored(dtype=code, shape=shape, data=raw)
@@ -78,13 +80,21 @@ def _map(path: Path, names: set[str]) -> dict[str, Stored]:
 
 def convert(stored: Stored, dtype: str, name: str) -> np.ndarray:
     """A tensor's bytes in another precision, as a flat array; `CorruptError` for values that are not finite there."""
-    raw = stored.data.view(_NUMPY[stored.dtype]) if len(stored.data) % np.dtype(_NUMPY[stored.dtype]).itemsize == 0 else stored.data
+    raw = (
+        stored.data.view(_NUMPY[stored.dtype])
+        if len(stored.data) % np.dtype(_NUMPY[stored.dtype]).itemsize == 0
+        else stored.data
+    )
     if stored.dtype == "I64":
         return raw
     same = CODES[dtype] == stored.dtype
     wide = _bf16_to_f32(raw) if stored.dtype == "BF16" else raw
     if not np.isfinite(wide).all():
-        raise CorruptError(f"tensor {name!r} holds NaN or infinity", expected="finite weights", remedy="Take another copy of the checkpoint.")
+        raise CorruptError(
+            f"tensor {name!r} holds NaN or infinity",
+            expected="finite weights",
+            remedy="Take another copy of the checkpoint.",
+        )
     if same:
         return raw
     if dtype == "bfloat16":
@@ -92,7 +102,9 @@ def convert(stored: Stored, dtype: str, name: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         made = wide.astype(np.float16 if dtype == "float16" else np.float32)
     if dtype == "float16" and not np.isfinite(made).all():
-        raise UnsupportedError(f"tensor {name!r} does not fit float16", remedy="Export this component with --dtype bfloat16 or float32.")
+        raise UnsupportedError(
+            f"tensor {name!r} does not fit float16", remedy="Export this component with --dtype bfloat16 or float32."
+        )
     return made
 
 
@@ -117,19 +129,23 @@ def find_tensor(parameter: Parameter, tensors: Mapping[str, Stored]) -> Stored |
 
 
 def write_weights(graph: Graph, tensors: Mapping[str, Stored], path: Path, progress: Progress | None = None) -> str:
-    """Write the weights that `graph` needs to `path` in the layout its initialisers point at; return the file's SHA-256.
+    """Write the weights that `graph` needs in the layout its initialisers point at; return the file's SHA-256.
 
     One tensor is in memory at a time. Raises `CorruptError` when weights are missing or have another shape.
     """
     layout = plan_layout([(p.name, p.dtype, p.shape) for p in graph.parameters])
     if layout.sha256 != graph.header_sha256:
-        raise CorruptError("a kept graph was made for another layout of weights", remedy="Delete the graph cache, or reinstall fewstep.")
+        raise CorruptError(
+            "a kept graph was made for another layout of weights",
+            remedy="Delete the graph cache, or reinstall fewstep.",
+        )
     by_name = {p.name: p for p in graph.parameters}
     found = {name: find_tensor(p, tensors) for name, p in by_name.items()}
     missing = [by_name[n].key for n, t in found.items() if t is None]
     if missing:
+        shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
         raise CorruptError(
-            f"the checkpoint lacks {len(missing)} weights of its {graph.kind}: {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}",
+            f"the checkpoint lacks {len(missing)} weights of its {graph.kind}: {shown}",
             expected=f"{len(by_name)} weights, as its config.json says",
             remedy="Take the whole checkpoint.",
         )
@@ -138,7 +154,7 @@ def write_weights(graph: Graph, tensors: Mapping[str, Stored], path: Path, progr
         file.write(layout.header)
         for name in layout.order:
             data = _fitting(found[name], by_name[name])
-            view = memoryview(np.ascontiguousarray(data)).cast("B")
+            view = np.ascontiguousarray(data).view(np.uint8).data
             file.write(view)
             digest.update(view)
             if progress:

@@ -12,7 +12,9 @@ from .request import Request
 from .text import Embedding, Float32, TextEncoders
 
 
-def condition(bundle: Bundle, text: TextEncoders, request: Request) -> tuple[list[Embedding], Sequence[Embedding | None]]:
+def condition(
+    bundle: Bundle, text: TextEncoders, request: Request
+) -> tuple[list[Embedding], Sequence[Embedding | None]]:
     """Embeddings of the prompts and, where guidance needs them, of the negative prompts.
 
     A negative prompt that was not given is the empty prompt; in families that say so (SDXL's
@@ -28,7 +30,7 @@ def condition(bundle: Bundle, text: TextEncoders, request: Request) -> tuple[lis
 
 
 def size_and_crop(bundle: Bundle, request: Request) -> Float32 | None:
-    """SDXL's conditioning, float32 [6]: original height and width, top and left of the crop, target height and width."""
+    """SDXL's conditioning, float32 [6]: original height and width, crop's top and left, target height and width."""
     if not any(s.name == "time_ids" for s in bundle.component("unet").inputs):
         return None
     size = [request.height, request.width]

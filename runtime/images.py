@@ -50,10 +50,14 @@ def open_image(source: str | os.PathLike[str] | Image | UInt8) -> Image:
             warnings.simplefilter("error", pillow.DecompressionBombWarning)
             with pillow.open(path, formats=FORMATS) as image:
                 if image.width * image.height > MOST_PIXELS:
-                    raise ArgumentError(f"{path.name} is {image.width}x{image.height}", expected=f"at most {MOST_PIXELS} pixels")
+                    raise ArgumentError(
+                        f"{path.name} is {image.width}x{image.height}", expected=f"at most {MOST_PIXELS} pixels"
+                    )
                 return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError, pillow.DecompressionBombWarning) as error:
-        raise CorruptError(f"{path.name} cannot be read as an image", expected="a whole PNG, JPEG or WebP file") from error
+        raise CorruptError(
+            f"{path.name} cannot be read as an image", expected="a whole PNG, JPEG or WebP file"
+        ) from error
 
 
 def to_unit(image: Image, width: int, height: int) -> Float32:
@@ -110,8 +114,16 @@ def a1111_text(p: Mapping[str, Any]) -> str:
     if p.get("negative"):
         lines.append(f"Negative prompt: {p['negative']}")
     parts = [("Steps", p.get("steps")), ("Sampler", p.get("sampler_name")), ("Schedule type", p.get("schedule_name"))]
-    parts += [("CFG scale", p.get("guidance")), ("Seed", p.get("seed")), ("Size", f"{p.get('width')}x{p.get('height')}")]
-    parts += [("Model", p.get("model")), ("Denoising strength", p.get("strength") if p.get("image") else None), ("Version", f"fewstep {p.get('version')}")]
+    parts += [
+        ("CFG scale", p.get("guidance")),
+        ("Seed", p.get("seed")),
+        ("Size", f"{p.get('width')}x{p.get('height')}"),
+    ]
+    parts += [
+        ("Model", p.get("model")),
+        ("Denoising strength", p.get("strength") if p.get("image") else None),
+        ("Version", f"fewstep {p.get('version')}"),
+    ]
     lines.append(", ".join(f"{k}: {v}" for k, v in parts if v is not None))
     return "\n".join(lines)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,8 +55,13 @@ class Result:
         """Write PNGs with their parameters; of several images each gets its number before the suffix."""
         from .images import save_png
 
-        stem, suffix = os.path.splitext(os.fspath(path))
-        names = [f"{stem}{suffix or '.png'}"] if len(self.images) == 1 else [f"{stem}-{i}{suffix or '.png'}" for i in range(len(self.images))]
+        given = Path(path)
+        stem, suffix = str(given.with_suffix("")), given.suffix
+        names = (
+            [f"{stem}{suffix or '.png'}"]
+            if len(self.images) == 1
+            else [f"{stem}-{i}{suffix or '.png'}" for i in range(len(self.images))]
+        )
         for name, image, parameters in zip(names, self.images, self.parameters, strict=True):
             save_png(name, image, parameters)
         return names
@@ -89,7 +95,7 @@ class _Context:
 
 
 class Pipeline:
-    """A loaded bundle. May be called from several threads: engines are shared, each call takes slots of its own from a pool.
+    """A loaded bundle. Several threads may call it: engines are shared, each call takes slots from a pool.
 
     At most `most_contexts` sets of slots are kept, by latent shape and number; others are made and dropped.
     """
@@ -110,8 +116,12 @@ class Pipeline:
         self.bundle = bundle
         self.batch = batch
         self._options: dict[str, Any] = {
-            "backend": backend, "run": RunOptions(threads=threads), "store": store, "build": build, "progress": progress,
-        }  # fmt: skip
+            "backend": backend,
+            "run": RunOptions(threads=threads),
+            "store": store,
+            "build": build,
+            "progress": progress,
+        }
         self.size = size or (bundle.defaults.width, bundle.defaults.height)
         encoders = [n for n in ("text_encoder", "text_encoder_2") if n in bundle.components]
         self.engines = self._open([*encoders, "unet", "vae_decoder"])
@@ -166,10 +176,21 @@ class Pipeline:
         returning a broken image; `CancelledError` once `cancel` is set.
         """
         request = self.request(
-            prompt, negative=negative, steps=steps, sampler=sampler, schedule=schedule, guidance=guidance, seed=seed, size=size,
-            images_per_prompt=images_per_prompt, has_image=image is not None, strength=strength, compat=compat,
-            shared_stream=shared_stream, options=options,
-        )  # fmt: skip
+            prompt,
+            negative=negative,
+            steps=steps,
+            sampler=sampler,
+            schedule=schedule,
+            guidance=guidance,
+            seed=seed,
+            size=size,
+            images_per_prompt=images_per_prompt,
+            has_image=image is not None,
+            strength=strength,
+            compat=compat,
+            shared_stream=shared_stream,
+            options=options,
+        )
         stream = self.stream(request, image=image)
         while True:
             try:
@@ -183,14 +204,16 @@ class Pipeline:
                 stream.close()
                 raise CancelledError(f"the request was cancelled after {step.index + 1} of {step.total} evaluations")
 
-    def request(self, prompt: str | Sequence[str], *, options: Mapping[str, Any] | None = None, **given: Any) -> Request:
+    def request(
+        self, prompt: str | Sequence[str], *, options: Mapping[str, Any] | None = None, **given: Any
+    ) -> Request:
         """A checked `Request` for this bundle; takes what a call takes."""
         rest = dict(options or {})
         explicit = {k: rest.pop(k) for k in ("timesteps", "sigmas") if k in rest}
         given["size"] = given.get("size") or self.size
         return make_request(self.bundle, prompt, options=rest, **explicit, **given)
 
-    def stream(self, request: Request, *, image: Any = None, previews: bool = False) -> Iterator[Step]:
+    def stream(self, request: Request, *, image: Any = None, previews: bool = False) -> Generator[Step, None, Result]:
         """A generator of `Step`s that returns the `Result`; closing it ends the request between two evaluations."""
         began = time.perf_counter()
         timings: dict[str, Any] = {}
@@ -213,16 +236,42 @@ class Pipeline:
         images = self.vae.decode(out)
         timings["decode"] = _since(started)
         timings["total"] = _since(began)
-        timings |= {"evaluations": times.evaluations, "update": times.update, "guidance": times.guidance, "gather": times.gather}
-        return Result(images=images, seeds=request.seeds, timings=timings, latents=out, parameters=self._parameters(request, image))
+        timings |= {
+            "evaluations": times.evaluations,
+            "update": times.update,
+            "guidance": times.guidance,
+            "gather": times.gather,
+        }
+        return Result(
+            images=images,
+            seeds=request.seeds,
+            timings=timings,
+            latents=out,
+            parameters=self._parameters(request, image),
+        )
 
     def warm_up(self, *, size: tuple[int, int] | None = None, batch: int | None = None) -> None:
-        """Run a request of this shape once, with guidance and without, so that no later one pays for first-time work."""
+        """Run a request of this shape once, with guidance and without: no later one pays for first-time work."""
         for guidance in {1.0, max(1.0, self.bundle.defaults.guidance)}:
-            self("", steps=1, sampler="euler", schedule="trailing", guidance=guidance, seed=list(range(batch or self.batch)), size=size)
+            self(
+                "",
+                steps=1,
+                sampler="euler",
+                schedule="trailing",
+                guidance=guidance,
+                seed=list(range(batch or self.batch)),
+                size=size,
+            )
 
     def _denoise(
-        self, slots: Slots, tenants: Sequence[Tenant], noise: _Noise, latents: Float32 | None, out: Float32, *, previews: bool
+        self,
+        slots: Slots,
+        tenants: Sequence[Tenant],
+        noise: _Noise,
+        latents: Float32 | None,
+        out: Float32,
+        *,
+        previews: bool,
     ) -> Iterator[Step]:
         """Admit the images of a request, tick until they are done, leave the slots as they were."""
         held: list[int] = []
@@ -234,21 +283,34 @@ class Pipeline:
             for i in range(program.evaluations):
                 x0 = np.empty_like(out) if previews else None
                 slots.tick(held, None if x0 is None else dict(zip(held, x0, strict=True)))
-                yield Step(index=i, total=program.evaluations, timestep=float(program.timesteps[i]), x0=x0, _decode=self.vae.decode_unguarded)
+                yield Step(
+                    index=i,
+                    total=program.evaluations,
+                    timestep=float(program.timesteps[i]),
+                    x0=x0,
+                    _decode=self.vae.decode_unguarded,
+                )
             for slot, into in zip(held, out, strict=True):
                 slots.result(slot, into)
         finally:
             for slot in held:
                 slots.release(slot)
 
-    def _tenants(self, request: Request, positives: Sequence[Any], negatives: Sequence[Any], noise: _Noise) -> list[Tenant]:
+    def _tenants(
+        self, request: Request, positives: Sequence[Any], negatives: Sequence[Any], noise: _Noise
+    ) -> list[Tenant]:
         time_ids = size_and_crop(self.bundle, request)
         vector = guidance_vector(self.bundle, request)
         return [
             Tenant(
-                program=request.program, noise=member, positive=p, negative=n, guidance=request.guidance,
-                time_ids=time_ids, guidance_vector=vector,
-            )  # fmt: skip
+                program=request.program,
+                noise=member,
+                positive=p,
+                negative=n,
+                guidance=request.guidance,
+                time_ids=time_ids,
+                guidance_vector=vector,
+            )
             for member, p, n in zip(noise.members, positives, negatives, strict=True)
         ]
 
@@ -278,15 +340,26 @@ class Pipeline:
     def _parameters(self, request: Request, image: Any) -> tuple[Mapping[str, Any], ...]:
         """What goes into each picture."""
         shared = {
-            "bundle": self.bundle.name, "model": self.bundle.name, "steps": request.steps, "guidance": request.guidance,
-            "width": request.width, "height": request.height, "sampler": request.sampler, "schedule": request.schedule,
-            "compat": request.compat, "sampler_name": request.program.sampler, "schedule_name": request.program.schedule,
-            "strength": request.strength, "image": os.path.basename(image) if isinstance(image, (str, os.PathLike)) else None,
-            "options": dict(request.options), "version": __version__,
+            "bundle": self.bundle.name,
+            "model": self.bundle.name,
+            "steps": request.steps,
+            "guidance": request.guidance,
+            "width": request.width,
+            "height": request.height,
+            "sampler": request.sampler,
+            "schedule": request.schedule,
+            "compat": request.compat,
+            "sampler_name": request.program.sampler,
+            "schedule_name": request.program.schedule,
+            "strength": request.strength,
+            "image": Path(image).name if isinstance(image, (str, os.PathLike)) else None,
+            "options": dict(request.options),
+            "version": __version__,
             "unet_sha256": self.bundle.components["unet"].weights_sha256,
-        }  # fmt: skip
+        }
         return tuple(
-            {**shared, "prompt": p, "negative": n, "seed": s} for p, n, s in zip(request.prompts, request.negatives, request.seeds, strict=True)
+            {**shared, "prompt": p, "negative": n, "seed": s}
+            for p, n, s in zip(request.prompts, request.negatives, request.seeds, strict=True)
         )
 
 

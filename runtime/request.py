@@ -72,7 +72,7 @@ def make_request(
     sigmas: Sequence[float] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Request:
-    """Fill what was left out from the bundle's defaults, and check the rest; `ArgumentError` says what cannot be used."""
+    """Fill what was left out from the bundle's defaults and check the rest; `ArgumentError` says what is wrong."""
     defaults = bundle.defaults
     steps = _integer("steps", defaults.steps if steps is None else steps, 1, MOST_STEPS)
     if timesteps is not None or sigmas is not None:
@@ -80,19 +80,39 @@ def make_request(
     width, height = check_size(bundle, size or (defaults.width, defaults.height))
     guidance = _real("guidance", defaults.guidance if guidance is None else guidance, 0.0, 1000.0)
     strength = _real("strength", strength, 0.0, 1.0)
-    prompts, negatives, seeds = _images(prompt, negative, seed, _integer("images_per_prompt", images_per_prompt, 1, MOST_IMAGES))
+    prompts, negatives, seeds = _images(
+        prompt, negative, seed, _integer("images_per_prompt", images_per_prompt, 1, MOST_IMAGES)
+    )
     start = start_step(steps, strength) if has_image else 0
     if sampler is None:
         sampler, schedule = defaults.sampler, schedule or defaults.schedule
     program = choose_program(
-        bundle, sampler=sampler, schedule=schedule, steps=steps, start=start, compat=compat, timesteps=timesteps, sigmas=sigmas,
+        bundle,
+        sampler=sampler,
+        schedule=schedule,
+        steps=steps,
+        start=start,
+        compat=compat,
+        timesteps=timesteps,
+        sigmas=sigmas,
         options=options or {},
-    )  # fmt: skip
+    )
     return Request(
-        prompts=prompts, negatives=negatives, seeds=seeds, width=width, height=height, steps=steps, guidance=guidance,
-        strength=strength if has_image else 1.0, program=program, sampler=sampler, schedule=schedule, compat=compat,
-        shared_stream=shared_stream, options=dict(options or {}),
-    )  # fmt: skip
+        prompts=prompts,
+        negatives=negatives,
+        seeds=seeds,
+        width=width,
+        height=height,
+        steps=steps,
+        guidance=guidance,
+        strength=strength if has_image else 1.0,
+        program=program,
+        sampler=sampler,
+        schedule=schedule,
+        compat=compat,
+        shared_stream=shared_stream,
+        options=dict(options or {}),
+    )
 
 
 def choose_program(
@@ -110,12 +130,21 @@ def choose_program(
     """The program of a request; without a sampler, the checkpoint's own scheduler, in diffusers' conventions."""
     explicit = timesteps is not None or sigmas is not None
     if sampler is None and schedule is None and not options:
-        return program_from_diffusers(bundle.scheduler, steps=None if explicit else steps, timesteps=timesteps, sigmas=sigmas, start=start)
+        return program_from_diffusers(
+            bundle.scheduler, steps=None if explicit else steps, timesteps=timesteps, sigmas=sigmas, start=start
+        )
     noise = NoiseSchedule.from_diffusers(bundle.scheduler)
     return compile_program(
-        sampler or str(bundle.scheduler["_class_name"]), schedule=schedule, steps=None if explicit else steps, noise=noise, start=start,
-        compat=compat, timesteps=timesteps, sigmas=sigmas, **options,
-    )  # fmt: skip
+        sampler or str(bundle.scheduler["_class_name"]),
+        schedule=schedule,
+        steps=None if explicit else steps,
+        noise=noise,
+        start=start,
+        compat=compat,
+        timesteps=timesteps,
+        sigmas=sigmas,
+        **options,
+    )
 
 
 def start_step(steps: int, strength: float) -> int:
@@ -143,7 +172,11 @@ def check_size(bundle: Bundle, size: tuple[int, int]) -> tuple[int, int]:
         _integer(name, value, 1, LARGEST_SIDE)
         if value % unit:
             low = max(unit, value // unit * unit)
-            raise ArgumentError(f"{name} is {value}", expected=f"a multiple of {unit}", remedy=f"Use {low} or {value // unit * unit + unit}.")
+            raise ArgumentError(
+                f"{name} is {value}",
+                expected=f"a multiple of {unit}",
+                remedy=f"Use {low} or {value // unit * unit + unit}.",
+            )
     return int(width), int(height)
 
 
@@ -151,6 +184,8 @@ def _images(
     prompt: str | Sequence[str], negative: str | Sequence[str] | None, seed: int | Sequence[int] | None, each: int
 ) -> tuple[tuple[str, ...], tuple[str | None, ...], tuple[int, ...]]:
     """Prompts, negatives and seeds of one length: the images asked for."""
+    if not isinstance(prompt, (str, list, tuple)):
+        check_prompt(prompt)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     prompts = [check_prompt(p) for p in prompts for _ in range(each)]
     if isinstance(seed, (list, tuple, np.ndarray)):
@@ -163,13 +198,21 @@ def _images(
     if not prompts or len(prompts) > MOST_IMAGES:
         raise ArgumentError(f"{len(prompts)} images are asked for", expected=f"1 to {MOST_IMAGES}")
     if len(seeds) != len(prompts):
-        raise ArgumentError(f"{len(seeds)} seeds for {len(prompts)} images", expected="one seed an image, or a single seed")
+        raise ArgumentError(
+            f"{len(seeds)} seeds for {len(prompts)} images", expected="one seed an image, or a single seed"
+        )
     if negative is None or isinstance(negative, str):
-        given: list[str | None] = [None if negative is None else check_prompt(negative, "negative prompt")] * len(prompts)
+        given: list[str | None] = [None if negative is None else check_prompt(negative, "negative prompt")] * len(
+            prompts
+        )
     else:
+        if not isinstance(negative, (list, tuple)):
+            check_prompt(negative, "negative prompt")
         given = [check_prompt(n, "negative prompt") for n in negative for _ in range(each)]
         if len(given) != len(prompts):
-            raise ArgumentError(f"{len(given)} negative prompts for {len(prompts)} images", expected="one an image, or a single one")
+            raise ArgumentError(
+                f"{len(given)} negative prompts for {len(prompts)} images", expected="one an image, or a single one"
+            )
     return tuple(prompts), tuple(given), tuple(seeds)
 
 

@@ -35,7 +35,7 @@ class TorchCpuGenerator:
         check_seed(seed)
         self.seed = seed
         self._bits = np.random.MT19937()
-        self._bits._legacy_seeding(seed & 0xFFFFFFFF)  # type: ignore[attr-defined]
+        self._bits._legacy_seeding(seed & 0xFFFFFFFF)
         self._spare: float | None = None
 
     def randn(self, shape: tuple[int, ...]) -> Float32:
@@ -90,7 +90,7 @@ def check_seed(seed: object) -> None:
 
 
 class SharedStream:
-    """One generator for a whole batch, as `generator=torch.manual_seed(seed)` in diffusers: image 0 depends on the batch size.
+    """One generator for a whole batch, as diffusers uses a single one: image 0 depends on the batch size.
 
     Every member asks for its part of each draw; a draw is made when the first member asks for it and forgotten when
     the last one has.
@@ -120,7 +120,8 @@ class SharedStream:
         while self._drawn and len(self._drawn[0][1]) == self._members:
             self._drawn.pop(0)
             self._first += 1
-        return values[index]
+        mine: Float32 = values[index]
+        return mine
 
 
 class _Member:

@@ -15,7 +15,14 @@ LABEL = 20
 SMALLEST = 128
 
 
-def draw_sheet(cells: Sequence[Sequence[UInt8]], heads: Sequence[str], sides: Sequence[str], *, title: str = "", cell: int | None = None) -> Image:
+def draw_sheet(
+    cells: Sequence[Sequence[UInt8]],
+    heads: Sequence[str],
+    sides: Sequence[str],
+    *,
+    title: str = "",
+    cell: int | None = None,
+) -> Image:
     """Draw images uint8 [H, W, 3], all of one size, `cells[row][column]`, under column and beside row labels."""
     from PIL import Image, ImageDraw, ImageFont
 
@@ -37,7 +44,10 @@ def draw_sheet(cells: Sequence[Sequence[UInt8]], heads: Sequence[str], sides: Se
     for r, row in enumerate(cells):
         draw.text((GAP, top + r * (high + GAP) + high // 2 - 8), sides[r], fill="black", font=font)
         for c, pixels in enumerate(row):
-            sheet.paste(Image.fromarray(pixels).resize((wide, high), sampling), (side + c * (wide + GAP), top + r * (high + GAP)))
+            sheet.paste(
+                Image.fromarray(pixels).resize((wide, high), sampling),
+                (side + c * (wide + GAP), top + r * (high + GAP)),
+            )
     return sheet
 
 

@@ -113,7 +113,7 @@ class Slots:
         self._state.wipe(slot)
 
     def result(self, slot: int, into: Float32) -> None:
-        """Write the finished latent, float32 [C, h, w] in the VAE's coordinates; `NonFiniteError` if it is not finite."""
+        """Write the finished latent, float32 [C, h, w] in the VAE's coordinates; `NonFiniteError` if it is not."""
         self._state.finish(slot, self.tenant(slot).program, into)
         if not np.isfinite(into).all():
             raise NonFiniteError(
@@ -180,7 +180,9 @@ class Slots:
             at += tenant.rows
         return outputs
 
-    def _advance(self, slots: Sequence[int], tenants: Sequence[Tenant], outputs: list[Float32], previews: Mapping[int, Float32]) -> None:
+    def _advance(
+        self, slots: Sequence[int], tenants: Sequence[Tenant], outputs: list[Float32], previews: Mapping[int, Float32]
+    ) -> None:
         state = self._state
         for slot, tenant, output in zip(slots, tenants, outputs, strict=True):
             if slot in previews:

@@ -31,7 +31,9 @@ class Embedding:
 
     def zeros(self) -> Embedding:
         """The embedding of no prompt at all, for families that take zeros there."""
-        return Embedding(hidden=np.zeros_like(self.hidden), pooled=None if self.pooled is None else np.zeros_like(self.pooled))
+        return Embedding(
+            hidden=np.zeros_like(self.hidden), pooled=None if self.pooled is None else np.zeros_like(self.pooled)
+        )
 
 
 class PromptTokenizer:
@@ -42,7 +44,9 @@ class PromptTokenizer:
         try:
             self._fast = FastTokenizer.from_file(str(path))
         except Exception as error:
-            raise CorruptError(f"{record.file} is not a tokenizer ({error})", remedy="Export the checkpoint again.") from error
+            raise CorruptError(
+                f"{record.file} is not a tokenizer ({error})", remedy="Export the checkpoint again."
+            ) from error
         self._fast.no_padding()
         self._fast.no_truncation()
         self.record = record
@@ -64,7 +68,9 @@ def check_prompt(prompt: object, what: str = "prompt") -> str:
     if len(prompt) > LONGEST_PROMPT:
         raise ArgumentError(f"the {what} has {len(prompt)} characters", expected=f"at most {LONGEST_PROMPT}")
     if any(0xD800 <= ord(c) < 0xE000 for c in prompt):
-        raise ArgumentError(f"the {what} holds half of a surrogate pair", expected="valid Unicode", remedy="Decode it as UTF-8.")
+        raise ArgumentError(
+            f"the {what} holds half of a surrogate pair", expected="valid Unicode", remedy="Decode it as UTF-8."
+        )
     return prompt
 
 

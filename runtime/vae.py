@@ -43,7 +43,9 @@ class Vae:
             )
         for i, image in enumerate(images):
             if not image.any():
-                raise BlackImageError(f"image {i} is black throughout", remedy="Export the VAE with --vae-precision float32.")
+                raise BlackImageError(
+                    f"image {i} is black throughout", remedy="Export the VAE with --vae-precision float32."
+                )
         return images
 
     def decode_unguarded(self, latents: Float32) -> UInt8:

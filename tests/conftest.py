@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache folder of the run's own: tests never see what a user has built. Traced graphs may be shared between runs."""
+    """A cache folder of the run's own: tests never see what a user has built."""
     folder = tmp_path_factory.mktemp("cache")
     os.environ["FEWSTEP_CACHE_DIR"] = str(folder)
     return folder

@@ -22,7 +22,9 @@ HEAVY = ("torch", "diffusers", "onnx", "transformers")
 def run(*command: str | Path, cwd: Path, cache: Path) -> str:
     environment = {**os.environ, "FEWSTEP_CACHE_DIR": str(cache)}
     environment.pop("PYTHONPATH", None)
-    done = subprocess.run([str(c) for c in command], cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [str(c) for c in command], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise SystemExit(f"{' '.join(map(str, command))} failed:\n{done.stdout}\n{done.stderr}")
     return done.stdout
@@ -32,12 +34,23 @@ def check(kind: str, target: str, folder: Path) -> None:
     place = folder / kind
     venv.create(place, with_pip=True)
     python, cache = place / "bin" / "python", folder / f"{kind}-cache"
-    pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--constraint", ROOT / "constraints.txt")
+    pip = (
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--constraint",
+        ROOT / "constraints.txt",
+    )
     options = ("--editable",) if kind == "editable" else ()
     run(*pip, *options, target, cwd=folder, cache=cache)
     loaded = f"import sys, fewstep; bad = [m for m in {HEAVY!r} if m in sys.modules]; sys.exit(str(bad) if bad else 0)"
     run(python, "-c", loaded, cwd=folder, cache=cache)
-    made = json.loads(run(place / "bin" / "fewstep", "demo", "--json", "--output", f"{kind}.png", cwd=folder, cache=cache))
+    made = json.loads(
+        run(place / "bin" / "fewstep", "demo", "--json", "--output", f"{kind}.png", cwd=folder, cache=cache)
+    )
     if not (folder / made["file"]).is_file():
         raise SystemExit(f"{kind}: the demo made no picture")
     print(f"{kind}: installed, imports lean, demo made {made['file']}")
@@ -46,7 +59,19 @@ def check(kind: str, target: str, folder: Path) -> None:
 def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, str(ROOT), cwd=folder, cache=folder)
+        run(
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--wheel-dir",
+            folder,
+            str(ROOT),
+            cwd=folder,
+            cache=folder,
+        )
         wheel = next(folder.glob("fewstep-*.whl"))
         tops = {n.split("/")[0] for n in zipfile.ZipFile(wheel).namelist()}
         if any(t != "fewstep" and not t.endswith(".dist-info") for t in tops):

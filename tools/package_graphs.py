@@ -1,6 +1,6 @@
 """Trace the graphs that travel with the package, and write the embedded checkpoints' references.
 
-    python tools/package_graphs.py export/demo/base export/demo/student
+python tools/package_graphs.py export/demo/base export/demo/student
 """
 
 from __future__ import annotations

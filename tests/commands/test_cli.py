@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
-
 from fewstep.cli import VERBS, main
+from PIL import Image
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -38,7 +37,9 @@ def test_help_loads_nothing_heavy() -> None:
     assert not {"numpy", "torch", "onnxruntime", "PIL", "tokenizers", "tqdm"} & {m.split(".")[0] for m in loaded}
 
 
-def test_run_and_inspect(capsys: pytest.CaptureFixture[str], sd1_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_and_inspect(
+    capsys: pytest.CaptureFixture[str], sd1_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     bundle = str(sd1_bundle.folder)
     code, out, _ = call(capsys, "run", bundle, "--prompt", "a cat", "--seed", "5", "--steps", "2", "--json")
@@ -50,13 +51,31 @@ def test_run_and_inspect(capsys: pytest.CaptureFixture[str], sd1_bundle: Any, tm
     assert words[words.index("--seed") + 1] == "5"
     code, out, _ = call(capsys, "inspect", bundle, "--json")
     assert json.loads(out)["family"] == "sd1"
-    code, out, _ = call(capsys, "run", bundle, "--prompt", "b", "--image", "image.png", "--strength", "0.5", "--steps", "4", "--seed", "1", "--output", "two.png")
+    code, out, _ = call(
+        capsys,
+        "run",
+        bundle,
+        "--prompt",
+        "b",
+        "--image",
+        "image.png",
+        "--strength",
+        "0.5",
+        "--steps",
+        "4",
+        "--seed",
+        "1",
+        "--output",
+        "two.png",
+    )
     assert code == 0
     assert "total" in out
     assert Image.open("two.png").size == (32, 32)
 
 
-def test_the_printed_command_makes_the_same_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_printed_command_makes_the_same_picture(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import shlex
 
     monkeypatch.chdir(tmp_path)
@@ -69,7 +88,9 @@ def test_the_printed_command_makes_the_same_picture(capsys: pytest.CaptureFixtur
     np.testing.assert_array_equal(np.asarray(Image.open("demo.png")), np.asarray(Image.open("again.png")))
 
 
-def test_the_demo_shows_what_it_was_asked(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_shows_what_it_was_asked(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     code, out, _ = call(capsys, "demo", "--model", "base", "--scale", "1")
     assert code == 0
@@ -106,7 +127,20 @@ def test_samplers_and_schedules(capsys: pytest.CaptureFixture[str], sd1_bundle: 
     assert code == 0
     assert "LCM-distilled" in out
     picture = tmp_path / "sigmas.png"
-    code, out, _ = call(capsys, "schedule", "show", "DPM++ 2M", "--schedule", "karras", "--schedule", "ays", "--steps", "6", "--plot", str(picture))
+    code, out, _ = call(
+        capsys,
+        "schedule",
+        "show",
+        "DPM++ 2M",
+        "--schedule",
+        "karras",
+        "--schedule",
+        "ays",
+        "--steps",
+        "6",
+        "--plot",
+        str(picture),
+    )
     assert code == 0
     assert picture.stat().st_size > 5000
     code, out, _ = call(capsys, "schedule", "show", "euler", "--steps", "4", "--json")
@@ -116,7 +150,17 @@ def test_samplers_and_schedules(capsys: pytest.CaptureFixture[str], sd1_bundle: 
 def test_a_grid(capsys: pytest.CaptureFixture[str], sd1_bundle: Any, tmp_path: Path) -> None:
     target = tmp_path / "grid.png"
     code, out, _ = call(
-        capsys, "grid", str(sd1_bundle.folder), "--prompt", "x", "--columns", "sampler=euler,dpmpp_2m,lms", "--rows", "steps=1,2", "--output", str(target)
+        capsys,
+        "grid",
+        str(sd1_bundle.folder),
+        "--prompt",
+        "x",
+        "--columns",
+        "sampler=euler,dpmpp_2m,lms",
+        "--rows",
+        "steps=1,2",
+        "--output",
+        str(target),
     )
     assert (code, "3 x 2" in out) == (0, True)
     assert Image.open(target).width > 3 * 128
@@ -144,7 +188,9 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str], sd1_bundle: Any, tiny_sd
     assert not (tmp_path / "b").exists()
 
 
-def test_export_from_the_command_line(capsys: pytest.CaptureFixture[str], tiny_sd1: Path, sd1_bundle: Any, tmp_path: Path) -> None:
+def test_export_from_the_command_line(
+    capsys: pytest.CaptureFixture[str], tiny_sd1: Path, sd1_bundle: Any, tmp_path: Path
+) -> None:
     code, out, _ = call(capsys, "export", str(tiny_sd1), str(tmp_path / "b"), "--json", "--no-gate")
     data = json.loads(out)
     assert code == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import fewstep
 import numpy as np
 import pytest
 import torch
@@ -18,8 +19,6 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from PIL import Image
-
-import fewstep
 
 FAMILIES = ("sd1", "sd2", "sdxl", "embedded")
 SCHEDULERS = {"euler": EulerDiscreteScheduler, "ddim": DDIMScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}
@@ -44,20 +43,36 @@ def family(request: pytest.FixtureRequest) -> dict[str, Any]:
     else:
         checkpoint, bundle = request.getfixturevalue(f"tiny_{name}"), request.getfixturevalue(f"{name}_bundle")
     big = name == "sdxl"
-    text = (StableDiffusionXLPipeline if big else StableDiffusionPipeline).from_pretrained(checkpoint, torch_dtype=torch.float32)
-    image = (StableDiffusionXLImg2ImgPipeline if big else StableDiffusionImg2ImgPipeline)(**text.components, **({} if big else {"requires_safety_checker": False}))
+    text = (StableDiffusionXLPipeline if big else StableDiffusionPipeline).from_pretrained(
+        checkpoint, torch_dtype=torch.float32
+    )
+    image = (StableDiffusionXLImg2ImgPipeline if big else StableDiffusionImg2ImgPipeline)(
+        **text.components, **({} if big else {"requires_safety_checker": False})
+    )
     for pipe in (text, image):
         pipe.set_progress_bar_config(disable=True)
-    return {"ours": fewstep.load(bundle), "text": text, "image": image, "config": dict(text.scheduler.config), "size": bundle.defaults.width}
+    return {
+        "ours": fewstep.load(bundle),
+        "text": text,
+        "image": image,
+        "config": dict(text.scheduler.config),
+        "size": bundle.defaults.width,
+    }
 
 
-def reference(family: dict[str, Any], kind: str, scheduler: str | None, seeds: list[int] | int, **given: Any) -> np.ndarray:
+def reference(
+    family: dict[str, Any], kind: str, scheduler: str | None, seeds: list[int] | int, **given: Any
+) -> np.ndarray:
     pipe = family[kind]
     config = {**family["config"], "clip_sample": False}
     original = pipe.scheduler
     if scheduler is not None:
         pipe.scheduler = SCHEDULERS[scheduler].from_config(config)
-    generator = torch.Generator().manual_seed(seeds) if isinstance(seeds, int) else [torch.Generator().manual_seed(s) for s in seeds]
+    generator = (
+        torch.Generator().manual_seed(seeds)
+        if isinstance(seeds, int)
+        else [torch.Generator().manual_seed(s) for s in seeds]
+    )
     try:
         out = pipe(generator=generator, output_type="np", **given).images
     finally:
@@ -75,11 +90,24 @@ def test_text_to_image(family: dict[str, Any], scheduler: str, batch: int) -> No
     seeds = [11 + i for i in range(batch)]
     negative = None if batch == 1 else "blurry, grey"
     theirs = reference(
-        family, "text", scheduler, seeds, prompt=[PROMPT] * batch, num_inference_steps=6, guidance_scale=4.0,
+        family,
+        "text",
+        scheduler,
+        seeds,
+        prompt=[PROMPT] * batch,
+        num_inference_steps=6,
+        guidance_scale=4.0,
         negative_prompt=None if negative is None else [negative] * batch,
-    )  # fmt: skip
+    )
     result = family["ours"](
-        PROMPT, negative=negative, steps=6, guidance=4.0, seed=seeds, sampler=scheduler, schedule=spacing(family, scheduler), compat="diffusers"
+        PROMPT,
+        negative=negative,
+        steps=6,
+        guidance=4.0,
+        seed=seeds,
+        sampler=scheduler,
+        schedule=spacing(family, scheduler),
+        compat="diffusers",
     )
     assert theirs.std() > 5, "the reference shows nothing"
     assert psnr(result.images, theirs) >= LEAST_PSNR
@@ -93,36 +121,77 @@ def test_image_to_image(family: dict[str, Any], scheduler: str, batch: int) -> N
     picture = Image.fromarray(np.stack(np.broadcast_arrays(x[None], x[:, None], np.uint8(90)), -1))
     seeds = [3 + i for i in range(batch)]
     theirs = reference(
-        family, "image", scheduler, seeds, prompt=[PROMPT] * batch, image=[picture] * batch, strength=0.6, num_inference_steps=7, guidance_scale=3.0
+        family,
+        "image",
+        scheduler,
+        seeds,
+        prompt=[PROMPT] * batch,
+        image=[picture] * batch,
+        strength=0.6,
+        num_inference_steps=7,
+        guidance_scale=3.0,
     )
     result = family["ours"](
-        PROMPT, image=picture, strength=0.6, steps=7, guidance=3.0, seed=seeds, sampler=scheduler, schedule=spacing(family, scheduler),
+        PROMPT,
+        image=picture,
+        strength=0.6,
+        steps=7,
+        guidance=3.0,
+        seed=seeds,
+        sampler=scheduler,
+        schedule=spacing(family, scheduler),
         compat="diffusers",
-    )  # fmt: skip
+    )
     assert psnr(result.images, theirs) >= LEAST_PSNR
 
 
 def test_the_checkpoints_own_scheduler_and_no_guidance(family: dict[str, Any]) -> None:
     theirs = reference(family, "text", None, [5], prompt=PROMPT, num_inference_steps=5, guidance_scale=1.0)
-    result = family["ours"](PROMPT, steps=5, guidance=1.0, seed=5, sampler=None) if family["ours"].bundle.defaults.sampler is None else None
+    result = (
+        family["ours"](PROMPT, steps=5, guidance=1.0, seed=5, sampler=None)
+        if family["ours"].bundle.defaults.sampler is None
+        else None
+    )
     if result is None:
         config = family["ours"].bundle.scheduler
-        result = family["ours"](PROMPT, steps=5, guidance=1.0, seed=5, sampler=config["_class_name"], schedule=config["timestep_spacing"], compat="diffusers")
+        result = family["ours"](
+            PROMPT,
+            steps=5,
+            guidance=1.0,
+            seed=5,
+            sampler=config["_class_name"],
+            schedule=config["timestep_spacing"],
+            compat="diffusers",
+        )
     assert psnr(result.images, theirs) >= LEAST_PSNR
 
 
 def test_one_generator_for_the_batch(family: dict[str, Any]) -> None:
     theirs = reference(family, "text", "euler", 21, prompt=[PROMPT] * 3, num_inference_steps=4, guidance_scale=3.0)
     result = family["ours"](
-        [PROMPT] * 3, steps=4, guidance=3.0, seed=21, shared_stream=True, sampler="euler", schedule=spacing(family, "euler"), compat="diffusers"
+        [PROMPT] * 3,
+        steps=4,
+        guidance=3.0,
+        seed=21,
+        shared_stream=True,
+        sampler="euler",
+        schedule=spacing(family, "euler"),
+        compat="diffusers",
     )
     assert psnr(result.images, theirs) >= LEAST_PSNR
 
 
-@pytest.mark.parametrize("prompt", ["", LONG, "🎉🎉 ünïcødé", "HELLO   World!\n\ttabs", "it's 3 o'clock, don't!", "a" * 300, "日本語 مرحبا", "!"])
+@pytest.mark.parametrize(
+    "prompt",
+    ["", LONG, "🎉🎉 ünïcødé", "HELLO   World!\n\ttabs", "it's 3 o'clock, don't!", "a" * 300, "日本語 مرحبا", "!"],
+)
 def test_tokens_are_the_checkpoints_own(family: dict[str, Any], prompt: str) -> None:
     pipe = family["text"]
-    theirs = [t(prompt, padding="max_length", max_length=77, truncation=True).input_ids for t in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)) if t]
+    theirs = [
+        t(prompt, padding="max_length", max_length=77, truncation=True).input_ids
+        for t in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None))
+        if t
+    ]
     ours, cut = family["ours"].text.tokenize([prompt])
     assert [row[0].tolist() for row in ours] == theirs
     assert cut[0] == any(len(t(prompt).input_ids) > 77 for t in (pipe.tokenizer,))
@@ -132,9 +201,26 @@ def test_another_size_and_other_prompts_in_one_batch(family: dict[str, Any]) -> 
     size = family["size"]
     width, height = size + 32, size
     prompts = [PROMPT, "a green square"]
-    theirs = reference(family, "text", "euler", [1, 2], prompt=prompts, num_inference_steps=3, guidance_scale=2.0, width=width, height=height)
+    theirs = reference(
+        family,
+        "text",
+        "euler",
+        [1, 2],
+        prompt=prompts,
+        num_inference_steps=3,
+        guidance_scale=2.0,
+        width=width,
+        height=height,
+    )
     result = family["ours"](
-        prompts, steps=3, guidance=2.0, seed=[1, 2], size=(width, height), sampler="euler", schedule=spacing(family, "euler"), compat="diffusers"
+        prompts,
+        steps=3,
+        guidance=2.0,
+        seed=[1, 2],
+        size=(width, height),
+        sampler="euler",
+        schedule=spacing(family, "euler"),
+        compat="diffusers",
     )
     assert result.images.shape == (2, height, width, 3)
     assert psnr(result.images, theirs) >= LEAST_PSNR

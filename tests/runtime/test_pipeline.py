@@ -7,15 +7,22 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import fewstep
 import numpy as np
 import pytest
-from PIL import Image
-
-import fewstep
-from fewstep.errors import ArgumentError, BlackImageError, CancelledError, CorruptError, FewstepError, MissingError, NonFiniteError
+from fewstep.errors import (
+    ArgumentError,
+    BlackImageError,
+    CancelledError,
+    CorruptError,
+    FewstepError,
+    MissingError,
+    NonFiniteError,
+)
 from fewstep.runtime.images import command_line, open_image, read_parameters
 from fewstep.runtime.request import choose_program
 from fewstep.runtime.slots import Slots, Tenant
+from PIL import Image
 
 CALL = {"steps": 3, "guidance": 3.0, "sampler": "dpmpp_2m"}
 
@@ -50,7 +57,13 @@ def test_slots_mix_programs_prompts_and_guidance(pipe: fewstep.Pipeline) -> None
         positive, negative = pipe.text.encode([f"prompt {index}", ""])
         program = choose_program(pipe.bundle, sampler=sampler, schedule=None, steps=steps, options={})
         gaussian = noise.randn(shape)
-        return Tenant(program=program, noise=noise, positive=positive, negative=negative if guidance > 1 else None, guidance=guidance), gaussian
+        return Tenant(
+            program=program,
+            noise=noise,
+            positive=positive,
+            negative=negative if guidance > 1 else None,
+            guidance=guidance,
+        ), gaussian
 
     def finish(slot: int) -> np.ndarray:
         out = np.empty(shape, np.float32)
@@ -84,7 +97,9 @@ def test_a_nan_of_the_former_tenant_is_gone(pipe: fewstep.Pipeline) -> None:
     (embedding,) = pipe.text.encode(["x"])
 
     def run(gaussian: np.ndarray) -> np.ndarray:
-        slot = slots.admit(Tenant(program=program, noise=None, positive=embedding, negative=None, guidance=1.0), gaussian)  # type: ignore[arg-type]
+        slot = slots.admit(
+            Tenant(program=program, noise=None, positive=embedding, negative=None, guidance=1.0), gaussian
+        )  # type: ignore[arg-type]
         try:
             for _ in range(program.evaluations):
                 slots.tick([slot])
@@ -148,7 +163,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"sampler": "eulr"}, "expected one like euler"),
     ({"schedule": "karas", "sampler": "euler"}, "karras"),
     ({"prompt": "\ud800"}, "surrogate"),
-    ({"prompt": 5}, "int|not iterable"),
+    ({"prompt": 5}, "the prompt is int"),
+    ({"negative": 5}, "the negative prompt is int"),
     ({"prompt": "x" * 30_000}, "30000 characters"),
     ({"negative": ["a", "b"]}, "2 negative prompts for 1 images"),
     ({"images_per_prompt": 0}, "images_per_prompt is 0"),
@@ -161,9 +177,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("given", "words"), BAD, ids=[f"{next(iter(g))}-{i}" for i, (g, _) in enumerate(BAD)])
 def test_bad_requests_say_what_mends_them(pipe: fewstep.Pipeline, given: dict[str, Any], words: str) -> None:
     given = {"prompt": "x", "steps": 2, **given}
-    with pytest.raises((ArgumentError, TypeError), match=words) as caught:
+    with pytest.raises(ArgumentError, match=words) as caught:
         pipe(given.pop("prompt"), **given)
-    assert isinstance(caught.value, ArgumentError)
     assert caught.value.exit_code == 2
 
 
@@ -181,10 +196,10 @@ def test_pictures_that_cannot_be_read(pipe: fewstep.Pipeline, tmp_path: Path) ->
 
 
 def test_a_picture_knows_the_command_that_made_it(pipe: fewstep.Pipeline, tmp_path: Path) -> None:
-    result = pipe("it's \"quoted\" ünïcode", negative="none", seed=3, **CALL)
+    result = pipe('it\'s "quoted" ünïcode', negative="none", seed=3, **CALL)
     (name,) = result.save(tmp_path / "out.png")
     found = read_parameters(name)
-    assert found["prompt"] == "it's \"quoted\" ünïcode"
+    assert found["prompt"] == 'it\'s "quoted" ünïcode'
     assert "--seed 3" in command_line(found, "again.png")
     with Image.open(name) as image:
         assert image.text["parameters"].splitlines()[1] == "Negative prompt: none"

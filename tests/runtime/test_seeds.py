@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
 from fewstep.errors import ArgumentError
 from fewstep.runtime.seeds import SharedStream, TorchCpuGenerator
 
@@ -17,7 +16,9 @@ def test_a_stream_equals_torch(seed: int) -> None:
     reference = torch.Generator().manual_seed(seed if seed < 2**63 else seed - 2**64)
     ours = TorchCpuGenerator(seed)
     for shape in SHAPES * 2:
-        np.testing.assert_allclose(ours.randn(shape), torch.randn(shape, generator=reference).numpy(), atol=2e-6, rtol=0)
+        np.testing.assert_allclose(
+            ours.randn(shape), torch.randn(shape, generator=reference).numpy(), atol=2e-6, rtol=0
+        )
 
 
 def test_shared_stream_is_one_generator_for_the_batch() -> None:

@@ -26,7 +26,11 @@ def programs() -> list[Program]:
     schedules, predictions = ("trailing", "karras", "ays"), ("epsilon", "v_prediction", "sample")
     return [
         compile_program(
-            name, schedule=schedules[i % 3], steps=4 + i % 7, start=i % 3, noise=NOISE,
+            name,
+            schedule=schedules[i % 3],
+            steps=4 + i % 7,
+            start=i % 3,
+            noise=NOISE,
             prediction=predictions[i % 2],
         )
         for i, name in enumerate(NAMES)

@@ -34,7 +34,9 @@ def look(image: np.ndarray) -> Seen:
     """Read an image, uint8 [64, 64, 3]."""
     pixels = image.astype(np.float64)
     nearest = ((pixels[:, :, None, :] - _RGB) ** 2).sum(-1).argmin(-1)
-    border = np.concatenate([nearest[:2].ravel(), nearest[-2:].ravel(), nearest[:, :2].ravel(), nearest[:, -2:].ravel()])
+    border = np.concatenate(
+        [nearest[:2].ravel(), nearest[-2:].ravel(), nearest[:, :2].ravel(), nearest[:, -2:].ravel()]
+    )
     back = int(np.bincount(border, minlength=len(COLOURS)).argmax())
     counts = np.bincount(nearest.ravel(), minlength=len(COLOURS))
     counts[back] = 0
@@ -81,7 +83,7 @@ def _best_overlap(mask: np.ndarray, shape: str) -> float:
     extent = max(xs.max() - xs.min(), ys.max() - ys.min()) + 1
     best = 0.0
     for grow in (-2, 0, 2):
-        template = _template(shape, int(round(extent)) + grow)
+        template = _template(shape, round(extent) + grow)
         for dx in (-1, 0, 1):
             for dy in (-1, 0, 1):
                 placed = _place(template, middle[0] + dx, middle[1] + dy)

@@ -1,9 +1,9 @@
-"""How well the embedded model follows prompts: fresh single-shape prompts over several seeds, read by the pixel checker.
+"""How well the embedded model follows prompts: fresh prompts over several seeds, read by the pixel checker.
 
     python tools/demo_model/evaluate.py base --output export/demo/base/evaluation.json
     python tools/demo_model/evaluate.py student --steps 4 --output export/demo/student/evaluation.json
 
-Pictures are made by fewstep itself from the shipped checkpoint. An image is right when background, colour and shape all are.
+fewstep itself makes the pictures from the shipped checkpoint. One is right when background, colour and shape are.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ import random
 import sys
 from pathlib import Path
 
+import fewstep
 import numpy as np
 from checker import look
-from scenes import SHAPES, TEMPLATES, random_scene, render, triples
-
-import fewstep
 from fewstep.export.embedded import embedded_bundle
+from scenes import SHAPES, TEMPLATES, random_scene, render, triples
 
 PARTS = ("background", "colour", "shape")
 

@@ -13,7 +13,13 @@ import sys
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from text import new_text_encoder, write_tokenizer
 from transformers import CLIPTextModel, CLIPTokenizer
 from unet import SCHEDULE, new_unet
@@ -35,12 +41,26 @@ def trained(folder: Path, tokenizer: CLIPTokenizer) -> tuple[UNet2DConditionMode
     return unet, encoder
 
 
-def save(target: Path, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel, encoder: CLIPTextModel, vae: AutoencoderKL, scheduler: object, defaults: dict) -> None:
+def save(
+    target: Path,
+    tokenizer: CLIPTokenizer,
+    unet: UNet2DConditionModel,
+    encoder: CLIPTextModel,
+    vae: AutoencoderKL,
+    scheduler: object,
+    defaults: dict,
+) -> None:
     shutil.rmtree(target, ignore_errors=True)
     pipe = StableDiffusionPipeline(
-        vae=vae, text_encoder=encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        vae=vae,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipe.to(torch.float16).save_pretrained(target)
     write_tokenizer(target / "tokenizer")
     for file in target.rglob("*.safetensors"):
@@ -60,7 +80,15 @@ def main() -> int:
         student = UNet2DConditionModel.from_pretrained(few, torch_dtype=torch.float32)
         _, encoder = trained(folder, tokenizer)
         vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
-        save(target / "student", tokenizer, student, encoder, vae, EulerDiscreteScheduler(**SCHEDULE, **prediction), STUDENT)
+        save(
+            target / "student",
+            tokenizer,
+            student,
+            encoder,
+            vae,
+            EulerDiscreteScheduler(**SCHEDULE, **prediction),
+            STUDENT,
+        )
     return 0
 
 

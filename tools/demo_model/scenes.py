@@ -67,8 +67,13 @@ def random_scene(rng: random.Random, kinds: list[tuple[str, str, str]]) -> Scene
     slack = 31.5 - radius - 1.0
     reach = min(slack, 9.0)
     return Scene(
-        colour=colour, shape=shape, background=background, size=size, radius=radius,
-        x=31.5 + rng.uniform(-reach, reach), y=31.5 + rng.uniform(-reach, reach),
+        colour=colour,
+        shape=shape,
+        background=background,
+        size=size,
+        radius=radius,
+        x=31.5 + rng.uniform(-reach, reach),
+        y=31.5 + rng.uniform(-reach, reach),
     )
 
 
@@ -117,7 +122,9 @@ def distance(shape: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def render(scenes: list[Scene]) -> torch.Tensor:
     """Draw scenes: float32 [B, 3, 64, 64] in [-1, 1], edges one pixel soft."""
-    ys, xs = torch.meshgrid(torch.arange(SIZE, dtype=torch.float32), torch.arange(SIZE, dtype=torch.float32), indexing="ij")
+    ys, xs = torch.meshgrid(
+        torch.arange(SIZE, dtype=torch.float32), torch.arange(SIZE, dtype=torch.float32), indexing="ij"
+    )
     out = torch.empty(len(scenes), 3, SIZE, SIZE)
     palette = {name: torch.tensor(rgb, dtype=torch.float32).view(3, 1, 1) / 127.5 - 1 for name, rgb in PALETTE.items()}
     for image, scene in zip(out, scenes, strict=True):

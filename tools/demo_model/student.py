@@ -34,7 +34,13 @@ def train_student(options: argparse.Namespace) -> None:
     pairs = make_pairs(folder, tokenizer, encoder, unet, minutes=0.4 * options.minutes, seed=options.seed)
     dist.barrier()
     trainer = Trainer(
-        name="student", folder=folder, parameters=unet.parameters(), minutes=0.6 * options.minutes, rate=6e-4, ema=0.998, warmup=100
+        name="student",
+        folder=folder,
+        parameters=unet.parameters(),
+        minutes=0.6 * options.minutes,
+        rate=6e-4,
+        ema=0.998,
+        warmup=100,
     )
     ab = alpha_bar()
     sigmas = ((1 - ab) / ab).sqrt()
@@ -59,7 +65,9 @@ def train_student(options: argparse.Namespace) -> None:
         unet.to(torch.float16).save_pretrained(folder / "student" / "unet")
 
 
-def predict(unet: UNet2DConditionModel, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+def predict(
+    unet: UNet2DConditionModel, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor, sigmas: torch.Tensor
+) -> torch.Tensor:
     """x0 from a state in sigma's coordinates, by a v-predicting UNet: x0 = alpha x_vp - s v."""
     sigma = sigmas[t].view(-1, 1, 1, 1)
     alpha = (1 + sigma**2).rsqrt()
@@ -70,7 +78,13 @@ def predict(unet: UNet2DConditionModel, x: torch.Tensor, t: torch.Tensor, contex
 
 @torch.no_grad()
 def make_pairs(
-    folder: Path, tokenizer: CLIPTokenizer, encoder: CLIPTextModel, unet: UNet2DConditionModel, *, minutes: float, seed: int
+    folder: Path,
+    tokenizer: CLIPTokenizer,
+    encoder: CLIPTextModel,
+    unet: UNet2DConditionModel,
+    *,
+    minutes: float,
+    seed: int,
 ) -> dict[str, torch.Tensor]:
     """This worker's (noise, ids, image latent) triples, made for `minutes` and kept on disk."""
     path = folder / f"pairs-{dist.get_rank()}.pt"

@@ -1,8 +1,8 @@
 """Train the embedded model, stage by stage; every stage can be stopped and goes on where it was.
 
-    python tools/demo_model/train.py vae     --folder build/demo --minutes 25
-    python tools/demo_model/train.py unet    --folder build/demo --minutes 70
-    python tools/demo_model/train.py student --folder build/demo --minutes 30
+python tools/demo_model/train.py vae     --folder build/demo --minutes 25
+python tools/demo_model/train.py unet    --folder build/demo --minutes 70
+python tools/demo_model/train.py student --folder build/demo --minutes 30
 """
 
 from __future__ import annotations

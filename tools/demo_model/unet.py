@@ -20,15 +20,27 @@ from workers import Trainer
 
 BATCH = 64
 SCENES = 32_000
-SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "steps_offset": 1}
+SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "steps_offset": 1,
+}
 
 
 def new_unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(
-        sample_size=16, in_channels=4, out_channels=4, block_out_channels=(32, 64, 96), layers_per_block=1,
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 64, 96),
+        layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=4, norm_num_groups=8, cross_attention_dim=96,
+        attention_head_dim=4,
+        norm_num_groups=8,
+        cross_attention_dim=96,
     )
 
 
@@ -52,7 +64,7 @@ def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
 
 @torch.no_grad()
 def encode_scenes(folder: Path, tokenizer: CLIPTokenizer, rank: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """This worker's latents float16 [N, 4, 16, 16] and the token ids int16 [N, templates, 77] of its captions, kept on disk."""
+    """This worker's latents float16 [N, 4, 16, 16] and its captions' ids int16 [N, templates, 77], kept on disk."""
     path = folder / f"latents-{rank}.pt"
     if path.exists():
         kept = torch.load(path, weights_only=True)
@@ -87,8 +99,12 @@ def train_unet(options: argparse.Namespace) -> None:
     empty = token_ids(tokenizer, [""]).squeeze(0)
     ab = alpha_bar()
     trainer = Trainer(
-        name="unet", folder=folder, parameters=[*unet.parameters(), *encoder.parameters()], minutes=options.minutes,
-        rate=1.5e-3, ema=0.998,
+        name="unet",
+        folder=folder,
+        parameters=[*unet.parameters(), *encoder.parameters()],
+        minutes=options.minutes,
+        rate=1.5e-3,
+        ema=0.998,
     )
     while trainer.running:
         at = torch.randint(0, len(latents), (BATCH,))
@@ -107,4 +123,3 @@ def train_unet(options: argparse.Namespace) -> None:
     if rank == 0:
         unet.to(torch.float16).save_pretrained(folder / "unet")
         encoder.to(torch.float16).save_pretrained(folder / "text_encoder")
-

@@ -22,9 +22,16 @@ BATCH = 24
 
 def new_vae() -> AutoencoderKL:
     return AutoencoderKL(
-        in_channels=3, out_channels=3, sample_size=64, latent_channels=4, scaling_factor=1.0,
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=4,
+        in_channels=3,
+        out_channels=3,
+        sample_size=64,
+        latent_channels=4,
+        scaling_factor=1.0,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64),
+        layers_per_block=1,
+        norm_num_groups=4,
     )
 
 
@@ -50,13 +57,20 @@ def train_vae(options: argparse.Namespace) -> None:
         kl = 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).mean()
         hint = F.mse_loss(mean[:, :3], 1.5 * F.avg_pool2d(x, 4))
         fit = _loss(y.float(), x)
-        whole.update(fit + 3e-4 * kl + 0.3 * max(0.0, 1 - 3 * whole.progress) * hint, fit=fit.item(), kl=kl.item(), hint=hint.item())
+        whole.update(
+            fit + 3e-4 * kl + 0.3 * max(0.0, 1 - 3 * whole.progress) * hint,
+            fit=fit.item(),
+            kl=kl.item(),
+            hint=hint.item(),
+        )
     whole.save()
     whole.use_ema()
 
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
-    decoder = Trainer(name="vae-decoder", folder=folder, parameters=vae.parameters(), minutes=options.minutes * 0.35, rate=1e-3)
+    decoder = Trainer(
+        name="vae-decoder", folder=folder, parameters=vae.parameters(), minutes=options.minutes * 0.35, rate=1e-3
+    )
     spread = 0.06
     while decoder.running:
         x = render([random_scene(rng, kinds) for _ in range(BATCH)])

@@ -1,4 +1,4 @@
-"""What every training stage shares: one-thread workers whose gradients are averaged, resumable state, EMA, a cosine rate."""
+"""What every training stage shares: one-thread workers with averaged gradients, resumable state, EMA."""
 
 from __future__ import annotations
 
@@ -22,10 +22,26 @@ class Trainer:
     """
 
     def __init__(
-        self, *, name: str, folder: Path, parameters: Iterable[torch.nn.Parameter], minutes: float, rate: float,
-        decay: float = 0.01, ema: float = 0.999, clip: float = 1.0, warmup: int = 200,
+        self,
+        *,
+        name: str,
+        folder: Path,
+        parameters: Iterable[torch.nn.Parameter],
+        minutes: float,
+        rate: float,
+        decay: float = 0.01,
+        ema: float = 0.999,
+        clip: float = 1.0,
+        warmup: int = 200,
     ) -> None:
-        self.name, self.folder, self.minutes, self.rate, self.clip, self.warmup = name, folder, minutes, rate, clip, warmup
+        self.name, self.folder, self.minutes, self.rate, self.clip, self.warmup = (
+            name,
+            folder,
+            minutes,
+            rate,
+            clip,
+            warmup,
+        )
         self.parameters = [p for p in parameters if p.requires_grad]
         self.optimiser = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=decay, betas=(0.9, 0.99))
         self.ema_decay = ema
@@ -51,7 +67,9 @@ class Trainer:
         """One optimiser step on `loss`, averaged over the workers."""
         self.optimiser.zero_grad(set_to_none=False)
         loss.backward()
-        flat = torch.cat([p.grad.reshape(-1) if p.grad is not None else torch.zeros(p.numel()) for p in self.parameters])
+        flat = torch.cat(
+            [p.grad.reshape(-1) if p.grad is not None else torch.zeros(p.numel()) for p in self.parameters]
+        )
         clock = torch.tensor([self.base + time.monotonic() - self.started])
         flat = torch.cat([flat, clock])
         dist.all_reduce(flat)
@@ -94,12 +112,15 @@ class Trainer:
         part = self.path.with_suffix(".part")
         torch.save(
             {
-                "optimiser": self.optimiser.state_dict(), "step": self.step, "used": self.used,
-                "parameters": [p.detach() for p in self.parameters], "ema": self.ema,
+                "optimiser": self.optimiser.state_dict(),
+                "step": self.step,
+                "used": self.used,
+                "parameters": [p.detach() for p in self.parameters],
+                "ema": self.ema,
             },
             part,
         )
-        os.replace(part, self.path)
+        part.replace(self.path)
 
     def use_ema(self) -> None:
         for p, e in zip(self.parameters, self.ema, strict=True):
@@ -110,7 +131,9 @@ class Trainer:
         return self.progress < 1.0
 
 
-def _worker(rank: int, size: int, port: int, stage: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> None:
+def _worker(
+    rank: int, size: int, port: int, stage: Callable[[argparse.Namespace], None], options: argparse.Namespace
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     torch.manual_seed(options.seed * 1000 + rank)
