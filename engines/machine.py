@@ -12,10 +12,9 @@ from ..errors import MissingError, MissingExtraError
 
 # The instruction sets by which ONNX Runtime's kernels and weight layouts differ.
 _ISA = (
-    "sse4_1", "sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni",
-    "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8", "asimd", "asimdhp", "asimddp",
-    "i8mm", "bf16", "sve", "sve2",
-)  # fmt: skip
+    "sse4_1 sse4_2 avx avx2 fma f16c avx_vnni avx512f avx512bw avx512vl avx512_vnni avx512_bf16 avx512_fp16 "
+    "amx_tile amx_bf16 amx_int8 asimd asimdhp asimddp i8mm bf16 sve sve2"
+).split()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
