@@ -14,7 +14,7 @@ from ..errors import MissingError, MissingExtraError
 _ISA = (
     "sse4_1 sse4_2 avx avx2 fma f16c avx_vnni avx512f avx512bw avx512vl avx512_vnni avx512_bf16 avx512_fp16 "
     "amx_tile amx_bf16 amx_int8 asimd asimdhp asimddp i8mm bf16 sve sve2"
-).split()
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ def cpu_identity() -> tuple[str, str]:
                 name = value.strip()
             elif label in {"flags", "features"}:
                 flags = set(value.split())
-    return name, " ".join(f for f in _ISA if f in flags) or platform.machine()
+    return name, " ".join(f for f in _ISA.split() if f in flags) or platform.machine()
 
 
 def os_identity() -> str:
