@@ -56,7 +56,7 @@ def execute(options: argparse.Namespace) -> int:
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
     lines = [
-        f"{options.folder}: {bundle.family} in {data['seconds']} s, peak memory {data['peak_memory_bytes'] / 1e6:.0f} MB"
+        f"{options.folder}: {bundle.family} in {data['seconds']} s, at most {data['peak_memory_bytes'] / 1e6:.0f} MB"
     ]
     lines += [
         f"  {n:15} {c['dtype']:9} {c['bytes'] / 1e6:8.2f} MB {c['operators']:4} nodes"
