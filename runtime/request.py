@@ -13,6 +13,7 @@ import numpy as np
 from ..bundle import Bundle
 from ..errors import ArgumentError
 from ..schedules import NoiseSchedule, Program, compile_program, program_from_diffusers
+from ..schedules.names import resolve_schedule
 from .seeds import check_seed
 from .text import check_prompt
 
@@ -129,6 +130,8 @@ def choose_program(
 ) -> Program:
     """The program of a request; without a sampler, the checkpoint's own scheduler, in diffusers' conventions."""
     explicit = timesteps is not None or sigmas is not None
+    if schedule is not None and resolve_schedule(schedule) == "ays_sd" and bundle.family == "sdxl":
+        schedule = "ays_sdxl"
     if sampler is None and schedule is None and not options:
         return program_from_diffusers(
             bundle.scheduler, steps=None if explicit else steps, timesteps=timesteps, sigmas=sigmas, start=start

@@ -320,7 +320,6 @@ def test_tokenizers_without_their_json_are_the_same(
 ) -> None:
     """Older checkpoints carry vocabulary and merges only; "!" as padding must still be a token of its own."""
     import tokenizers as fast
-
     from fewstep.export.tokenizers import export_tokenizer
 
     checkpoint: Path = request.getfixturevalue(f"tiny_{family}")

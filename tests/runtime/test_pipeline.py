@@ -232,3 +232,8 @@ def test_a_missing_bundle_and_a_missing_engine(sd1_bundle: Any, tmp_path: Path) 
 
     with pytest.raises(FewstepError, match="fewstep build"):
         fewstep.load(sd1_bundle, build="never", store=Store(tmp_path / "engines"))
+
+
+def test_ays_takes_the_table_of_the_family(sd1_bundle: Any, sdxl_bundle: Any) -> None:
+    for bundle, name in ((sd1_bundle, "ays_sd"), (sdxl_bundle, "ays_sdxl")):
+        assert choose_program(bundle, sampler="euler", schedule="ays", steps=10, options={}).schedule == name
