@@ -1,6 +1,8 @@
-"""Exported checkpoints of each family, tiny and random: built for TensorRT-RTX, built and gated on the CPU."""
+"""Exported checkpoints, the embedded model and tiny random ones: built for TensorRT-RTX, built and gated on the CPU."""
 
 from __future__ import annotations
+
+import os
 
 import onnx
 import pytest
@@ -12,8 +14,15 @@ from fewstep.errors import CorruptError
 GPUS = BuildOptions(compute_capabilities=("8.9", "12.0"))
 
 
-@pytest.fixture(params=["sd1", "sdxl"])
+@pytest.fixture(params=["embedded", "sd1", "sdxl"])
 def exported(request: pytest.FixtureRequest) -> Bundle:
+    """Tracing the random ones takes a minute each, so that they are left to runs which ask for them by name."""
+    if request.param == "embedded":
+        from fewstep.export.embedded import embedded_bundle
+
+        return embedded_bundle("base")[0]
+    if not os.environ.get("FEWSTEP_SLOW_TESTS"):
+        pytest.skip("set FEWSTEP_SLOW_TESTS=1 to trace and build tiny random checkpoints")
     found: Bundle = request.getfixturevalue(f"{request.param}_bundle")
     return found
 
