@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
@@ -40,6 +41,12 @@ def define(parser: argparse.ArgumentParser) -> None:
         help="TensorRT-RTX: build for this GPU, like 8.9; repeatable",
     )
     parser.add_argument(
+        "--auxiliary-streams", type=int, default=0, help="TensorRT's side streams (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("fp16",), help="ONNX Runtime on CUDA: convert to half precision after fusion"
+    )
+    parser.add_argument(
         "--capturable",
         action="store_true",
         help="TensorRT-RTX: leave all memory to the caller, whose CUDA graph may hold it",
@@ -48,13 +55,15 @@ def define(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     from ..bundle import read_bundle
-    from ..engines import BuildOptions, build_engines, profiles_for
+    from ..engines import BuildOptions, build_engines, default_store, profiles_for
     from ..engines.plan import check_resources, plan_build
 
     bundle = read_bundle(options.bundle)
     chosen = BuildOptions(
         optimization_level=options.optimization_level,
         workspace_bytes=None if options.workspace is None else options.workspace * 2**20,
+        float16=options.dtype == "fp16",
+        auxiliary_streams=options.auxiliary_streams,
         compute_capabilities=tuple(options.compute_capability),
         capturable=options.capturable,
     )
@@ -78,7 +87,7 @@ def execute(options: argparse.Namespace) -> int:
         emit(options, {"plan": [p.to_json() for p in planned]}, "\n".join(lines))
         return 0
     if not options.no_preflight:
-        check_resources(planned, bundle.folder)
+        check_resources(planned, _existing(default_store().root))
     began = time.monotonic()
     with bar(100, "%", "build") as progress:
 
@@ -104,6 +113,11 @@ def execute(options: argparse.Namespace) -> int:
     ]
     emit(options, {"engines": engines, "seconds": round(time.monotonic() - began, 3)}, "\n".join(lines))
     return 0
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return folder if folder.exists() else _existing(folder.parent)
 
 
 def _span(text: str) -> tuple[str, Span]:

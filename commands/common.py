@@ -42,6 +42,12 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eta", type=float, help="stochasticity of samplers that have one (DDIM, TCD)")
 
 
+def register_torch(backend: str) -> None:
+    """Have the export room offer its torch backend, where that is the one asked for."""
+    if backend == "torch":
+        from .. import export  # noqa: F401
+
+
 def sampler_options(options: argparse.Namespace) -> dict[str, Any]:
     """The options of a sampler that were given."""
     return {} if options.eta is None else {"eta": options.eta}

@@ -65,7 +65,9 @@ def _verify(options: argparse.Namespace) -> int:
 
     verdicts = verify_engines(default_store(), options.name)
     data = {n: None if e is None else str(e) for n, e in verdicts.items()}
-    emit(options, {"engines": data}, "\n".join(f"{n}  {e or 'whole'}" for n, e in data.items()) or "no engines")
+    digest = default_store().digest()
+    lines = [f"{n}  {e or 'whole'}" for n, e in data.items()] or ["no engines"]
+    emit(options, {"engines": data, "store_digest": digest}, "\n".join([*lines, f"digest of the store: {digest}"]))
     return max((e.exit_code for e in verdicts.values() if e is not None), default=0)
 
 

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from ..errors import ArgumentError
-from .common import add_engine_options, add_image_options, bar, emit, sampler_options
+from .common import add_engine_options, add_image_options, bar, emit, register_torch, sampler_options
 
 AXES = {"sampler": str, "schedule": str, "steps": int, "seed": int, "guidance": float, "prompt": str, "strength": float}
 
@@ -35,6 +35,7 @@ def execute(options: argparse.Namespace) -> int:
     rows = parse_axis(options.rows) if options.rows else ("", [None])
     if columns[0] == rows[0]:
         raise ArgumentError(f"both axes are {columns[0]!r}", expected="two different axes")
+    register_torch(options.backend)
     pipe = load(options.bundle, backend=options.backend, threads=options.threads, size=options.size)
     shared = {
         k: getattr(options, k)

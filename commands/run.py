@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .common import add_engine_options, add_image_options, bar, emit, sampler_options, stage_lines
+from .common import add_engine_options, add_image_options, bar, emit, register_torch, sampler_options, stage_lines
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +34,7 @@ def define(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> int:
     from ..runtime import load
 
+    register_torch(options.backend)
     pipe = load(options.bundle, backend=options.backend, threads=options.threads, size=options.size)
     seed: Any = options.seed[0] if options.seed and len(options.seed) == 1 else options.seed
     with bar(None, "it", "denoise") as progress:

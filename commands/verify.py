@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING, Any
 
-from .common import emit
+from .common import emit, say
+
+if TYPE_CHECKING:
+    from ..bundle import Bundle
+    from ..engines.gate import GateReport
 
 
 def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="a bundle folder")
     parser.add_argument("--component", action="append", help="only this component; repeatable")
+    parser.add_argument("--bisect", action="store_true", help="name the first node that is wrong in what fails")
+    parser.add_argument("--polygraphy", action="store_true", help="have Polygraphy's Comparator judge the graphs too")
 
 
 def execute(options: argparse.Namespace) -> int:
@@ -17,18 +24,53 @@ def execute(options: argparse.Namespace) -> int:
     from ..engines import default_store
     from ..engines.verify import verify_bundle
 
-    reports = verify_bundle(
-        read_bundle(options.bundle), store=default_store(), components=options.component, check=False
-    )
-    lines = []
-    for r in reports:
-        worst = r.worst
-        verdict = "passed" if r.passed else f"FAILED: {worst.reason}"
-        errors = f"worst {worst.report.rel_l2:.2e} (limit {worst.limit:.2e})"
-        lines.append(f"{r.component:15} {r.subject:45} {r.dtype:9} {errors}  {verdict}")
-    data = {
+    bundle = read_bundle(options.bundle)
+    reports = verify_bundle(bundle, store=default_store(), components=options.component, check=False)
+    data: dict[str, Any] = {
         "passed": all(r.passed for r in reports),
         "reports": [{"component": r.component, "subject": r.subject, **r.to_json()} for r in reports],
     }
+    lines = [_line(r) for r in reports]
+    if options.polygraphy:
+        data["polygraphy"] = {n: _second_opinion(bundle, n) for n in options.component or bundle.components}
+        data["passed"] = data["passed"] and all(data["polygraphy"].values())
+        lines += [f"{n:15} Polygraphy: {'passed' if ok else 'FAILED'}" for n, ok in data["polygraphy"].items()]
+    if options.bisect:
+        data["culprits"] = {r.component: _culprit(bundle, r) for r in reports if not r.passed}
+        lines += [f"{n:15} first wrong node: {c}" for n, c in data["culprits"].items()]
     emit(options, data, "\n".join(lines))
     return 0 if data["passed"] else 5
+
+
+def _line(report: GateReport) -> str:
+    worst = report.worst
+    verdict = "passed" if report.passed else f"FAILED: {worst.reason}"
+    errors = f"worst {worst.report.rel_l2:.2e} (limit {worst.limit:.2e})"
+    return f"{report.component:15} {report.subject:45} {report.dtype:9} {errors}  {verdict}"
+
+
+def _second_opinion(bundle: Bundle, name: str) -> bool:
+    """The exported graph on ONNX Runtime, judged by Polygraphy."""
+    from ..engines.cross_check import compare_with_polygraphy
+    from ..engines.gate import engine_function
+    from ..engines.ort import OrtEngine
+    from ..engines.verify import load_cases
+
+    part = bundle.component(name)
+    path = bundle.path(part.graph)
+    engine = OrtEngine.from_onnx(path, inputs=part.inputs, outputs=part.outputs, optimization="disabled")
+    subjects = {"the ONNX graph": engine_function(engine)}
+    return all(compare_with_polygraphy(subjects, load_cases(bundle), component=name, dtype=part.dtype).values())
+
+
+def _culprit(bundle: Bundle, report: GateReport) -> str:
+    """The first wrong node of the engine of a component that failed, in words."""
+    from ..engines.bisect import bisect_engine
+    from ..engines.verify import load_cases
+
+    cases = [c for c in load_cases(bundle) if c.component == report.component and c.index == report.worst.case]
+    say(f"bisecting {report.component}")
+    found = bisect_engine(bundle, report.component, cases[0])
+    if found is None:
+        return "none: every cut agrees with the unoptimised graph"
+    return f"{found.node} ({found.operator}), error {found.rel_l2:.2e} after {found.before:.2e} before it"

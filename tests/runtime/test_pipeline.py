@@ -237,3 +237,13 @@ def test_a_missing_bundle_and_a_missing_engine(sd1_bundle: Any, tmp_path: Path) 
 def test_ays_takes_the_table_of_the_family(sd1_bundle: Any, sdxl_bundle: Any) -> None:
     for bundle, name in ((sd1_bundle, "ays_sd"), (sdxl_bundle, "ays_sdxl")):
         assert choose_program(bundle, sampler="euler", schedule="ays", steps=10, options={}).schedule == name
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_the_torch_backend_is_a_second_opinion(family: str, request: pytest.FixtureRequest) -> None:
+    import fewstep.export
+
+    bundle = request.getfixturevalue(f"{family}_bundle")
+    ours = fewstep.load(bundle)("a cat", seed=2, **CALL)
+    theirs = fewstep.load(bundle, backend="torch")("a cat", seed=2, **CALL)
+    assert np.abs(ours.images.astype(int) - theirs.images).max() <= 2
