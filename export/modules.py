@@ -90,8 +90,8 @@ class VaeDecoder(nn.Module):
             z = self.post_quant_conv(z)
         pixels = self.decoder(z).float()
         finite = torch.where(pixels.abs() <= self.largest, 1.0, 0.0).amin((1, 2, 3)) > 0.5
-        image = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-        return image.permute(0, 2, 3, 1), finite
+        image = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1)
+        return image.to(torch.uint8), finite  # last: TensorRT admits uint8 at a network's edge only
 
 
 class VaeEncoder(nn.Module):
