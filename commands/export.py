@@ -11,8 +11,23 @@ from .common import bar, emit, say
 
 
 def define(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="a diffusers folder, or a hub id like stabilityai/sd-turbo")
+    parser.add_argument(
+        "checkpoint", help="a diffusers folder, a hub id like stabilityai/sd-turbo, or a single .safetensors file"
+    )
     parser.add_argument("folder", help="where the bundle goes")
+    parser.add_argument(
+        "--base", help="for a single file: a diffusers folder of its family, for configurations and tokenizers"
+    )
+    parser.add_argument("--unet", help="another UNet over the checkpoint: a .safetensors file, or a folder")
+    parser.add_argument("--vae", help="another VAE: a .safetensors file, or a folder")
+    parser.add_argument(
+        "--lora",
+        type=lora,
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="fuse a LoRA, with a factor (default: 1); repeatable",
+    )
     parser.add_argument("--dtype", default="fp32", help="fp32, fp16 or bf16 (default: %(default)s)")
     parser.add_argument(
         "--vae-precision", help="the VAE's own precision (default: --dtype, but fp32 for a VAE that overflows in fp16)"
@@ -25,6 +40,15 @@ def define(parser: argparse.ArgumentParser) -> None:
         "--quick-gate", action="store_true", help="compare at one point a component, for models of full size"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
+
+
+def lora(text: str) -> tuple[str, float]:
+    """`style.safetensors:0.8` as (file, factor); what follows the last colon is a factor if it is a number."""
+    file, colon, scale = text.rpartition(":")
+    try:
+        return (file, float(scale)) if colon else (text, 1.0)
+    except ValueError:
+        return text, 1.0
 
 
 def execute(options: argparse.Namespace) -> int:
@@ -43,6 +67,10 @@ def execute(options: argparse.Namespace) -> int:
             options.folder,
             dtype=options.dtype,
             vae_dtype=options.vae_precision,
+            base=options.base,
+            unet=options.unet,
+            vae=options.vae,
+            loras=options.lora,
             variant=options.variant,
             revision=options.revision,
             offline=options.offline,

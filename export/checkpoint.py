@@ -39,17 +39,35 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One component of a checkpoint: its class, its configuration and its weight files."""
+    """One component of a checkpoint: its class, its configuration, the folder of that, and its weight files.
+
+    `layout` says how the files name their tensors: `folder` as the library that saved the folder does, `diffusers`,
+    `original` and `open_clip` as `singlefile.py` tells them, behind `prefix`.
+    """
 
     name: str
     class_name: str
     config: Mapping[str, Any]
+    place: Path
     files: tuple[Path, ...]
+    layout: str = "folder"
+    prefix: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraFile:
+    """A LoRA's safetensors file and the factor it is fused with."""
+
+    path: Path
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A diffusers folder, understood. `family` is `sd1`, `sd2` or `sdxl`."""
+    """A diffusers folder, understood, with whatever replaces its parts. `family` is `sd1`, `sd2` or `sdxl`.
+
+    `options` are the arguments that, given to `compose_checkpoint` with `path`, make the same checkpoint again.
+    """
 
     folder: Path
     source: str
@@ -62,6 +80,20 @@ class Checkpoint:
     licence: str | None = None
     revision: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    file: Path | None = None
+    loras: tuple[LoraFile, ...] = ()
+
+    @property
+    def path(self) -> Path:
+        """What was opened: the single file, or the folder."""
+        return self.file or self.folder
+
+    @property
+    def altered(self) -> bool:
+        """Whether anything else than the folder's own weights goes into the bundle."""
+        return bool(self.loras) or any(
+            p.place.parent != self.folder or p.layout != "folder" for p in self.parts.values()
+        )
 
 
 def open_checkpoint(
@@ -82,7 +114,8 @@ def open_checkpoint(
         raise UnsupportedError(
             f"{path.name} is a single file",
             expected="a diffusers folder",
-            remedy="Convert it with diffusers: from_single_file(...).save_pretrained(...).",
+            remedy="A single file has no configurations and no tokenizer: give a diffusers folder of its family with "
+            "--base.",
         )
     if path.is_dir():
         return _from_folder(path, str(source), variant=variant, revision=None)
@@ -132,12 +165,12 @@ def _from_folder(folder: Path, source: str, *, variant: str | None, revision: st
         if name.startswith("tokenizer"):
             tokenizers.append(folder / name)
         else:
-            parts[name] = _part(folder, name, str(value[1]), variant)
+            parts[name] = read_part(folder / name, name, str(value[1]), variant)
     wanted = ["unet", "vae", "text_encoder"] + (["text_encoder_2"] if PIPELINES[pipeline] == "sdxl" else [])
     for name in wanted:
         if name not in parts:
             raise UnsupportedError(f"the checkpoint has no {name}", expected=f"a {pipeline} with {', '.join(wanted)}")
-    _check_unet(parts["unet"].config)
+    check_unet(parts["unet"].config)
     return Checkpoint(
         folder=folder,
         source=source,
@@ -147,7 +180,7 @@ def _from_folder(folder: Path, source: str, *, variant: str | None, revision: st
         tokenizers=tuple(sorted(tokenizers)),
         scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
         force_zeros=bool(index.get("force_zeros_for_empty_prompt", PIPELINES[pipeline] == "sdxl")),
-        licence=_licence(folder),
+        licence=licence_of(folder),
         revision=revision,
     )
 
@@ -159,7 +192,8 @@ def _family(pipeline: str, parts: Mapping[str, Part]) -> str:
     return "sd2" if parts["text_encoder"].config.get("hidden_act") == "gelu" else "sd1"
 
 
-def _check_unet(config: Mapping[str, Any]) -> None:
+def check_unet(config: Mapping[str, Any]) -> None:
+    """`UnsupportedError` for a UNet whose configuration says that it is of another kind."""
     if config.get("in_channels") != config.get("out_channels"):
         raise UnsupportedError(
             f"the UNet takes {config.get('in_channels')} channels and gives {config.get('out_channels')}",
@@ -171,11 +205,11 @@ def _check_unet(config: Mapping[str, Any]) -> None:
             raise UnsupportedError(f"the UNet has {name}={config[name]!r}", expected="a UNet of SD 1.x, SD 2.x or SDXL")
 
 
-def _part(folder: Path, name: str, class_name: str, variant: str | None) -> Part:
-    place = folder / name
+def read_part(place: Path, name: str, class_name: str, variant: str | None) -> Part:
+    """A component from its own folder, which holds its configuration and its weights."""
     config = read_json(place / "config.json")
     stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
-    return Part(name=name, class_name=class_name, config=config, files=_weight_files(place, stem, variant))
+    return Part(name=name, class_name=class_name, config=config, place=place, files=_weight_files(place, stem, variant))
 
 
 def _weight_files(place: Path, stem: str, variant: str | None) -> tuple[Path, ...]:
@@ -207,7 +241,7 @@ def _weight_files(place: Path, stem: str, variant: str | None) -> tuple[Path, ..
     raise MissingError(f"{place.name} has no {single.name}", remedy=hint)
 
 
-def _licence(folder: Path) -> str | None:
+def licence_of(folder: Path) -> str | None:
     """The licence id that the model card states."""
     card = folder / "README.md"
     if not card.is_file():

@@ -11,16 +11,21 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from safetensors import safe_open
 
 from .. import __version__
 from ..bundle import MANIFEST, Bundle, Component, Defaults, Latent, write_manifest
 from ..errors import ArgumentError, CorruptError, GateError, MissingExtraError
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint
+from .compose import compose_checkpoint, describe_part, read_tensors
 from .graphs import Graph, find_graph, keep_graph
+from .lora import Fusion, match_loras
 from .plan import ComponentPlan, choose_precisions, plan_components
 from .tokenizers import export_tokenizer
 from .weights import open_tensors, write_weights
@@ -43,6 +48,10 @@ def export_bundle(
     *,
     dtype: str = "float32",
     vae_dtype: str | None = None,
+    base: str | Path | None = None,
+    unet: str | Path | None = None,
+    vae: str | Path | None = None,
+    loras: Iterable[tuple[str | Path, float]] = (),
     revision: str | None = None,
     variant: str | None = None,
     offline: bool = False,
@@ -52,22 +61,29 @@ def export_bundle(
     name: str | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
-    """Export a checkpoint (a diffusers folder or a hub id) into a new bundle folder.
+    """Export a checkpoint (a diffusers folder, a hub id, or a single file over `base`) into a new bundle folder.
 
+    unet, vae: a file or folder that replaces that part. loras: files with their factors, fused into the weights.
     Nothing appears at `folder` until everything is written and, with `gate`, compared with torch in float32: a
-    failure or a kill leaves what was there before. Raises the errors of `open_checkpoint`, `ArgumentError` when the
-    folder exists and `overwrite` is not set, `GateError` when ONNX Runtime does not agree with torch.
+    failure or a kill leaves what was there before. Raises the errors of `compose_checkpoint` and `match_loras`,
+    `ArgumentError` when the folder exists and `overwrite` is not set, `GateError` when ONNX Runtime does not agree
+    with torch.
     """
     target = Path(folder)
     _check_target(target, overwrite)
     progress = progress or Progress()
-    checkpoint = open_checkpoint(source, revision=revision, variant=variant, offline=offline)
-    checkpoint = replace(checkpoint, options={"variant": variant} if variant else {})
+    checkpoint = compose_checkpoint(
+        source, base=base, unet=unet, vae=vae, loras=loras, revision=revision, variant=variant, offline=offline
+    )
     dtypes = choose_precisions(checkpoint, dtype, vae_dtype)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
     try:
-        components = {p.kind: _export_component(p, staging, progress) for p in plan_components(checkpoint, dtypes)}
+        plans = plan_components(checkpoint, dtypes)
+        graphs = {p.kind: _graph(p, progress) for p in plans}
+        shapes = {p.kind: (p.config, {w.key: w.shape for w in graphs[p.kind].parameters}) for p in plans}
+        fusion = match_loras(checkpoint.loras, shapes)
+        components = {p.kind: _export_component(p, graphs[p.kind], fusion, staging, progress) for p in plans}
         bundle = _assemble(checkpoint, staging, components, name or target.name)
         bundle = _gate(checkpoint, bundle, dtypes, progress, wanted=gate, quick=quick_gate)
         write_manifest(bundle)
@@ -103,15 +119,20 @@ def _put_in_place(staging: Path, target: Path) -> None:
     shutil.rmtree(aside)
 
 
-def _export_component(plan: ComponentPlan, folder: Path, progress: Progress) -> Component:
+def _graph(plan: ComponentPlan, progress: Progress) -> Graph:
     graph = find_graph(plan.key)
     if graph is None:
         progress.stage(f"trace {plan.kind}")
         graph = _trace(plan)
+    return graph
+
+
+def _export_component(plan: ComponentPlan, graph: Graph, fusion: Fusion, folder: Path, progress: Progress) -> Component:
     progress.stage(f"weights {plan.kind}")
-    tensors = open_tensors(plan.part.files)
+    tensors = read_tensors(plan.part, open_tensors(plan.part.files), [p.key for p in graph.parameters])
     weights = f"{plan.kind}.safetensors"
-    digest = write_weights(graph, tensors, folder / weights, progress.bytes_written)
+    patch = partial(fusion.fuse, plan.kind)
+    digest = write_weights(graph, tensors, folder / weights, progress.bytes_written, patch)
     (folder / f"{plan.kind}.onnx").write_bytes(graph.onnx)
     return Component(
         graph=f"{plan.kind}.onnx",
@@ -124,7 +145,7 @@ def _export_component(plan: ComponentPlan, folder: Path, progress: Progress) -> 
         outputs=graph.outputs,
         config={k: v for k, v in plan.config.items() if k != "_name_or_path"},
         operators=graph.operators,
-        source={"files": [f.name for f in plan.part.files], "part": plan.part.name},
+        source=describe_part(plan.part, fusion.files(plan.kind)),
     )
 
 
@@ -204,14 +225,20 @@ def _gate(
     progress.stage("reference")
     path = bundle.folder / REFERENCE
     kept = checkpoint.folder / REFERENCE
-    if kept.is_file():
+    if kept.is_file() and not checkpoint.altered:
         shutil.copyfile(kept, path)
     elif importlib.util.find_spec("torch") is None or importlib.util.find_spec("diffusers") is None:
         raise MissingExtraError("torch", "export", purpose="The numeric gate of an export (--no-gate leaves it out)")
     else:
         _run_reference(checkpoint, path, dtypes, quick=quick)
     progress.stage("gate")
-    return replace(bundle, gate=_judge(bundle))
+    return replace(bundle, gate=_judge(bundle) | {"reference": _reference_words(path)})
+
+
+def _reference_words(path: Path) -> str:
+    with safe_open(path, framework="np") as file:
+        lora = (file.metadata() or {}).get("lora", "none")
+    return "torch float32" if lora == "none" else f"torch float32, LoRAs {lora}"
 
 
 def _judge(bundle: Bundle) -> dict[str, Any]:
@@ -240,7 +267,6 @@ def _judge(bundle: Bundle) -> dict[str, Any]:
     ran = all(c["status"] == "passed" for c in components.values())
     return {
         "status": "passed" if ran else "passed in part",
-        "reference": "torch float32",
         "runner": "onnxruntime, CPU",
         "components": components,
     }
@@ -251,13 +277,13 @@ def _run_reference(checkpoint: Checkpoint, path: Path, dtypes: Mapping[str, str]
         sys.executable,
         "-m",
         f"{__package__}.reference",
-        str(checkpoint.folder),
+        str(checkpoint.path),
         str(path),
         "--dtypes",
         json.dumps(dict(dtypes)),
+        "--options",
+        json.dumps(dict(checkpoint.options)),
     ]
-    if checkpoint.options.get("variant"):
-        command += ["--variant", str(checkpoint.options["variant"])]
     if quick:
         command.append("--quick")
     done = subprocess.run(command, capture_output=True, text=True, check=False)

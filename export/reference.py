@@ -16,22 +16,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.numpy import save_file
 from torch import nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint
+from .compose import compose_checkpoint
+from .loading import load_model, lora_method
 from .modules import DTYPES, Traceable, wrap
 from .plan import ComponentPlan, plan_components
 
 TIMESTEPS = (999.0, 749.0, 499.0, 249.0, 24.0, 1.0)
-LOADERS = {
-    "unet": UNet2DConditionModel,
-    "vae": AutoencoderKL,
-    "text_encoder": CLIPTextModel,
-    "text_encoder_2": CLIPTextModelWithProjection,
-}
 LARGEST_SIDE = 32
 DOUBLE_LIMIT = 40_000_000
 
@@ -61,22 +55,13 @@ def make_reference(checkpoint: Checkpoint, path: Path, *, dtypes: Mapping[str, s
     save_file(
         {k: np.ascontiguousarray(v) for k, v in tensors.items()},
         part,
-        metadata={"cases": json.dumps(cases), "torch": torch.__version__},
+        metadata={"cases": json.dumps(cases), "torch": torch.__version__, "lora": lora_method(checkpoint)},
     )
     part.replace(path)
 
 
 def _load(checkpoint: Checkpoint, plan: ComponentPlan, dtype: str) -> Traceable:
-    cls = LOADERS[plan.part.name]
-    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
-    if plan.part.name.startswith("text_encoder"):
-        options |= {"dtype": torch.float32, "attn_implementation": "sdpa"}
-    else:
-        options |= {"torch_dtype": torch.float32}
-    if checkpoint.options.get("variant"):
-        options["variant"] = checkpoint.options["variant"]
-    model: nn.Module = cls.from_pretrained(checkpoint.folder, subfolder=plan.part.name, **options).eval()
-    return _in(plan, model, dtype)
+    return _in(plan, load_model(checkpoint, plan.part), dtype)
 
 
 def _in(plan: ComponentPlan, model: nn.Module, dtype: str) -> Traceable:
@@ -219,10 +204,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("checkpoint")
     parser.add_argument("file", type=Path)
     parser.add_argument("--dtypes", default="{}", help="JSON: component -> precision")
-    parser.add_argument("--variant")
+    parser.add_argument("--options", default="{}", help="JSON: further arguments of compose_checkpoint")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args(argv)
-    checkpoint = open_checkpoint(options.checkpoint, variant=options.variant)
+    checkpoint = compose_checkpoint(options.checkpoint, **json.loads(options.options))
     make_reference(checkpoint, options.file, dtypes=json.loads(options.dtypes), quick=options.quick)
     return 0
 

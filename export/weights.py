@@ -21,6 +21,8 @@ _VAE_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "
 PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 
 Progress = Callable[[int], None]
+Patch = Callable[[str, "Stored"], "Stored"]
+"""What may change a tensor on its way: given the parameter's key and the checkpoint's tensor, one of its shape."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,10 +130,17 @@ def find_tensor(parameter: Parameter, tensors: Mapping[str, Stored]) -> Stored |
     return next((tensors[c] for c in candidates if c in tensors), None)
 
 
-def write_weights(graph: Graph, tensors: Mapping[str, Stored], path: Path, progress: Progress | None = None) -> str:
+def write_weights(
+    graph: Graph,
+    tensors: Mapping[str, Stored],
+    path: Path,
+    progress: Progress | None = None,
+    patch: Patch | None = None,
+) -> str:
     """Write the weights that `graph` needs in the layout its initialisers point at; return the file's SHA-256.
 
-    One tensor is in memory at a time. Raises `CorruptError` when weights are missing or have another shape.
+    `patch` sees every tensor before it is converted; one is in memory at a time. Raises `CorruptError` when weights
+    are missing or have another shape.
     """
     layout = plan_layout([(p.name, p.dtype, p.shape) for p in graph.parameters])
     if layout.sha256 != graph.header_sha256:
@@ -153,7 +162,7 @@ def write_weights(graph: Graph, tensors: Mapping[str, Stored], path: Path, progr
     with path.open("xb") as file:
         file.write(layout.header)
         for name in layout.order:
-            data = _fitting(found[name], by_name[name])
+            data = _fitting(found[name], by_name[name], patch)
             view = np.ascontiguousarray(data).view(np.uint8).data
             file.write(view)
             digest.update(view)
@@ -162,11 +171,11 @@ def write_weights(graph: Graph, tensors: Mapping[str, Stored], path: Path, progr
     return digest.hexdigest()
 
 
-def _fitting(stored: Stored | None, parameter: Parameter) -> np.ndarray:
+def _fitting(stored: Stored | None, parameter: Parameter, patch: Patch | None) -> np.ndarray:
     if stored is None or [d for d in stored.shape if d != 1] != [d for d in parameter.shape if d != 1]:
         raise CorruptError(
             f"weight {parameter.key!r} has shape {stored.shape if stored else None}",
             expected=f"{parameter.shape}, as its config.json says",
             remedy="Take weights and config.json from the same checkpoint.",
         )
-    return convert(stored, parameter.dtype, parameter.key)
+    return convert(patch(parameter.key, stored) if patch else stored, parameter.dtype, parameter.key)
