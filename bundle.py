@@ -64,7 +64,11 @@ class Latent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Defaults:
-    """What a request without options gets; `None` for sampler and schedule means the checkpoint's own scheduler."""
+    """What a request without options gets; `None` for sampler and schedule means the checkpoint's own scheduler.
+
+    `timesteps` are fed for as many steps where no others are asked for; `prediction`, if given, replaces what the
+    scheduler's configuration says the network returns.
+    """
 
     width: int
     height: int
@@ -73,6 +77,8 @@ class Defaults:
     sampler: str | None = None
     schedule: str | None = None
     preset: str | None = None
+    timesteps: tuple[int, ...] | None = None
+    prediction: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +166,22 @@ def _component(data: Mapping[str, Any]) -> Component:
     return Component(**fields)
 
 
+def read_defaults(data: Mapping[str, Any]) -> Defaults:
+    """Defaults from JSON, where timesteps are a list of whole numbers."""
+    timesteps, prediction = data.get("timesteps"), data.get("prediction")
+    if timesteps is not None and not (
+        isinstance(timesteps, (list, tuple))
+        and timesteps
+        and all(isinstance(t, int) and not isinstance(t, bool) and t >= 0 for t in timesteps)
+    ):
+        raise CorruptError(f"the default timesteps are {str(timesteps)[:60]}", expected="a list of whole numbers")
+    if prediction not in (None, "epsilon", "v_prediction", "sample"):
+        raise CorruptError(
+            f"the default prediction is {str(prediction)[:60]!r}", expected="epsilon, v_prediction or sample"
+        )
+    return Defaults(**{**data, "timesteps": None if timesteps is None else tuple(timesteps)})
+
+
 def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
     """Read `bundle.json`.
 
@@ -191,7 +213,7 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
             tokenizers=tuple(Tokenizer(**t) for t in data["tokenizers"]),
             latent=Latent(**data["latent"]),
             scheduler=data["scheduler"],
-            defaults=Defaults(**data["defaults"]),
+            defaults=read_defaults(data["defaults"]),
             force_zeros=bool(data["force_zeros"]),
             guidance_embedding=int(data["guidance_embedding"]),
             licence=data["licence"],

@@ -28,6 +28,9 @@ def define(parser: argparse.ArgumentParser) -> None:
         metavar="FILE[:SCALE]",
         help="fuse a LoRA, with a factor (default: 1); repeatable",
     )
+    parser.add_argument(
+        "--preset", help="what the checkpoint was distilled for, like sdxl-lightning-4 (default: told from its names)"
+    )
     parser.add_argument("--dtype", default="fp32", help="fp32, fp16 or bf16 (default: %(default)s)")
     parser.add_argument(
         "--vae-precision", help="the VAE's own precision (default: --dtype, but fp32 for a VAE that overflows in fp16)"
@@ -71,6 +74,7 @@ def execute(options: argparse.Namespace) -> int:
             unet=options.unet,
             vae=options.vae,
             loras=options.lora,
+            preset=options.preset,
             variant=options.variant,
             revision=options.revision,
             offline=options.offline,
@@ -79,6 +83,7 @@ def execute(options: argparse.Namespace) -> int:
             overwrite=options.overwrite,
             progress=Progress(stage=stage, bytes_written=progress.update),
         )
+    defaults = bundle.defaults
     data = describe(bundle) | {
         "seconds": round(time.monotonic() - began, 2),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -90,6 +95,11 @@ def execute(options: argparse.Namespace) -> int:
         f"  {n:15} {c['dtype']:9} {c['bytes'] / 1e6:8.2f} MB {c['operators']:4} nodes"
         for n, c in data["components"].items()
     ]
+    if defaults.preset:
+        lines.append(
+            f"  preset {defaults.preset}: {defaults.sampler}, {defaults.steps} steps, guidance {defaults.guidance:g}, "
+            f"{defaults.width}x{defaults.height}"
+        )
     lines.append(f"  gate: {data['gate'].get('status')}")
     emit(options, data, "\n".join(lines))
     return 0

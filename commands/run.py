@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .common import add_engine_options, add_image_options, bar, emit, register_torch, sampler_options, stage_lines
+from .common import add_engine_options, add_image_options, bar, emit, register_torch, sampler_options, say, stage_lines
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -32,10 +32,13 @@ def define(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
+    from ..export.presets import preset_warnings
     from ..runtime import load
 
     register_torch(options.backend)
     pipe = load(options.bundle, backend=options.backend, threads=options.threads, size=options.size)
+    for warning in preset_warnings(pipe.bundle, vars(options)):
+        say(f"warning: {warning}")
     seed: Any = options.seed[0] if options.seed and len(options.seed) == 1 else options.seed
     with bar(None, "it", "denoise") as progress:
 

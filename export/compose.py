@@ -199,6 +199,22 @@ def _lora_file(path: str | Path, scale: float) -> LoraFile:
     return LoraFile(path=file, scale=float(scale))
 
 
+def names_of(checkpoint: Checkpoint) -> list[str]:
+    """The names that may tell what a checkpoint was distilled for, the nearest to its weights first.
+
+    A file's own name comes before its folder's, and what replaces a part before the part's checkpoint; a repository
+    in the hub's cache has its name three folders up.
+    """
+    paths = [lora.path for lora in checkpoint.loras]
+    paths += [Path(p) for p in (checkpoint.options.get("unet"),) if p]
+    found = []
+    for path in paths:
+        resolved = path.absolute()
+        found += [path.name, resolved.parent.name]
+        found += [p.name for p in resolved.parents if p.name.startswith("models--")][:1]
+    return [*found, checkpoint.source if checkpoint.revision else Path(checkpoint.source).name]
+
+
 def describe_part(part: Part, loras: Iterable[LoraFile]) -> dict[str, Any]:
     """Where a component comes from, for the manifest: its files and fused LoRAs, with hashes and licences."""
     found: dict[str, Any] = {"part": part.name, "files": [_describe_file(f) for f in part.files]}

@@ -20,13 +20,14 @@ from typing import Any
 from safetensors import safe_open
 
 from .. import __version__
-from ..bundle import MANIFEST, Bundle, Component, Defaults, Latent, write_manifest
+from ..bundle import MANIFEST, Bundle, Component, Defaults, Latent, read_defaults, write_manifest
 from ..errors import ArgumentError, CorruptError, GateError, MissingExtraError
 from .checkpoint import Checkpoint
-from .compose import compose_checkpoint, describe_part, read_tensors
+from .compose import compose_checkpoint, describe_part, names_of, read_tensors
 from .graphs import Graph, find_graph, keep_graph
 from .lora import Fusion, match_loras
 from .plan import ComponentPlan, choose_precisions, plan_components
+from .presets import Preset, find_preset, preset_defaults, recognise_preset
 from .tokenizers import export_tokenizer
 from .weights import open_tensors, write_weights
 
@@ -52,6 +53,7 @@ def export_bundle(
     unet: str | Path | None = None,
     vae: str | Path | None = None,
     loras: Iterable[tuple[str | Path, float]] = (),
+    preset: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
     offline: bool = False,
@@ -64,6 +66,7 @@ def export_bundle(
     """Export a checkpoint (a diffusers folder, a hub id, or a single file over `base`) into a new bundle folder.
 
     unet, vae: a file or folder that replaces that part. loras: files with their factors, fused into the weights.
+    preset: a name of `presets.py`, if it is not told by the checkpoint's own names.
     Nothing appears at `folder` until everything is written and, with `gate`, compared with torch in float32: a
     failure or a kill leaves what was there before. Raises the errors of `compose_checkpoint` and `match_loras`,
     `ArgumentError` when the folder exists and `overwrite` is not set, `GateError` when ONNX Runtime does not agree
@@ -75,6 +78,9 @@ def export_bundle(
     checkpoint = compose_checkpoint(
         source, base=base, unet=unet, vae=vae, loras=loras, revision=revision, variant=variant, offline=offline
     )
+    chosen = (
+        find_preset(preset, checkpoint.family) if preset else recognise_preset(names_of(checkpoint), checkpoint.family)
+    )
     dtypes = choose_precisions(checkpoint, dtype, vae_dtype)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
@@ -84,7 +90,7 @@ def export_bundle(
         shapes = {p.kind: (p.config, {w.key: w.shape for w in graphs[p.kind].parameters}) for p in plans}
         fusion = match_loras(checkpoint.loras, shapes)
         components = {p.kind: _export_component(p, graphs[p.kind], fusion, staging, progress) for p in plans}
-        bundle = _assemble(checkpoint, staging, components, name or target.name)
+        bundle = _assemble(checkpoint, staging, components, name or target.name, chosen)
         bundle = _gate(checkpoint, bundle, dtypes, progress, wanted=gate, quick=quick_gate)
         write_manifest(bundle)
         staging.chmod(0o755)
@@ -163,7 +169,9 @@ def _trace(plan: ComponentPlan) -> Graph:
     return graph
 
 
-def _assemble(checkpoint: Checkpoint, folder: Path, components: Mapping[str, Component], name: str) -> Bundle:
+def _assemble(
+    checkpoint: Checkpoint, folder: Path, components: Mapping[str, Component], name: str, preset: Preset | None
+) -> Bundle:
     names = ("tokenizer.json", "tokenizer_2.json")
     tokenizers = tuple(export_tokenizer(t, folder / n) for t, n in zip(checkpoint.tokenizers, names, strict=False))
     encoders = [k for k in components if k.startswith("text_encoder")]
@@ -185,20 +193,21 @@ def _assemble(checkpoint: Checkpoint, folder: Path, components: Mapping[str, Com
             channels=vae["latent_channels"], factor=factor, multiple=2 ** (len(unet["block_out_channels"]) - 1)
         ),
         scheduler=checkpoint.scheduler,
-        defaults=_defaults(checkpoint, width * factor, height * factor),
+        defaults=_defaults(checkpoint, width * factor, height * factor, preset),
         force_zeros=checkpoint.force_zeros,
         guidance_embedding=int(unet.get("time_cond_proj_dim") or 0),
         licence=checkpoint.licence,
         source={
             "checkpoint": Path(checkpoint.source).name,
             "revision": checkpoint.revision,
+            "base": checkpoint.folder.name if checkpoint.file else None,
             "exported_by": f"fewstep {__version__}",
         },
     )
 
 
-def _defaults(checkpoint: Checkpoint, width: int, height: int) -> Defaults:
-    """What the checkpoint says of itself in `fewstep.json`, or the usual figures of its kind."""
+def _defaults(checkpoint: Checkpoint, width: int, height: int, preset: Preset | None) -> Defaults:
+    """What its preset says, or the checkpoint of itself in `fewstep.json`, or the usual figures of its kind."""
     plain: dict[str, Any] = {
         "width": width,
         "height": height,
@@ -213,7 +222,7 @@ def _defaults(checkpoint: Checkpoint, width: int, height: int) -> Defaults:
             raise CorruptError(
                 f"fewstep.json in the checkpoint cannot be read ({error})", expected='{"defaults": {...}}'
             ) from error
-    return Defaults(**plain)
+    return read_defaults(plain | (preset_defaults(preset, width, height) if preset else {}))
 
 
 def _gate(

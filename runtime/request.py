@@ -129,14 +129,19 @@ def choose_program(
     options: Mapping[str, Any],
 ) -> Program:
     """The program of a request; without a sampler, the checkpoint's own scheduler, in diffusers' conventions."""
+    own = bundle.defaults
+    scheduler = {**bundle.scheduler, "prediction_type": own.prediction} if own.prediction else bundle.scheduler
+    if timesteps is None and sigmas is None and own.timesteps is not None:
+        asked = (sampler, schedule, steps)
+        timesteps = own.timesteps if asked == (own.sampler, own.schedule, len(own.timesteps)) else None
     explicit = timesteps is not None or sigmas is not None
     if schedule is not None and resolve_schedule(schedule) == "ays_sd" and bundle.family == "sdxl":
         schedule = "ays_sdxl"
     if sampler is None and schedule is None and not options:
         return program_from_diffusers(
-            bundle.scheduler, steps=None if explicit else steps, timesteps=timesteps, sigmas=sigmas, start=start
+            scheduler, steps=None if explicit else steps, timesteps=timesteps, sigmas=sigmas, start=start
         )
-    noise = NoiseSchedule.from_diffusers(bundle.scheduler)
+    noise = NoiseSchedule.from_diffusers(scheduler)
     return compile_program(
         sampler or str(bundle.scheduler["_class_name"]),
         schedule=schedule,
