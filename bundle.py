@@ -18,7 +18,26 @@ FORMAT = 1
 MANIFEST = "bundle.json"
 FAMILIES = ("sd1", "sd2", "sdxl")
 COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
+
+
+def _require(ok: bool, field: str, value: object, expected: str) -> None:
+    if not ok:
+        raise CorruptError(
+            f"{MANIFEST} states {field} = {str(value)[:80]!r}", expected=expected, remedy="Export the checkpoint again."
+        )
+
+
+def _count(field: str, value: object, low: int = 1) -> None:
+    ok = isinstance(value, int) and not isinstance(value, bool) and low <= value < 2**31
+    _require(ok, field, value, f"an integer of at least {low}")
+
+
+def _text(field: str, value: object, pattern: re.Pattern[str] | None = None) -> None:
+    _require(isinstance(value, str) and bool(value), field, value, "a text")
+    if pattern is not None:
+        _require(bool(pattern.fullmatch(str(value))), field, value, f"a text like {pattern.pattern}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +60,16 @@ class Component:
     operators: Mapping[str, int] = field(default_factory=dict)
     source: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name in ("graph", "weights", "graph_key", "dtype"):
+            _text(f"a component's {name}", getattr(self, name))
+        for name in ("graph_sha256", "weights_sha256"):
+            _text(f"a component's {name}", getattr(self, name), _SHA256)
+        for name in ("config", "operators", "source"):
+            _require(
+                isinstance(getattr(self, name), Mapping), f"a component's {name}", getattr(self, name), "an object"
+            )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokenizer:
@@ -52,6 +81,12 @@ class Tokenizer:
     bos_id: int
     eos_id: int
 
+    def __post_init__(self) -> None:
+        _text("a tokenizer's file", self.file)
+        _count("a tokenizer's length", self.length, 3)
+        for name in ("pad_id", "bos_id", "eos_id"):
+            _count(f"a tokenizer's {name}", getattr(self, name), 0)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Latent:
@@ -60,6 +95,10 @@ class Latent:
     channels: int
     factor: int
     multiple: int
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "factor", "multiple"):
+            _count(f"the latent's {name}", getattr(self, name))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +118,15 @@ class Defaults:
     preset: str | None = None
     timesteps: tuple[int, ...] | None = None
     prediction: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("width", "height", "steps"):
+            _count(f"the default {name}", getattr(self, name))
+        number = isinstance(self.guidance, (int, float)) and not isinstance(self.guidance, bool)
+        _require(number and math.isfinite(self.guidance), "the default guidance", self.guidance, "a finite number")
+        for name in ("sampler", "schedule", "preset"):
+            if getattr(self, name) is not None:
+                _text(f"the default {name}", getattr(self, name))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,10 +153,16 @@ class Bundle:
         for required in ("text_encoder", "unet", "vae_decoder"):
             if required not in self.components:
                 raise CorruptError(f"{MANIFEST} has no component {required!r}", remedy="Export the checkpoint again.")
+        _require(isinstance(self.scheduler, Mapping), "the scheduler", self.scheduler, "a scheduler's configuration")
+        _text("the scheduler's _class_name", self.scheduler.get("_class_name"))
+        encoders = [n for n in ("text_encoder", "text_encoder_2") if n in self.components]
+        lengths = [self.components[n].inputs[0].shape[-1] for n in encoders if self.components[n].inputs]
+        found = [t.length for t in self.tokenizers]
+        _require(found == lengths, "the tokenizers' lengths", found, f"{lengths}, as the text encoders take")
 
     def path(self, name: str) -> Path:
         """The path of a file that the manifest names; `UnsafeFileError` if it leaves the folder or is a link."""
-        if not _NAME.fullmatch(name) or name in {".", ".."}:
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or name in {".", ".."}:
             raise UnsafeFileError(f"{MANIFEST} names the file {name!r}", expected="a plain name inside the bundle")
         path = self.folder / name
         if path.is_symlink():
@@ -197,7 +251,7 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
         )
     try:
         data = json.loads(manifest.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise CorruptError(f"{MANIFEST} is not JSON: {error}", remedy="Export the checkpoint again.") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
@@ -220,7 +274,7 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
             source=data["source"],
             gate=data["gate"],
         )
-    except (KeyError, TypeError, AttributeError, ValueError, ArgumentError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, RecursionError, ArgumentError) as error:
         raise CorruptError(f"{MANIFEST} lacks or misstates {error}", remedy="Export the checkpoint again.") from error
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from . import __version__
-from .errors import FewstepError
+from .errors import FewstepError, WriteError
 
 EXIT_CODES = """exit codes: 0 ok, 2 usage, 3 something is missing (an extra, an engine, a file), 4 incompatible or
 corrupt, 5 a numeric gate failed, 130 interrupted"""
@@ -60,12 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(importlib.import_module(f".commands.{options.verb}", __package__).execute(options))
     except FewstepError as error:
         return _report(error, as_json=options.json)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        return _report(WriteError(f"{error.strerror or error}{where}"), as_json=options.json)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def _report(error: FewstepError, *, as_json: bool) -> int:

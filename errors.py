@@ -72,6 +72,12 @@ class CorruptError(FewstepError):
     exit_code = 4
 
 
+class WriteError(FewstepError):
+    """A place where something is to be written and cannot be."""
+
+    exit_code = 3
+
+
 class UnsafeFileError(FewstepError):
     """A file that is refused for what it could do: pickles, links, paths that leave their folder."""
 

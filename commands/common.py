@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,11 +20,30 @@ def size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+def numbers(text: str) -> list[float]:
+    """`999,749` as a list of numbers."""
+    try:
+        return [float(v) for v in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers, like 999,749,499") from error
+
+
+def between(low: int, high: int) -> Callable[[str], int]:
+    """An argument type: an integer from `low` to `high`."""
+
+    def parse(text: str) -> int:
+        if not text.isdigit() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", choices=BACKENDS, default="auto", help="what runs the graphs (default: %(default)s)"
     )
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: one a core)")
+    parser.add_argument("--threads", type=between(0, 4096), default=0, help="CPU threads (default: one a core)")
 
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +58,8 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compat", choices=("diffusers",), help="follow that library's sampler conventions, quirks included"
     )
+    parser.add_argument("--timesteps", type=numbers, metavar="T,T,...", help="explicit timesteps instead of a schedule")
+    parser.add_argument("--sigmas", type=numbers, metavar="S,S,...", help="explicit sigmas, the last one where it ends")
     parser.add_argument("--eta", type=float, help="stochasticity of samplers that have one (DDIM, TCD)")
 
 
@@ -50,7 +71,7 @@ def register_torch(backend: str) -> None:
 
 def sampler_options(options: argparse.Namespace) -> dict[str, Any]:
     """The options of a sampler that were given."""
-    return {} if options.eta is None else {"eta": options.eta}
+    return {k: v for k in ("eta", "timesteps", "sigmas") if (v := getattr(options, k)) is not None}
 
 
 def emit(options: argparse.Namespace, data: dict[str, Any], text: str) -> None:

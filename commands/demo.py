@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from .common import add_engine_options, emit, stage_lines
+from .common import add_engine_options, between, emit, stage_lines
 
 PROMPT = "a red circle on a blue background"
 
@@ -21,7 +21,10 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int)
     parser.add_argument(
-        "--scale", type=int, default=6, help="enlarge the 64x64 picture this many times (default: %(default)s)"
+        "--scale",
+        type=between(1, 64),
+        default=6,
+        help="enlarge the 64x64 picture this many times (default: %(default)s)",
     )
     parser.add_argument("--output", default="demo.png", help="the PNG to write (default: %(default)s)")
     add_engine_options(parser)
@@ -32,8 +35,9 @@ def execute(options: argparse.Namespace) -> int:
 
     from ..export.embedded import embedded_bundle
     from ..runtime import load
-    from ..runtime.images import save_png
+    from ..runtime.images import check_output, save_png
 
+    check_output(options.output)
     began = time.perf_counter()
     bundle, exported = embedded_bundle(options.model)
     at_bundle = time.perf_counter()
@@ -41,7 +45,7 @@ def execute(options: argparse.Namespace) -> int:
     at_engines = time.perf_counter()
     result = pipe(options.prompt, seed=options.seed, steps=options.steps)
     at_image = time.perf_counter()
-    scale = max(1, options.scale)
+    scale = options.scale
     image = result.images[0].repeat(scale, axis=0).repeat(scale, axis=1)
     save_png(options.output, np.ascontiguousarray(image), {**result.parameters[0], "bundle": str(bundle.folder)})
     stages = {

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from ..errors import ArgumentError
-from .common import add_engine_options, add_image_options, bar, emit, register_torch, sampler_options
+from .common import add_engine_options, add_image_options, bar, between, emit, register_torch, sampler_options
 
 AXES = {"sampler": str, "schedule": str, "steps": int, "seed": int, "guidance": float, "prompt": str, "strength": float}
 
@@ -21,7 +21,9 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--image", help="start from this picture")
     parser.add_argument("--strength", type=float, default=0.8)
-    parser.add_argument("--cell", type=int, help="pixels a picture is enlarged to (default: at least 128)")
+    parser.add_argument(
+        "--cell", type=between(16, 4096), help="pixels a picture is enlarged to (default: at least 128)"
+    )
     parser.add_argument("--output", default="grid.png", help="the PNG to write (default: %(default)s)")
     add_image_options(parser)
     add_engine_options(parser)
@@ -29,8 +31,10 @@ def define(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     from ..runtime import load
+    from ..runtime.images import check_output
     from ..runtime.sheet import draw_sheet
 
+    target = check_output(options.output)
     columns = parse_axis(options.columns)
     rows = parse_axis(options.rows) if options.rows else ("", [None])
     if columns[0] == rows[0]:
@@ -54,7 +58,7 @@ def execute(options: argparse.Namespace) -> int:
                 progress.update(1)
     heads = [f"{columns[0]} {v}" for v in columns[1]]
     sides = [f"{rows[0]} {v}" if rows[0] else "" for v in rows[1]]
-    draw_sheet(cells, heads, sides, title=options.prompt, cell=options.cell).save(options.output)
+    draw_sheet(cells, heads, sides, title=options.prompt, cell=options.cell).save(target)
     data = {"file": options.output, "columns": heads, "rows": sides, "seconds": [round(s, 4) for s in seconds]}
     emit(options, data, f"{options.output}: {len(heads)} x {len(sides)} pictures")
     return 0

@@ -9,12 +9,32 @@ from .common import emit
 
 
 def define(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", help="a bundle folder, or a PNG that fewstep made")
+    parser.add_argument("path", help="a bundle folder, an engine's folder, or a PNG that fewstep made")
 
 
 def execute(options: argparse.Namespace) -> int:
     path = Path(options.path)
-    return _picture(options, path) if path.suffix.lower() == ".png" else _bundle(options, path)
+    if path.is_dir() and (path / "manifest.json").is_file():
+        return _engine(options, path)
+    if path.is_dir() or not path.exists():
+        return _bundle(options, path)
+    return _picture(options, path)
+
+
+def _engine(options: argparse.Namespace, path: Path) -> int:
+    from ..engines import Store
+    from ..engines.inventory import show_engine
+
+    entry = show_engine(Store(path.resolve().parent), path.resolve().name)
+    data = {
+        "name": entry.name,
+        "key": entry.key.to_json(),
+        "bytes": entry.length,
+        "built": entry.built,
+        "gate": entry.gate,
+    }
+    emit(options, data, "\n".join(f"{k}: {v}" for k, v in data.items()))
+    return 0
 
 
 def _picture(options: argparse.Namespace, path: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import Any
 
 from .common import add_engine_options, add_image_options, bar, emit, register_torch, sampler_options, say, stage_lines
@@ -34,7 +35,9 @@ def define(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> int:
     from ..export.presets import preset_warnings
     from ..runtime import load
+    from ..runtime.images import check_output
 
+    check_output(options.output)
     register_torch(options.backend)
     pipe = load(options.bundle, backend=options.backend, threads=options.threads, size=options.size)
     for warning in preset_warnings(pipe.bundle, vars(options)):
@@ -63,12 +66,13 @@ def execute(options: argparse.Namespace) -> int:
             on_step=on_step,
             **sampler_options(options),
         )
-    files = result.save(options.output)
+    named = tuple({**p, "bundle": options.bundle} for p in result.parameters)
+    files = replace(result, parameters=named).save(options.output)
     data = {
         "files": files,
         "seeds": list(result.seeds),
         "timings_ms": dict(result.timings),
-        "parameters": [dict(p) for p in result.parameters],
+        "parameters": [dict(p) for p in named],
     }
     lines = [f"{f}  seed {s}" for f, s in zip(files, result.seeds, strict=True)]
     emit(options, data, "\n".join([*lines, stage_lines(dict(result.timings))]))

@@ -40,11 +40,11 @@ def open_image(source: str | os.PathLike[str] | Image | UInt8) -> Image:
         return pillow.fromarray(source)
     if isinstance(source, pillow.Image):
         return source.convert("RGB")
-    path = Path(source)
-    if not path.is_file():
-        raise MissingError(f"no image {str(source)!r}", expected="a PNG, JPEG or WebP file")
-    if path.stat().st_size > MOST_BYTES:
-        raise ArgumentError(f"{path.name} has {path.stat().st_size} bytes", expected=f"at most {MOST_BYTES}")
+    if not isinstance(source, (str, os.PathLike)):
+        raise ArgumentError(
+            f"the image is {type(source).__name__}", expected="a path, a Pillow image or uint8 [H, W, 3]"
+        )
+    path = _existing_file(source)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pillow.DecompressionBombWarning)
@@ -58,6 +58,33 @@ def open_image(source: str | os.PathLike[str] | Image | UInt8) -> Image:
         raise CorruptError(
             f"{path.name} cannot be read as an image", expected="a whole PNG, JPEG or WebP file"
         ) from error
+
+
+def _existing_file(source: str | os.PathLike[str]) -> Path:
+    """The path, if there is a file of at most `MOST_BYTES`."""
+    path = Path(source)
+    try:
+        found = path.is_file()
+    except (OSError, ValueError):
+        found = False
+    if not found:
+        raise MissingError(f"no file {str(source)[:200]!r}", expected="a picture")
+    if path.stat().st_size > MOST_BYTES:
+        raise ArgumentError(f"{path.name} has {path.stat().st_size} bytes", expected=f"at most {MOST_BYTES}")
+    return path
+
+
+def check_output(path: str | os.PathLike[str]) -> Path:
+    """Where a PNG is to go, if one can be written there; asked before the picture is made."""
+    target = Path(path)
+    text = os.fspath(path)
+    if not text or text.endswith(("/", os.sep)) or target.is_dir():
+        raise ArgumentError(f"the output is {text!r}", expected="the name of a PNG file")
+    if target.suffix.lower() not in {"", ".png"}:
+        raise ArgumentError(f"the output is {target.name!r}", expected="a name that ends in .png")
+    if not target.parent.is_dir():
+        raise MissingError(f"no folder {str(target.parent)!r} to write the picture into", remedy="Make it first.")
+    return target if target.suffix else target.with_suffix(".png")
 
 
 def to_unit(image: Image, width: int, height: int) -> Float32:
@@ -79,9 +106,7 @@ def save_png(path: str | os.PathLike[str], image: UInt8, parameters: Mapping[str
     if parameters is not None:
         info.add_itxt(TEXT_KEY, a1111_text(parameters))
         info.add_itxt(JSON_KEY, json.dumps(dict(parameters), ensure_ascii=False))
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise MissingError(f"no folder {str(target.parent)!r} to write the picture into", remedy="Make it first.")
+    target = check_output(path)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         pillow.fromarray(image).save(part, format="PNG", pnginfo=info, compress_level=1)
@@ -94,17 +119,21 @@ def read_parameters(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The parameters in a PNG that fewstep wrote; `CorruptError` when there are none."""
     from PIL import Image as pillow
 
-    if not Path(path).is_file():
-        raise MissingError(f"no file {str(path)!r}", expected="a PNG that fewstep made")
+    file = _existing_file(path)
     try:
-        with pillow.open(path, formats=("PNG",)) as image:
+        with pillow.open(file, formats=("PNG",)) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ArgumentError(
+                    f"{file.name} is {image.width}x{image.height}", expected=f"at most {MOST_PIXELS} pixels"
+                )
             image.load()
             text = getattr(image, "text", {}).get(JSON_KEY)
         found = json.loads(text) if text else None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise CorruptError(f"{Path(path).name} cannot be read as a PNG") from error
-    if not isinstance(found, dict):
-        raise CorruptError(f"{Path(path).name} holds no parameters of fewstep", expected=f"a text chunk {JSON_KEY!r}")
+    except (OSError, SyntaxError, ValueError, RecursionError, pillow.DecompressionBombError) as error:
+        raise CorruptError(f"{file.name} cannot be read as a PNG of fewstep") from error
+    wanted = {"bundle": str, "prompt": str, "width": int, "height": int}
+    if not isinstance(found, dict) or not all(isinstance(found.get(k), t) for k, t in wanted.items()):
+        raise CorruptError(f"{file.name} holds no parameters of fewstep", expected=f"a text chunk {JSON_KEY!r}")
     return found
 
 
@@ -129,14 +158,22 @@ def a1111_text(p: Mapping[str, Any]) -> str:
 
 
 def command_line(p: Mapping[str, Any], output: str) -> str:
-    """The command that makes the picture again."""
-    words = ["fewstep", "run", str(p["bundle"]), "--prompt", str(p["prompt"])]
+    """The command that makes the picture again; of a batch with one stream of noise, the whole batch."""
+    batch = p.get("batch") if isinstance(p.get("batch"), dict) else None
+    words = ["fewstep", "run", str(p["bundle"])]
+    words += [f"--prompt={prompt}" for prompt in (batch["prompts"] if batch else [p["prompt"]])]
     if p.get("negative") is not None:
-        words += ["--negative", str(p["negative"])]
-    for key in ("steps", "sampler", "schedule", "guidance", "seed", "compat"):
+        words.append(f"--negative={p['negative']}")
+    for key in ("steps", "sampler", "schedule", "guidance", "compat"):
         if p.get(key) is not None:
-            words += [f"--{key}", str(p[key])]
-    words += ["--size", f"{p['width']}x{p['height']}"]
+            words.append(f"--{key}={p[key]}")
+    words.append(f"--seed={batch['seed'] if batch else p.get('seed')}")
+    if batch:
+        words.append("--shared-stream")
+    for key, value in (p.get("options") or {}).items():
+        shown = ",".join(f"{v:g}" for v in value) if isinstance(value, list) else value
+        words.append(f"--{key}={shown}")
+    words.append(f"--size={p['width']}x{p['height']}")
     if p.get("image"):
-        words += ["--image", str(p["image"]), "--strength", str(p["strength"])]
-    return shlex.join([*words, "--output", output])
+        words += [f"--image={p['image']}", f"--strength={p['strength']}"]
+    return shlex.join([*words, f"--output={output}"])

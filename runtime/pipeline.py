@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,10 @@ import numpy as np
 from .. import __version__
 from ..bundle import Bundle, read_bundle
 from ..engines import RunOptions, Store, open_engines
-from ..errors import ArgumentError, CancelledError
+from ..errors import ArgumentError, BlackImageError, CancelledError, NonFiniteError
 from .conditioning import condition, guidance_vector, size_and_crop
 from .images import UInt8, open_image, to_unit
-from .request import Request, make_request
+from .request import MOST_IMAGES, Request, check_integer, check_size, make_request
 from .seeds import Gaussians, SharedStream, TorchCpuGenerator
 from .slots import Float32, Slots, Tenant, TickTimes
 from .text import TextEncoders
@@ -53,10 +53,10 @@ class Result:
 
     def save(self, path: str | os.PathLike[str]) -> list[str]:
         """Write PNGs with their parameters; of several images each gets its number before the suffix."""
-        from .images import save_png
+        from .images import check_output, save_png
 
-        given = Path(path)
-        stem, suffix = str(given.with_suffix("")), given.suffix
+        target = check_output(path)
+        stem, suffix = str(target.with_suffix("")), target.suffix
         names = (
             [f"{stem}{suffix or '.png'}"]
             if len(self.images) == 1
@@ -114,7 +114,7 @@ class Pipeline:
         progress: Callable[[str, str, float], None] | None = None,
     ) -> None:
         self.bundle = bundle
-        self.batch = batch
+        self.batch = check_integer("batch", batch, 1, MOST_IMAGES)
         self._options: dict[str, Any] = {
             "backend": backend,
             "run": RunOptions(threads=threads),
@@ -122,13 +122,13 @@ class Pipeline:
             "build": build,
             "progress": progress,
         }
-        self.size = size or (bundle.defaults.width, bundle.defaults.height)
+        self.size = check_size(bundle, size or (bundle.defaults.width, bundle.defaults.height))
         encoders = [n for n in ("text_encoder", "text_encoder_2") if n in bundle.components]
         self.engines = self._open([*encoders, "unet", "vae_decoder"])
         self.text = TextEncoders(bundle, self.engines)
         self.vae = Vae(bundle, self.engines["vae_decoder"], lambda: self._open(["vae_encoder"])["vae_encoder"])
         self._pool: dict[tuple[int, ...], list[_Context]] = {}
-        self._most_contexts = most_contexts
+        self._most_contexts = check_integer("most_contexts", most_contexts, 0, 1024)
         self._lock = threading.Lock()
 
     def _open(self, names: Sequence[str]) -> dict[str, Any]:
@@ -175,6 +175,8 @@ class Pipeline:
         Raises `ArgumentError` before anything is computed; `NonFiniteError` and `BlackImageError` instead of
         returning a broken image; `CancelledError` once `cancel` is set.
         """
+        if cancel is not None and cancel.is_set():
+            raise CancelledError("the request was cancelled before it began")
         request = self.request(
             prompt,
             negative=negative,
@@ -185,36 +187,75 @@ class Pipeline:
             seed=seed,
             size=size,
             images_per_prompt=images_per_prompt,
+            image=image,
+            strength=strength,
+            compat=compat,
+            shared_stream=shared_stream,
+            **options,
+        )
+        with closing(self.stream(request, image=image)) as stream:
+            while True:
+                try:
+                    step = next(stream)
+                except StopIteration as stop:
+                    result: Result = stop.value
+                    return result
+                if on_step is not None:
+                    on_step(step)
+                if cancel is not None and cancel.is_set():
+                    raise CancelledError(
+                        f"the request was cancelled after {step.index + 1} of {step.total} evaluations"
+                    )
+
+    def request(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        image: Any = None,
+        strength: float = 0.8,
+        size: tuple[int, int] | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        negative: str | Sequence[str] | None = None,
+        steps: int | None = None,
+        sampler: str | None = None,
+        schedule: str | None = None,
+        guidance: float | None = None,
+        seed: int | Sequence[int] | None = None,
+        images_per_prompt: int = 1,
+        compat: str | None = None,
+        shared_stream: bool = False,
+        **options: Any,
+    ) -> Request:
+        """A checked `Request` for this bundle; takes what a call takes. An image is given to `stream` again."""
+        return make_request(
+            self.bundle,
+            prompt,
+            negative=negative,
+            steps=steps,
+            sampler=sampler,
+            schedule=schedule,
+            guidance=guidance,
+            seed=seed,
+            size=size or self.size,
+            images_per_prompt=images_per_prompt,
             has_image=image is not None,
             strength=strength,
             compat=compat,
             shared_stream=shared_stream,
+            timesteps=timesteps,
+            sigmas=sigmas,
             options=options,
         )
-        stream = self.stream(request, image=image)
-        while True:
-            try:
-                step = next(stream)
-            except StopIteration as stop:
-                result: Result = stop.value
-                return result
-            if on_step is not None:
-                on_step(step)
-            if cancel is not None and cancel.is_set():
-                stream.close()
-                raise CancelledError(f"the request was cancelled after {step.index + 1} of {step.total} evaluations")
-
-    def request(
-        self, prompt: str | Sequence[str], *, options: Mapping[str, Any] | None = None, **given: Any
-    ) -> Request:
-        """A checked `Request` for this bundle; takes what a call takes."""
-        rest = dict(options or {})
-        explicit = {k: rest.pop(k) for k in ("timesteps", "sigmas") if k in rest}
-        given["size"] = given.get("size") or self.size
-        return make_request(self.bundle, prompt, options=rest, **explicit, **given)
 
     def stream(self, request: Request, *, image: Any = None, previews: bool = False) -> Generator[Step, None, Result]:
         """A generator of `Step`s that returns the `Result`; closing it ends the request between two evaluations."""
+        if request.has_image != (image is not None):
+            raise ArgumentError(
+                f"the request was made {'with' if request.has_image else 'without'} an image and runs "
+                f"{'without' if request.has_image else 'with'} one",
+                remedy="Give the same image to request(...) and to stream(...).",
+            )
         began = time.perf_counter()
         timings: dict[str, Any] = {}
         given = None if image is None else to_unit(open_image(image), request.width, request.height)
@@ -250,18 +291,29 @@ class Pipeline:
             parameters=self._parameters(request, image),
         )
 
-    def warm_up(self, *, size: tuple[int, int] | None = None, batch: int | None = None) -> None:
-        """Run a request of this shape once, with guidance and without: no later one pays for first-time work."""
-        for guidance in {1.0, max(1.0, self.bundle.defaults.guidance)}:
-            self(
-                "",
-                steps=1,
-                sampler="euler",
-                schedule="trailing",
-                guidance=guidance,
-                seed=list(range(batch or self.batch)),
-                size=size,
-            )
+    def warm_up(self, *, size: tuple[int, int] | None = None, batch: int | None = None, image: bool = False) -> None:
+        """Run requests of this shape once, with guidance and without, so that no later one pays for first-time work.
+
+        `image` opens the VAE's encoder too, for services that start from pictures.
+        """
+        width, height = check_size(self.bundle, size or self.size)
+        picture = np.full((height, width, 3), 128, np.uint8) if image else None
+        count = batch or self.batch
+        for guidance in (1.0, max(2.0, self.bundle.defaults.guidance)):
+            self.text.forget()
+            with suppress(BlackImageError, NonFiniteError):  # one step of a nonsense prompt may well be black
+                self(
+                    [f"warm-up {i}" for i in range(count)],
+                    steps=1,
+                    sampler="euler",
+                    schedule="trailing",
+                    guidance=guidance,
+                    seed=list(range(count)),
+                    size=(width, height),
+                    image=picture,
+                    strength=1.0,
+                )
+        self.text.forget()
 
     def _denoise(
         self,
@@ -331,15 +383,15 @@ class Pipeline:
             yield context
         finally:
             with self._lock:
-                total = sum(len(v) for v in self._pool.values())
-                if total >= self._most_contexts:
-                    oldest = next(k for k, v in self._pool.items() if v)
-                    self._pool[oldest].pop()
                 self._pool[key] = [*self._pool.pop(key, []), context]
+                while sum(len(v) for v in self._pool.values()) > self._most_contexts:
+                    oldest = next(k for k, v in self._pool.items() if v)
+                    self._pool[oldest].pop(0)
+                self._pool = {k: v for k, v in self._pool.items() if v}
 
     def _parameters(self, request: Request, image: Any) -> tuple[Mapping[str, Any], ...]:
         """What goes into each picture."""
-        shared = {
+        shared: dict[str, Any] = {
             "bundle": self.bundle.name,
             "model": self.bundle.name,
             "steps": request.steps,
@@ -357,10 +409,10 @@ class Pipeline:
             "version": __version__,
             "unet_sha256": self.bundle.components["unet"].weights_sha256,
         }
-        return tuple(
-            {**shared, "prompt": p, "negative": n, "seed": s}
-            for p, n, s in zip(request.prompts, request.negatives, request.seeds, strict=True)
-        )
+        if request.shared_stream and request.images > 1:
+            shared["batch"] = {"prompts": list(request.prompts), "seed": request.seeds[0]}
+        made = zip(request.prompts, request.negatives, request.seeds, strict=True)
+        return tuple({**shared, "prompt": p, "negative": n, "seed": s, "index": i} for i, (p, n, s) in enumerate(made))
 
 
 @dataclass(frozen=True, slots=True)

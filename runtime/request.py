@@ -20,6 +20,7 @@ from .text import check_prompt
 MOST_IMAGES = 1024
 LARGEST_SIDE = 16_384
 MOST_STEPS = 1000
+RESERVED = {"steps", "start", "noise", "prediction", "schedule", "sampler", "compat"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -41,6 +42,7 @@ class Request:
     sampler: str | None
     schedule: str | None
     compat: str | None
+    has_image: bool = False
     shared_stream: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -75,14 +77,20 @@ def make_request(
 ) -> Request:
     """Fill what was left out from the bundle's defaults and check the rest; `ArgumentError` says what is wrong."""
     defaults = bundle.defaults
-    steps = _integer("steps", defaults.steps if steps is None else steps, 1, MOST_STEPS)
+    steps = check_integer("steps", defaults.steps if steps is None else steps, 1, MOST_STEPS)
+    timesteps, sigmas = _levels("timesteps", timesteps, 1), _levels("sigmas", sigmas, 2)
     if timesteps is not None or sigmas is not None:
         steps = len(timesteps) if timesteps is not None else len(sigmas or ()) - 1
+    taken = RESERVED & set(options or {})
+    if taken:
+        raise ArgumentError(
+            f"{', '.join(sorted(taken))} cannot be set as sampler options", expected="options such as eta"
+        )
     width, height = check_size(bundle, size or (defaults.width, defaults.height))
     guidance = _real("guidance", defaults.guidance if guidance is None else guidance, 0.0, 1000.0)
     strength = _real("strength", strength, 0.0, 1.0)
     prompts, negatives, seeds = _images(
-        prompt, negative, seed, _integer("images_per_prompt", images_per_prompt, 1, MOST_IMAGES)
+        prompt, negative, seed, check_integer("images_per_prompt", images_per_prompt, 1, MOST_IMAGES)
     )
     start = start_step(steps, strength) if has_image else 0
     if sampler is None:
@@ -111,8 +119,10 @@ def make_request(
         sampler=sampler,
         schedule=schedule,
         compat=compat,
+        has_image=has_image,
         shared_stream=shared_stream,
-        options=dict(options or {}),
+        options={**(options or {})}
+        | {k: v for k, v in (("timesteps", timesteps), ("sigmas", sigmas)) if v is not None},
     )
 
 
@@ -162,9 +172,9 @@ def start_step(steps: int, strength: float) -> int:
         raise ArgumentError(
             f"strength {strength:g} of {steps} steps leaves no step",
             expected="steps x strength of at least 1",
-            remedy=f"Use steps={math.ceil(1 / strength) if strength > 0 else steps}, or strength={1 / steps:.3g}."
-            if strength > 0
-            else "Use a strength above 0.",
+            remedy=f"Use steps={math.ceil(1 / strength)}, or strength={1 / steps:.3g}."
+            if strength * MOST_STEPS >= 1
+            else f"Use a strength of at least {1 / steps:.3g}.",
         )
     return steps - kept
 
@@ -177,7 +187,7 @@ def check_size(bundle: Bundle, size: tuple[int, int]) -> tuple[int, int]:
         raise ArgumentError(f"size is {size!r}", expected="(width, height) in pixels") from error
     unit = bundle.latent.factor * bundle.latent.multiple
     for name, value in (("width", width), ("height", height)):
-        _integer(name, value, 1, LARGEST_SIDE)
+        check_integer(name, value, 1, LARGEST_SIDE)
         if value % unit:
             low = max(unit, value // unit * unit)
             raise ArgumentError(
@@ -196,13 +206,15 @@ def _images(
         check_prompt(prompt)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     prompts = [check_prompt(p) for p in prompts for _ in range(each)]
-    if isinstance(seed, (list, tuple, np.ndarray)):
+    if isinstance(seed, np.ndarray):
+        seed = seed.tolist()
+    if isinstance(seed, (list, tuple, range)):
         seeds = [_seed(s) for s in seed]
         if len(prompts) == 1:
             prompts = prompts * len(seeds)
     else:
         first = secrets.randbits(32) if seed is None else _seed(seed)
-        seeds = [first + i for i in range(len(prompts))]
+        seeds = [_seed(first + i) for i in range(len(prompts))]
     if not prompts or len(prompts) > MOST_IMAGES:
         raise ArgumentError(f"{len(prompts)} images are asked for", expected=f"1 to {MOST_IMAGES}")
     if len(seeds) != len(prompts):
@@ -217,6 +229,7 @@ def _images(
         if not isinstance(negative, (list, tuple)):
             check_prompt(negative, "negative prompt")
         given = [check_prompt(n, "negative prompt") for n in negative for _ in range(each)]
+        given = given * len(prompts) if len(given) == 1 else given
         if len(given) != len(prompts):
             raise ArgumentError(
                 f"{len(given)} negative prompts for {len(prompts)} images", expected="one an image, or a single one"
@@ -224,12 +237,26 @@ def _images(
     return tuple(prompts), tuple(given), tuple(seeds)
 
 
+def _levels(name: str, levels: Sequence[float] | None, least: int) -> list[float] | None:
+    """Explicit timesteps or sigmas as a list of finite numbers."""
+    if levels is None:
+        return None
+    try:
+        found = [float(v) for v in levels]
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"{name} is {str(levels)[:60]!r}", expected="a list of numbers") from error
+    if len(found) < least or not all(math.isfinite(v) for v in found):
+        raise ArgumentError(f"{name} is {str(found)[:60]}", expected=f"at least {least} finite numbers")
+    return found
+
+
 def _seed(seed: object) -> int:
     check_seed(seed)
     return int(seed)  # type: ignore[call-overload, no-any-return]
 
 
-def _integer(name: str, value: object, low: int, high: int) -> int:
+def check_integer(name: str, value: object, low: int, high: int) -> int:
+    """The value as an integer; `ArgumentError` unless it is one from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise ArgumentError(f"{name} is {value!r}", expected="an integer")
     if not low <= value <= high:

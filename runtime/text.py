@@ -102,6 +102,11 @@ class TextEncoders:
                 self._kept.popitem(last=False)
         return found
 
+    def forget(self) -> None:
+        """Drop the kept embeddings."""
+        with self._lock:
+            self._kept.clear()
+
     def tokenize(self, prompts: Sequence[str]) -> tuple[list[npt.NDArray[np.int64]], list[bool]]:
         """Token ids int64 [P, L] by tokenizer, and whether each prompt was cut by any of them."""
         ids, cut = [], [False] * len(prompts)

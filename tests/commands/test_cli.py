@@ -47,8 +47,8 @@ def test_run_and_inspect(
     assert (code, data["files"], data["seeds"]) == (0, ["image.png"], [5])
     code, out, _ = call(capsys, "inspect", "image.png")
     assert out.startswith("fewstep run ")
-    words = out.split()
-    assert words[words.index("--seed") + 1] == "5"
+    assert out.startswith(f"fewstep run {bundle} ")
+    assert "--seed=5" in out.split()
     code, out, _ = call(capsys, "inspect", bundle, "--json")
     assert json.loads(out)["family"] == "sd1"
     code, out, _ = call(
@@ -82,9 +82,8 @@ def test_the_printed_command_makes_the_same_picture(
     code, _, _ = call(capsys, "demo", "--scale", "1", "--output", "demo.png")
     assert code == 0
     _, out, _ = call(capsys, "inspect", "demo.png")
-    words = shlex.split(out)
-    words[words.index("--output") + 1] = "again.png"
-    assert call(capsys, *words[1:])[0] == 0
+    words = [w for w in shlex.split(out)[1:] if not w.startswith("--output")]
+    assert call(capsys, *words, "--output=again.png")[0] == 0
     np.testing.assert_array_equal(np.asarray(Image.open("demo.png")), np.asarray(Image.open("again.png")))
 
 
@@ -186,6 +185,28 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str], sd1_bundle: Any, tiny_sd
     (tmp_path / "bundle.json").write_text("{}")
     assert call(capsys, "inspect", str(tmp_path))[0] == 4
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("output", ["", "nowhere/x.png", "x.jpg", "."])
+def test_outputs_are_checked_before_anything_is_made(
+    capsys: pytest.CaptureFixture[str], sd1_bundle: Any, output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(capsys, "run", str(sd1_bundle.folder), "--prompt", "x", "--output", output, "--json")
+    assert code in (2, 3)
+    assert json.loads(out)["exit_code"] == code
+    assert "output" in err or "folder" in err
+
+
+def test_file_system_errors_are_typed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("FEWSTEP_CACHE_DIR", str(tmp_path / "file"))
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call(capsys, "demo", "--json")
+    assert code == 3
+    assert json.loads(out)["error"]["type"] == "WriteError"
 
 
 def test_export_from_the_command_line(

@@ -182,6 +182,112 @@ def test_bad_requests_say_what_mends_them(pipe: fewstep.Pipeline, given: dict[st
     assert caught.value.exit_code == 2
 
 
+MORE_BAD: list[tuple[dict[str, Any], str]] = [
+    ({"sigmas": 5}, "sigmas is '5'"),
+    ({"timesteps": []}, "timesteps is"),
+    ({"sigmas": [1.0, float("nan")]}, "finite numbers"),
+    ({"image": 5}, "the image is int"),
+    ({"image": "a" * 5000}, "no file"),
+    ({"image": np.zeros((8, 8, 3), np.uint8), "strength": 1e-320}, "leaves no step"),
+    ({"sampler": "euler", "prediction": "sample"}, "prediction cannot be set"),
+    ({"seed": 2**64 - 1, "images_per_prompt": 2}, "seed is 18446744073709551616"),
+]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"), MORE_BAD, ids=[f"{next(iter(g))}-{i}" for i, (g, _) in enumerate(MORE_BAD)]
+)
+def test_odd_arguments_are_typed_errors(pipe: fewstep.Pipeline, given: dict[str, Any], words: str) -> None:
+    with pytest.raises(FewstepError, match=words):
+        pipe("x", **{"steps": 2, **given})
+
+
+def test_arguments_that_broadcast(pipe: fewstep.Pipeline) -> None:
+    assert len(pipe(["x"], negative=["y"], seed=range(2), steps=1).images) == 2
+    assert pipe("x", seed=np.array(5), steps=1).seeds == (5,)
+    levels = pipe("x", seed=1, sampler="euler", guidance=1.0, sigmas=np.array([14.6, 3.0, 0.0]))
+    assert len(levels.timings["evaluations"]) == 2
+
+
+def test_a_stream_runs_the_request_it_was_made_for(pipe: fewstep.Pipeline) -> None:
+    picture = np.full((32, 32, 3), 90, np.uint8)
+    request = pipe.request("x", image=picture, strength=0.5, steps=4, seed=0, sampler="ddim", eta=0.5)
+    with pytest.raises(ArgumentError, match="with an image and runs without one"):
+        next(pipe.stream(request))
+    stream = pipe.stream(request, image=picture)
+    assert next(stream).total == 2
+    stream.close()
+    with pytest.raises(ArgumentError, match="without an image and runs with one"):
+        next(pipe.stream(pipe.request("x", steps=4, seed=0), image=picture))
+
+
+def test_contexts_come_back_whatever_happens(sd1_bundle: Any) -> None:
+    pipe = fewstep.load(sd1_bundle, most_contexts=1)
+
+    def fail(step: fewstep.runtime.Step) -> None:
+        raise RuntimeError("of the caller")
+
+    with pytest.raises(RuntimeError, match="of the caller") as held:
+        pipe("x", steps=2, seed=0, on_step=fail)
+    assert sum(map(len, pipe._pool.values())) == 1, held.value
+    pipe("x", steps=1, seed=[0, 1])
+    assert sum(map(len, pipe._pool.values())) == 1
+    assert len(fewstep.load(sd1_bundle, most_contexts=0)("x", steps=1, seed=0).images) == 1
+    cancelled = threading.Event()
+    cancelled.set()
+    with pytest.raises(CancelledError, match="before it began"):
+        pipe("x", steps=2, cancel=cancelled)
+
+
+@pytest.mark.parametrize(
+    "given", [{"batch": 0}, {"batch": "a"}, {"size": (33, 32)}, {"size": "x"}, {"most_contexts": -1}]
+)
+def test_bad_constructor_arguments(sd1_bundle: Any, given: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError):
+        fewstep.load(sd1_bundle, **given)
+
+
+def test_warm_up_binds_everything_that_requests_use(sd1_bundle: Any) -> None:
+    pipe = fewstep.load(sd1_bundle)
+    pipe.warm_up(image=True)
+    before = (set(pipe.text._bindings), set(pipe.vae._bindings))
+    pipe("first", negative="none", steps=2, seed=0, guidance=5.0)
+    pipe("second", steps=2, seed=0, guidance=1.0, image=np.full((32, 32, 3), 9, np.uint8), strength=0.9)
+    assert (set(pipe.text._bindings), set(pipe.vae._bindings)) == before
+
+
+def test_a_batch_of_one_stream_is_reproduced_whole(pipe: fewstep.Pipeline) -> None:
+    result = pipe(["a", "b"], seed=4, shared_stream=True, sampler="ddim", eta=0.7, steps=2)
+    command = command_line(result.parameters[1], "x.png")
+    assert "--prompt=a --prompt=b" in command
+    assert "--seed=4 --shared-stream --eta=0.7" in command
+
+
+def test_memory_stays_flat(pipe: fewstep.Pipeline) -> None:
+    import gc
+    import tracemalloc
+
+    sizes = [(32, 32), (36, 32), (40, 32), (32, 40), (44, 44), (48, 32)]
+
+    def some() -> None:
+        for i in range(18):
+            pipe(f"prompt {i}", seed=i, steps=1, size=sizes[i % len(sizes)])
+
+    some()
+    tracemalloc.start()
+    try:
+        some()
+        gc.collect()
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(3):
+            some()
+        gc.collect()
+        grown = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert grown < 300_000, f"{grown} bytes more after 54 requests"
+
+
 def test_pictures_that_cannot_be_read(pipe: fewstep.Pipeline, tmp_path: Path) -> None:
     with pytest.raises(MissingError):
         open_image(tmp_path / "none.png")
@@ -200,13 +306,25 @@ def test_a_picture_knows_the_command_that_made_it(pipe: fewstep.Pipeline, tmp_pa
     (name,) = result.save(tmp_path / "out.png")
     found = read_parameters(name)
     assert found["prompt"] == 'it\'s "quoted" ünïcode'
-    assert "--seed 3" in command_line(found, "again.png")
+    assert "--seed=3" in command_line(found, "again.png")
     with Image.open(name) as image:
         assert image.text["parameters"].splitlines()[1] == "Negative prompt: none"
         np.testing.assert_array_equal(np.asarray(image), result.images[0])
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     with pytest.raises(CorruptError, match="no parameters"):
         read_parameters(tmp_path / "plain.png")
+    from PIL.PngImagePlugin import PngInfo
+
+    for text in ('{"a": 1}', "[" * 50_000, "{", "5"):
+        info = PngInfo()
+        info.add_text("fewstep", text)
+        Image.new("RGB", (8, 8)).save(tmp_path / "odd.png", pnginfo=info)
+        with pytest.raises(CorruptError):
+            read_parameters(tmp_path / "odd.png")
+    with pytest.raises(ArgumentError, match=r"ends in \.png"):
+        result.save(tmp_path / "x.jpg")
+    with pytest.raises(ArgumentError, match="name of a PNG"):
+        result.save(tmp_path)
     with pytest.raises(MissingError, match="no folder"):
         result.save(tmp_path / "nowhere" / "out.png")
 
