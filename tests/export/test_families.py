@@ -12,6 +12,8 @@ import pytest
 import torch
 from checkpoints import ALPHA, RANK, copy, make_lora, write_lora, write_original
 from fewstep.bundle import Bundle, read_bundle, read_defaults, write_manifest
+from fewstep.cli import main
+from fewstep.commands.export import lora
 from fewstep.errors import (
     ArgumentError,
     CorruptError,
@@ -419,3 +421,45 @@ def test_what_goes_against_a_preset_is_said(
     assert len(found) == (words is not None)
     assert words is None or words in found[0]
     assert preset_warnings(leading, asked) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("style.safetensors", ("style.safetensors", 1.0)),
+        ("style.safetensors:0.8", ("style.safetensors", 0.8)),
+        ("a:b/style.safetensors:-1", ("a:b/style.safetensors", -1.0)),
+        ("a:b/style.safetensors", ("a:b/style.safetensors", 1.0)),
+    ],
+)
+def test_loras_on_the_command_line(text: str, expected: tuple[str, float]) -> None:
+    assert lora(text) == expected
+
+
+def test_the_command_line_takes_parts_and_warns(
+    tiny_sd1: Path, originals: dict[str, Path], scrambled: dict[str, Path], tmp_path: Path, capsys: Any
+) -> None:
+    file = write_lora(make_lora(tiny_sd1, text=False), tmp_path / "lcm-lora.safetensors", "kohya")
+    parts = [str(originals["sd1"]), str(tmp_path / "b"), "--base", str(scrambled["sd1"]), "--lora", f"{file}:0.25"]
+    assert main(["export", *parts, "--vae", str(tiny_sd1 / "vae"), "--no-gate"]) == 0
+    assert "preset lcm-lora: lcm, 4 steps" in capsys.readouterr().out
+    bundle = read_bundle(tmp_path / "b")
+    assert bundle.components["unet"].source["loras"][0]["scale"] == 0.25
+    image = ["--prompt", "a", "--seed", "1", "--size", "32x32", "--output", str(tmp_path / "i.png")]
+    assert main(["run", str(tmp_path / "b"), *image]) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert main(["run", str(tmp_path / "b"), *image, "--guidance", "7"]) == 0
+    assert "warning: lcm-lora was made for guidance of at most 2, not 7." in capsys.readouterr().err
+
+
+def test_without_peft_the_reference_is_fused_here(tiny_sd1: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    from fewstep.export import loading
+
+    file = write_lora(make_lora(tiny_sd1), tmp_path / "l.safetensors", "kohya")
+    checkpoint = compose_checkpoint(tiny_sd1, loras=[(file, 0.5)])
+    monkeypatch.setattr(loading, "_has_peft", lambda: False)
+    assert loading.lora_method(checkpoint) == "fused by fewstep: peft is not installed"
+    models = loading.load_fused(checkpoint)
+    for name, fused in fused_parts(checkpoint).items():
+        for key, value in plainly(models[name].state_dict()).items():
+            np.testing.assert_allclose(value.numpy(), fused[key], atol=1e-6, err_msg=key)
