@@ -217,7 +217,11 @@ def names_of(checkpoint: Checkpoint) -> list[str]:
 
 def describe_part(part: Part, loras: Iterable[LoraFile]) -> dict[str, Any]:
     """Where a component comes from, for the manifest: its files and fused LoRAs, with hashes and licences."""
-    found: dict[str, Any] = {"part": part.name, "files": [_describe_file(f) for f in part.files]}
+    files = [_describe_file(f) for f in part.files]
+    for file, path in zip(files, part.files, strict=True):
+        if file["licence"] is None and path.parent == part.place:
+            file["licence"] = licence_of(part.place.parent)
+    found: dict[str, Any] = {"part": part.name, "files": files}
     fused = [{**_describe_file(lora.path), "scale": lora.scale} for lora in loras]
     return found | ({"loras": fused} if fused else {})
 
@@ -225,7 +229,7 @@ def describe_part(part: Part, loras: Iterable[LoraFile]) -> dict[str, Any]:
 def _describe_file(path: Path) -> dict[str, Any]:
     with safe_open(path, framework="np") as file:
         metadata = file.metadata() or {}
-    licence = metadata.get("modelspec.license") or licence_of(path.parent) or licence_of(path.parent.parent)
+    licence = metadata.get("modelspec.license") or licence_of(path.parent)
     stat = path.stat()
     return {"file": path.name, "sha256": _sha256(path, stat.st_mtime_ns, stat.st_size), "licence": licence}
 

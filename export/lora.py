@@ -271,7 +271,12 @@ def _delta(
         raise CorruptError(
             f"the matrices of {where} have shapes {down.shape} and {up.shape}", expected="[r, in] and [out, r]"
         )
-    factor = adapter.factor(module, rank) if alpha is None else alpha / rank
+    try:
+        factor = adapter.factor(module, rank) if alpha is None else alpha / rank
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CorruptError(
+            f"the adapter configuration of {lora.path.name} cannot be read ({error})", expected="a number as lora_alpha"
+        ) from error
     if not math.isfinite(factor):
         raise CorruptError(f"alpha of {where} is not finite", expected="a finite number")
     made = Delta(lora=lora, name=module, down=down, up=up, factor=lora.scale * factor)

@@ -195,6 +195,14 @@ def test_a_peft_adapter_takes_alpha_from_its_configuration(tiny_sd1: Path, tmp_p
         np.testing.assert_allclose(found[f"{module}.weight"], expected, atol=2e-6)
 
 
+@pytest.mark.parametrize("config", ["", "[1]", '{"lora_alpha": "many"}', '{"alpha_pattern": 3}'])
+def test_an_adapters_configuration_that_is_none(tiny_sd1: Path, tmp_path: Path, config: str) -> None:
+    file = write_lora(make_lora(tiny_sd1, text=False), tmp_path / "adapter_model.safetensors", "peft")
+    (tmp_path / "adapter_config.json").write_text(config)
+    with pytest.raises(CorruptError, match="adapter configuration"):
+        fused_parts(compose_checkpoint(tiny_sd1, loras=[(file, 1.0)]))
+
+
 def test_half_precision_loras_are_fused_in_float32(tiny_sd1: Path, tmp_path: Path) -> None:
     """The rounding happens once, at the end: weights and LoRA in float16 are summed in float32."""
     folder = copy(tiny_sd1, tmp_path / "half")
