@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from .errors import FewstepError
 
 if TYPE_CHECKING:
-    from .runtime.pipeline import Pipeline, Result, load
+    from .runtime import Pipeline, Result, load
 
 __version__ = "0.1.0"
 __all__ = ["FewstepError", "Pipeline", "Result", "__version__", "load"]
@@ -14,7 +14,7 @@ __all__ = ["FewstepError", "Pipeline", "Result", "__version__", "load"]
 def __getattr__(name: str) -> object:
     """Load the runtime when it is first asked for, so that `import fewstep` costs next to nothing."""
     if name in {"Pipeline", "Result", "load"}:
-        from .runtime import pipeline
+        from . import runtime
 
-        return getattr(pipeline, name)
+        return getattr(runtime, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

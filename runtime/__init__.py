@@ -1,7 +1,8 @@
 """Running a bundle: tokenizer, seeds, slots, pipeline, images. NumPy throughout; torch only inside the CUDA device."""
 
-from .pipeline import Pipeline, Result, Step, load
+from .pipeline import Pipeline, load
 from .request import Request, make_request
+from .result import Result, Step
 from .slots import Slots, Tenant
 from .update import SlotState
 

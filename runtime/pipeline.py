@@ -6,10 +6,9 @@ import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -18,86 +17,20 @@ from ..bundle import Bundle, read_bundle
 from ..engines import RunOptions, Store, open_engines
 from ..errors import ArgumentError, BlackImageError, CancelledError, NonFiniteError
 from .conditioning import condition, guidance_vector, size_and_crop
-from .images import UInt8, open_image, to_unit
+from .images import open_image, to_unit
+from .pool import SlotPool
 from .request import MOST_IMAGES, Request, check_integer, check_size, make_request
-from .seeds import Gaussians, SharedStream, TorchCpuGenerator
-from .slots import Float32, Slots, Tenant, TickTimes
+from .result import Result, Step
+from .seeds import RequestNoise, request_noise
+from .slots import Float32, Slots, Tenant
 from .text import TextEncoders
 from .vae import Vae
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-STAGES = ("text", "encode_image", "denoise", "decode", "total")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """What a call gives back.
-
-    images: uint8 [B, H, W, 3]. seeds: one an image. timings: milliseconds by stage (`text`, `encode_image`,
-    `denoise`, `decode`, `total`; of the denoising: `evaluations`, a list, and `update`, `guidance`, `gather`).
-    """
-
-    images: UInt8
-    seeds: tuple[int, ...]
-    timings: Mapping[str, Any]
-    latents: Float32
-    parameters: tuple[Mapping[str, Any], ...]
-
-    def to_pil(self) -> list[Image]:
-        """The images as Pillow images."""
-        from PIL import Image as pillow
-
-        return [pillow.fromarray(i) for i in self.images]
-
-    def save(self, path: str | os.PathLike[str]) -> list[str]:
-        """Write PNGs with their parameters; of several images each gets its number before the suffix."""
-        from .images import check_output, save_png
-
-        target = check_output(path)
-        stem, suffix = str(target.with_suffix("")), target.suffix
-        names = (
-            [f"{stem}{suffix or '.png'}"]
-            if len(self.images) == 1
-            else [f"{stem}-{i}{suffix or '.png'}" for i in range(len(self.images))]
-        )
-        for name, image, parameters in zip(names, self.images, self.parameters, strict=True):
-            save_png(name, image, parameters)
-        return names
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """Progress of a call: evaluation `index` of `total` was made at `timestep`.
-
-    With previews switched on, `x0` is the image latent as this evaluation sees it, float32 [B, C, h, w], and
-    `preview()` decodes it to uint8 [B, H, W, 3].
-    """
-
-    index: int
-    total: int
-    timestep: float
-    x0: Float32 | None = None
-    _decode: Callable[[Float32], UInt8] | None = field(default=None, repr=False)
-
-    def preview(self) -> UInt8:
-        if self.x0 is None or self._decode is None:
-            raise ArgumentError("this call makes no previews", remedy="Pass previews=True.")
-        return self._decode(self.x0)
-
-
-@dataclass(slots=True)
-class _Context:
-    """What one call at a time may use: slots of one shape."""
-
-    slots: Slots
 
 
 class Pipeline:
     """A loaded bundle. Several threads may call it: engines are shared, each call takes slots from a pool.
 
-    At most `most_contexts` sets of slots are kept, by latent shape and number; others are made and dropped.
+    At most `most_contexts` sets of slots are kept between calls, by latent shape and number.
     """
 
     def __init__(
@@ -127,9 +60,7 @@ class Pipeline:
         self.engines = self._open([*encoders, "unet", "vae_decoder"])
         self.text = TextEncoders(bundle, self.engines)
         self.vae = Vae(bundle, self.engines["vae_decoder"], lambda: self._open(["vae_encoder"])["vae_encoder"])
-        self._pool: dict[tuple[int, ...], list[_Context]] = {}
-        self._most_contexts = check_integer("most_contexts", most_contexts, 0, 1024)
-        self._lock = threading.Lock()
+        self._pool = SlotPool(self.engines["unet"], keep=check_integer("most_contexts", most_contexts, 0, 1024))
 
     def _open(self, names: Sequence[str]) -> dict[str, Any]:
         return open_engines(self.bundle, names, dims={n: self._dims(n) for n in names}, **self._options)
@@ -261,17 +192,16 @@ class Pipeline:
         given = None if image is None else to_unit(open_image(image), request.width, request.height)
         positives, negatives = condition(self.bundle, self.text, request)
         timings["text"] = _since(began)
-        noise = _noise(request)
+        noise = request_noise(request.seeds, shared=request.shared_stream)
         started = time.perf_counter()
         latents = None if given is None else self.vae.encode(given, noise, self._shape(request))
         timings["encode_image"] = _since(started)
         tenants = self._tenants(request, positives, negatives, noise)
         out = np.empty((request.images, *self._shape(request)), np.float32)
         started = time.perf_counter()
-        with self._context(request) as context:
-            context.slots.times = TickTimes()
-            yield from self._denoise(context.slots, tenants, noise, latents, out, previews=previews)
-            times = context.slots.times
+        with self._pool.take(self._shape(request), request.images) as slots:
+            yield from self._denoise(slots, tenants, noise, latents, out, previews=previews)
+            times = slots.times
         timings["denoise"] = _since(started)
         started = time.perf_counter()
         images = self.vae.decode(out)
@@ -319,7 +249,7 @@ class Pipeline:
         self,
         slots: Slots,
         tenants: Sequence[Tenant],
-        noise: _Noise,
+        noise: RequestNoise,
         latents: Float32 | None,
         out: Float32,
         *,
@@ -349,7 +279,7 @@ class Pipeline:
                 slots.release(slot)
 
     def _tenants(
-        self, request: Request, positives: Sequence[Any], negatives: Sequence[Any], noise: _Noise
+        self, request: Request, positives: Sequence[Any], negatives: Sequence[Any], noise: RequestNoise
     ) -> list[Tenant]:
         time_ids = size_and_crop(self.bundle, request)
         vector = guidance_vector(self.bundle, request)
@@ -369,25 +299,6 @@ class Pipeline:
     def _shape(self, request: Request) -> tuple[int, int, int]:
         latent = self.bundle.latent
         return latent.channels, request.height // latent.factor, request.width // latent.factor
-
-    @contextmanager
-    def _context(self, request: Request) -> Iterator[_Context]:
-        """Slots for this request from the pool; they go back when it ends."""
-        key = (*self._shape(request), request.images)
-        with self._lock:
-            kept = self._pool.get(key, [])
-            context = kept.pop() if kept else None
-        if context is None:
-            context = _Context(Slots(self.engines["unet"], slots=request.images, shape=self._shape(request)))
-        try:
-            yield context
-        finally:
-            with self._lock:
-                self._pool[key] = [*self._pool.pop(key, []), context]
-                while sum(len(v) for v in self._pool.values()) > self._most_contexts:
-                    oldest = next(k for k, v in self._pool.items() if v)
-                    self._pool[oldest].pop(0)
-                self._pool = {k: v for k, v in self._pool.items() if v}
 
     def _parameters(self, request: Request, image: Any) -> tuple[Mapping[str, Any], ...]:
         """What goes into each picture."""
@@ -413,21 +324,6 @@ class Pipeline:
             shared["batch"] = {"prompts": list(request.prompts), "seed": request.seeds[0]}
         made = zip(request.prompts, request.negatives, request.seeds, strict=True)
         return tuple({**shared, "prompt": p, "negative": n, "seed": s, "index": i} for i, (p, n, s) in enumerate(made))
-
-
-@dataclass(frozen=True, slots=True)
-class _Noise:
-    """Where a request's images take their noise from; `stream` when they share one."""
-
-    members: tuple[Gaussians, ...]
-    stream: SharedStream | None
-
-
-def _noise(request: Request) -> _Noise:
-    if request.shared_stream:
-        stream = SharedStream(request.seeds[0], request.images)
-        return _Noise(tuple(stream.member(i) for i in range(request.images)), stream)
-    return _Noise(tuple(TorchCpuGenerator(s) for s in request.seeds), None)
 
 
 def _since(began: float) -> float:

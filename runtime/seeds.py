@@ -7,6 +7,8 @@ values before it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -130,3 +132,19 @@ class _Member:
 
     def randn(self, shape: tuple[int, ...]) -> Float32:
         return self._stream.take(self._index, shape)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestNoise:
+    """Where a request's images take their noise from; `stream` when they share one."""
+
+    members: tuple[Gaussians, ...]
+    stream: SharedStream | None
+
+
+def request_noise(seeds: Sequence[int], *, shared: bool) -> RequestNoise:
+    """A generator an image, or with `shared` the first seed's for all."""
+    if shared:
+        stream = SharedStream(seeds[0], len(seeds))
+        return RequestNoise(tuple(stream.member(i) for i in range(len(seeds))), stream)
+    return RequestNoise(tuple(TorchCpuGenerator(s) for s in seeds), None)

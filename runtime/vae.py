@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,9 +11,7 @@ from ..bundle import Bundle
 from ..engines.base import Binding, Engine
 from ..errors import BlackImageError, NonFiniteError
 from .images import Float32, UInt8
-
-if TYPE_CHECKING:
-    from .pipeline import _Noise
+from .seeds import RequestNoise
 
 MOST_PIXELS = 1024 * 1024
 KEPT_BINDINGS = 4
@@ -67,7 +64,7 @@ class Vae:
                 finite[at : at + each] = binding.outputs["finite"]
         return images, finite
 
-    def encode(self, image: Float32, noise: _Noise, shape: tuple[int, int, int]) -> Float32:
+    def encode(self, image: Float32, noise: RequestNoise, shape: tuple[int, int, int]) -> Float32:
         """A picture float32 [3, H, W] in [-1, 1] to one latent an image of the request, float32 [B, C, h, w].
 
         Each image draws its own sample of the latent's distribution, from its own seed and before its starting noise,

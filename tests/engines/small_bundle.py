@@ -211,7 +211,7 @@ def write_bundle(folder: Path, seed: int = 0) -> Bundle:
         components={name: write_component(folder, name, seed) for name in SPECS},
         tokenizers=(Tokenizer(file="tokenizer.json", length=77, pad_id=0, bos_id=1, eos_id=2),),
         latent=Latent(channels=4, factor=FACTOR, multiple=2),
-        scheduler={},
+        scheduler={"_class_name": "EulerDiscreteScheduler"},
         defaults=Defaults(width=64, height=48, steps=2, guidance=0.0),
     )
     write_manifest(bundle)

@@ -1,0 +1,68 @@
+"""What a call gives back, and what it says on the way."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ArgumentError
+from .images import Float32, UInt8, check_output, save_png
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What a call gives back.
+
+    images: uint8 [B, H, W, 3]. seeds: one an image. timings: milliseconds by stage (`text`, `encode_image`,
+    `denoise`, `decode`, `total`; of the denoising: `evaluations`, a list, and `update`, `guidance`, `gather`).
+    """
+
+    images: UInt8
+    seeds: tuple[int, ...]
+    timings: Mapping[str, Any]
+    latents: Float32
+    parameters: tuple[Mapping[str, Any], ...]
+
+    def to_pil(self) -> list[Image]:
+        """The images as Pillow images."""
+        from PIL import Image as pillow
+
+        return [pillow.fromarray(i) for i in self.images]
+
+    def save(self, path: str | os.PathLike[str]) -> list[str]:
+        """Write PNGs with their parameters; of several images each gets its number before the suffix."""
+        target = check_output(path)
+        stem, suffix = str(target.with_suffix("")), target.suffix
+        names = (
+            [f"{stem}{suffix or '.png'}"]
+            if len(self.images) == 1
+            else [f"{stem}-{i}{suffix or '.png'}" for i in range(len(self.images))]
+        )
+        for name, image, parameters in zip(names, self.images, self.parameters, strict=True):
+            save_png(name, image, parameters)
+        return names
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """Progress of a call: evaluation `index` of `total` was made at `timestep`.
+
+    With previews switched on, `x0` is the image latent as this evaluation sees it, float32 [B, C, h, w], and
+    `preview()` decodes it to uint8 [B, H, W, 3].
+    """
+
+    index: int
+    total: int
+    timestep: float
+    x0: Float32 | None = None
+    _decode: Callable[[Float32], UInt8] | None = field(default=None, repr=False)
+
+    def preview(self) -> UInt8:
+        if self.x0 is None or self._decode is None:
+            raise ArgumentError("this call makes no previews", remedy="Pass previews=True.")
+        return self._decode(self.x0)
