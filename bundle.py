@@ -233,6 +233,9 @@ def read_defaults(data: Mapping[str, Any]) -> Defaults:
         raise CorruptError(
             f"the default prediction is {str(prediction)[:60]!r}", expected="epsilon, v_prediction or sample"
         )
+    unknown = sorted(set(data) - set(Defaults.__slots__))
+    if unknown:
+        raise CorruptError(f"the defaults state {', '.join(unknown)}", expected=f"only {', '.join(Defaults.__slots__)}")
     return Defaults(**{**data, "timesteps": None if timesteps is None else tuple(timesteps)})
 
 

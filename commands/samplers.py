@@ -24,11 +24,22 @@ def execute(options: argparse.Namespace) -> int:
     return 0
 
 
+KINDS = ("lcm", "tcd", "turbo", "lightning", "hyper", "dmd2")
+
+
+def kind_of(preset: str | None) -> str | None:
+    """The kind of distillation that a preset's name tells of; DMD2's students are sampled as LCM's."""
+    found = next((k for k in KINDS if preset and k in preset), None)
+    return "lcm" if found == "dmd2" else found
+
+
 def _suiting(options: argparse.Namespace) -> int:
     from ..bundle import read_bundle
     from ..schedules import NoiseSchedule, listing
 
     bundle = read_bundle(options.bundle)
-    verdicts = listing.samplers_for(NoiseSchedule.from_diffusers(bundle.scheduler), family=bundle.defaults.preset)
+    verdicts = listing.samplers_for(
+        NoiseSchedule.from_diffusers(bundle.scheduler), family=kind_of(bundle.defaults.preset)
+    )
     emit(options, {"bundle": bundle.name, "samplers": listing.as_data(verdicts)}, listing.format_suitability(verdicts))
     return 0

@@ -33,7 +33,13 @@ CLASSES = {
     "tokenizer_2": {"CLIPTokenizer", "CLIPTokenizerFast"},
 }
 UNUSED = {"safety_checker", "feature_extractor", "image_encoder", "watermark"}
-HUB_FILES = ("*.json", "*.txt", "*.safetensors")
+HUB_INDEX = ("model_index.json", "fewstep.json", "README.md")
+NEEDED = {
+    "unet": ("block_out_channels", "cross_attention_dim", "in_channels", "out_channels"),
+    "vae": ("block_out_channels", "latent_channels", "in_channels", "out_channels"),
+    "text_encoder": ("hidden_size", "max_position_embeddings", "vocab_size"),
+    "text_encoder_2": ("hidden_size", "max_position_embeddings", "vocab_size", "projection_dim"),
+}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -133,7 +139,9 @@ def _from_hub(name: str, *, revision: str | None, variant: str | None, offline: 
     except ModuleNotFoundError as error:
         raise MissingExtraError("huggingface_hub", "export", purpose=f"Fetching {name!r}") from error
     try:
-        folder = snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES), local_files_only=offline)
+        folder = snapshot_download(name, revision=revision, allow_patterns=list(HUB_INDEX), local_files_only=offline)
+        wanted = hub_files(read_json(Path(folder) / "model_index.json"), variant)
+        folder = snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=offline)
     except LocalEntryNotFoundError as error:
         hint = "Leave out --offline, or fetch it first." if offline else "Check the network, or give a folder."
         raise MissingError(f"{name!r} is not in the hub's cache and could not be fetched", remedy=hint) from error
@@ -143,6 +151,24 @@ def _from_hub(name: str, *, revision: str | None, variant: str | None, offline: 
             remedy="Check its name and your access.",
         ) from error
     return _from_folder(Path(folder), name, variant=variant, revision=Path(folder).name)
+
+
+def hub_files(index: Mapping[str, Any], variant: str | None) -> list[str]:
+    """Patterns of the files an export reads, and no others: a repository may hold every weight several times over."""
+    middle = f".{variant}" if variant else ""
+    patterns = [*HUB_INDEX, "scheduler/*.json"]
+    for name in CLASSES:
+        if name not in index:
+            continue
+        patterns += [f"{name}/*.json", f"{name}/*.txt"]
+        if not name.startswith("tokenizer"):
+            stem = _stem(name)
+            patterns += [f"{name}/{stem}{middle}.safetensors", f"{name}/{stem}{middle}-[0-9]*.safetensors"]
+    return patterns
+
+
+def _stem(name: str) -> str:
+    return "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
 
 
 def _from_folder(folder: Path, source: str, *, variant: str | None, revision: str | None) -> Checkpoint:
@@ -208,8 +234,13 @@ def check_unet(config: Mapping[str, Any]) -> None:
 def read_part(place: Path, name: str, class_name: str, variant: str | None) -> Part:
     """A component from its own folder, which holds its configuration and its weights."""
     config = read_json(place / "config.json")
-    stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
-    return Part(name=name, class_name=class_name, config=config, place=place, files=_weight_files(place, stem, variant))
+    missing = [k for k in NEEDED.get(name, ()) if not isinstance(config.get(k), (int, list, tuple)) or not config[k]]
+    if missing:
+        raise CorruptError(
+            f"{name}/config.json does not state {', '.join(missing)}", remedy="Take the whole checkpoint."
+        )
+    files = _weight_files(place, _stem(name), variant)
+    return Part(name=name, class_name=class_name, config=config, place=place, files=files)
 
 
 def _weight_files(place: Path, stem: str, variant: str | None) -> tuple[Path, ...]:

@@ -44,4 +44,5 @@ def embedded_bundle(model: str) -> tuple[Bundle, bool]:
     with FileLock(f"{folder}.lock"):
         if (folder / MANIFEST).is_file():
             return read_bundle(folder), False
-        return export_bundle(checkpoint, folder, name=f"embedded-{model}"), True
+        reference = checkpoint / "reference.safetensors"
+        return export_bundle(checkpoint, folder, name=f"embedded-{model}", reference=reference), True

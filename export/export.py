@@ -59,6 +59,7 @@ def export_bundle(
     offline: bool = False,
     gate: bool = True,
     quick_gate: bool = False,
+    reference: Path | None = None,
     overwrite: bool = False,
     name: str | None = None,
     progress: Progress | None = None,
@@ -67,12 +68,14 @@ def export_bundle(
 
     unet, vae: a file or folder that replaces that part. loras: files with their factors, fused into the weights.
     preset: a name of `presets.py`, if it is not told by the checkpoint's own names.
+    reference: torch's float32 outputs for this very checkpoint, written before; without it torch computes them now.
+
     Nothing appears at `folder` until everything is written and, with `gate`, compared with torch in float32: a
     failure or a kill leaves what was there before. Raises the errors of `compose_checkpoint` and `match_loras`,
     `ArgumentError` when the folder exists and `overwrite` is not set, `GateError` when ONNX Runtime does not agree
     with torch.
     """
-    target = Path(folder)
+    target = Path(folder).absolute()  # not resolve(): a link must stay visible
     _check_target(target, overwrite)
     progress = progress or Progress()
     checkpoint = compose_checkpoint(
@@ -91,7 +94,7 @@ def export_bundle(
         fusion = match_loras(checkpoint.loras, shapes)
         components = {p.kind: _export_component(p, graphs[p.kind], fusion, staging, progress) for p in plans}
         bundle = _assemble(checkpoint, staging, components, name or target.name, chosen)
-        bundle = _gate(checkpoint, bundle, dtypes, progress, wanted=gate, quick=quick_gate)
+        bundle = _gate(checkpoint, bundle, dtypes, progress, reference, wanted=gate, quick=quick_gate)
         write_manifest(bundle)
         staging.chmod(0o755)
         _put_in_place(staging, target)
@@ -173,7 +176,10 @@ def _assemble(
     checkpoint: Checkpoint, folder: Path, components: Mapping[str, Component], name: str, preset: Preset | None
 ) -> Bundle:
     names = ("tokenizer.json", "tokenizer_2.json")
-    tokenizers = tuple(export_tokenizer(t, folder / n) for t, n in zip(checkpoint.tokenizers, names, strict=False))
+    longest = int(checkpoint.parts["text_encoder"].config["max_position_embeddings"])
+    tokenizers = tuple(
+        export_tokenizer(t, folder / n, longest) for t, n in zip(checkpoint.tokenizers, names, strict=False)
+    )
     encoders = [k for k in components if k.startswith("text_encoder")]
     if len(tokenizers) != len(encoders):
         raise CorruptError(
@@ -226,16 +232,22 @@ def _defaults(checkpoint: Checkpoint, width: int, height: int, preset: Preset | 
 
 
 def _gate(
-    checkpoint: Checkpoint, bundle: Bundle, dtypes: Mapping[str, str], progress: Progress, *, wanted: bool, quick: bool
+    checkpoint: Checkpoint,
+    bundle: Bundle,
+    dtypes: Mapping[str, str],
+    progress: Progress,
+    reference: Path | None,
+    *,
+    wanted: bool,
+    quick: bool,
 ) -> Bundle:
     """Compare every component with torch in float32; the report goes into the manifest."""
     if not wanted:
         return replace(bundle, gate={"status": "not run: it was switched off"})
     progress.stage("reference")
     path = bundle.folder / REFERENCE
-    kept = checkpoint.folder / REFERENCE
-    if kept.is_file() and not checkpoint.altered:
-        shutil.copyfile(kept, path)
+    if reference is not None:
+        shutil.copyfile(reference, path)
     elif importlib.util.find_spec("torch") is None or importlib.util.find_spec("diffusers") is None:
         raise MissingExtraError("torch", "export", purpose="The numeric gate of an export (--no-gate leaves it out)")
     else:

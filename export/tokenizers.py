@@ -15,8 +15,10 @@ from ..errors import CorruptError, MissingError
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
-def export_tokenizer(folder: Path, target: Path) -> TokenizerRecord:
+def export_tokenizer(folder: Path, target: Path, longest: int) -> TokenizerRecord:
     """Write a checkpoint's tokenizer folder as `target` (a `tokenizer.json`) and say how prompts are padded.
+
+    `longest` is the text encoder's number of positions, where the tokenizer states no length or a larger one.
 
     Special tokens are taken from `tokenizer_config.json` and `special_tokens_map.json`: SD 2.x and SDXL's second
     tokenizer pad with "!", which makes every "!" of a prompt that very token.
@@ -48,11 +50,12 @@ def export_tokenizer(folder: Path, target: Path) -> TokenizerRecord:
         ids[kind] = number
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    length = int(config.get("model_max_length", 77))
+    stated = config.get("model_max_length", longest)
+    length = min(int(stated), longest) if isinstance(stated, (int, float)) else longest
     target.write_text(tokenizer.to_str(), encoding="utf-8")
     return TokenizerRecord(
         file=target.name,
-        length=min(length, 77) if length > 10_000 else length,
+        length=length,
         pad_id=ids["pad_token"],
         bos_id=ids["bos_token"],
         eos_id=ids["eos_token"],

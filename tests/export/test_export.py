@@ -248,6 +248,69 @@ def test_a_variant_that_is_not_there(tiny_sd1: Path, tmp_path: Path) -> None:
     refused(tiny_sd1, tmp_path / "b", MissingError, "fp16", variant="fp16")
 
 
+def test_only_what_is_needed_is_fetched_from_a_hub() -> None:
+    from fewstep.export.checkpoint import hub_files
+    from huggingface_hub.utils import filter_repo_objects
+
+    there = [
+        *(
+            "model_index.json",
+            "README.md",
+            "sd_turbo.safetensors",
+            "scheduler/scheduler_config.json",
+            "vae_1_0/x.safetensors",
+        ),
+        *(
+            "unet/config.json",
+            "unet/diffusion_pytorch_model.safetensors",
+            "unet/diffusion_pytorch_model.fp16.safetensors",
+        ),
+        *("unet/diffusion_pytorch_model-00001-of-00002.safetensors", "unet/model.onnx", "tokenizer/merges.txt"),
+        *("text_encoder/model.safetensors", "safety_checker/model.safetensors", "reference.safetensors"),
+    ]
+    index = {"unet": ["diffusers", "UNet2DConditionModel"], "tokenizer": [], "text_encoder": []}
+    plain = set(filter_repo_objects(there, allow_patterns=hub_files(index, None)))
+    assert plain == {
+        *(
+            "model_index.json",
+            "README.md",
+            "scheduler/scheduler_config.json",
+            "unet/config.json",
+            "tokenizer/merges.txt",
+        ),
+        *("unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model-00001-of-00002.safetensors"),
+        "text_encoder/model.safetensors",
+    }
+    half = set(filter_repo_objects(there, allow_patterns=hub_files(index, "fp16")))
+    assert {f for f in half if f.startswith("unet/diff")} == {"unet/diffusion_pytorch_model.fp16.safetensors"}
+
+
+def test_a_reference_inside_a_checkpoint_is_not_trusted(tiny_sd1: Path, tmp_path: Path) -> None:
+    """A folder that carries its own truth, here that of another model, is compared with torch all the same."""
+    other = copy(tiny_sd1, tmp_path / "other")
+    (other / "reference.safetensors").write_bytes((embedded_checkpoint("base") / "reference.safetensors").read_bytes())
+    assert export_bundle(other, tmp_path / "b").gate["status"] == "passed"
+
+
+@pytest.mark.parametrize(("part", "key"), [("unet", "block_out_channels"), ("vae", "latent_channels")])
+def test_configurations_that_lack_a_factor(tiny_sd1: Path, tmp_path: Path, part: str, key: str) -> None:
+    bad = copy(tiny_sd1, tmp_path / "bad")
+    edit(bad / part / "config.json", **{key: None})
+    refused(bad, tmp_path / "b", CorruptError, f"does not state.*{key}")
+    bad = copy(tiny_sd1, tmp_path / "worse")
+    (bad / "fewstep.json").write_text('{"defaults": {"bogus": 1}}')
+    refused(bad, tmp_path / "b", CorruptError, "bogus|defaults", gate=False)
+
+
+def test_the_working_folder_may_be_the_target(
+    tiny_sd1: Path, sd1_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert export_bundle(tiny_sd1, ".", gate=False).name == "here"
+    assert read_bundle(tmp_path / "here").family == "sd1"
+
+
 def test_an_existing_bundle_is_kept_unless_asked(tiny_sd1: Path, tmp_path: Path) -> None:
     target = tmp_path / "b"
     export_bundle(tiny_sd1, target, gate=False)
@@ -363,7 +426,7 @@ def test_tokenizers_without_their_json_are_the_same(
 
     checkpoint: Path = request.getfixturevalue(f"tiny_{family}")
     for folder in open_checkpoint(checkpoint).tokenizers:
-        made = export_tokenizer(folder, tmp_path / "own.json")
+        made = export_tokenizer(folder, tmp_path / "own.json", 77)
         vocabulary = json.loads((tmp_path / "own.json").read_text())["model"]
         bare = tmp_path / folder.name
         bare.mkdir()
@@ -371,7 +434,7 @@ def test_tokenizers_without_their_json_are_the_same(
         merges = [m if isinstance(m, str) else " ".join(m) for m in vocabulary["merges"]]
         (bare / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
         (bare / "tokenizer_config.json").write_bytes((folder / "tokenizer_config.json").read_bytes())
-        again = export_tokenizer(bare, tmp_path / "bare.json")
+        again = export_tokenizer(bare, tmp_path / "bare.json", 77)
         assert (again.pad_id, again.bos_id, again.eos_id, again.length) == (
             made.pad_id,
             made.bos_id,
