@@ -9,7 +9,7 @@ from ..errors import CorruptError, GateError, MismatchError, MissingError
 from .gate import Evaluate, GateReport, failure, gate_engine
 from .options import RunOptions
 from .reference import FILE, Case, read_reference
-from .registry import OpenJob, load_backend, registered
+from .registry import OpenJob, load_backend
 from .weights import check_graph, check_weights
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def verify_bundle(
     extra: dict[str, Engine | Evaluate] | None = None,
     check: bool = True,
 ) -> list[GateReport]:
-    """Each component's graph, its engines of this machine, the torch engine if it is registered, and what `extra` adds.
+    """Each component's graph, its engines of this machine, and what `extra` adds (the torch engine, say).
 
     Engines of other machines or versions are passed over: `list_engines` names them. With `check` the first failure
     raises `GateError` once everything was compared.
@@ -70,10 +70,6 @@ def verify_bundle(
         part = bundle.component(name)
         reports.append(verify_graph(bundle, name, cases))
         reports += [verify_entry(bundle, entry, cases, store) for entry in engines_here(bundle, name, store)]
-        factory = registered("torch")
-        if factory is not None:
-            torch_engine = factory(bundle, name, RunOptions())
-            reports.append(gate_engine(torch_engine, cases, component=name, dtype=part.dtype, check=False))
         if extra and name in extra:
             reports.append(gate_engine(extra[name], cases, component=name, dtype=part.dtype, check=False))
     failed = [r for r in reports if not r.passed]

@@ -12,11 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 from fewstep.bundle import Bundle
-from fewstep.engines import Engine, Store, build_engines, open_engine, register_backend
+from fewstep.engines import Engine, Store, build_engines, open_engine
 from fewstep.engines.gate import FLOAT32_FLOOR, compare, engine_function, gate_engine, limit_for
-from fewstep.engines.ort import OrtEngine
 from fewstep.engines.reference import FILE, Case, read_reference
-from fewstep.engines.registry import _factories
 from fewstep.engines.verify import load_cases, verify_bundle
 from fewstep.errors import CorruptError, GateError, MissingError
 from safetensors.numpy import save_file
@@ -251,23 +249,15 @@ def test_a_wrong_engine_is_marked_at_its_build_and_never_opened(tmp_path: Path, 
     assert [r.passed for r in verify_bundle(bundle, store=store, components=["unet"], check=False)] == [False, False]
 
 
-def test_verify_includes_the_torch_engine_and_what_it_is_given(gated: Bundle, store: Store) -> None:
-    def factory(bundle: Bundle, component: str, run: object) -> Engine:
-        part = bundle.component(component)
-        return OrtEngine.from_onnx(bundle.path(part.graph), inputs=part.inputs, outputs=part.outputs)
-
+def test_verify_includes_what_it_is_given(gated: Bundle, store: Store) -> None:
     cases = [c for c in load_cases(gated) if c.component == "unet"]
 
     def exact(inputs: Mapping[str, np.ndarray], dims: Mapping[str, int]) -> Mapping[str, np.ndarray]:
         return next(c.outputs for c in cases if dict(c.dims) == dict(dims))
 
-    register_backend("torch", factory)
-    try:
-        reports = verify_bundle(gated, store=store, components=["unet"], extra={"unet": exact})
-    finally:
-        del _factories["torch"]
-    assert [r.subject for r in reports] == ["the ONNX graph", "ort-cpu", "exact"]
-    assert reports[2].rows[0].report.rel_l2 == 0
+    reports = verify_bundle(gated, store=store, components=["unet"], extra={"unet": exact})
+    assert [r.subject for r in reports] == ["the ONNX graph", "exact"]
+    assert reports[1].rows[0].report.rel_l2 == 0
 
 
 def test_engines_of_other_machines_are_passed_over(gated: Bundle, store: Store) -> None:
