@@ -15,14 +15,12 @@ import numpy as np
 from .. import __version__
 from ..bundle import Bundle, read_bundle
 from ..engines import RunOptions, Store, open_engines
-from ..errors import ArgumentError, BlackImageError, CancelledError, NonFiniteError
-from .conditioning import condition, guidance_vector, size_and_crop
-from .images import open_image, to_unit
+from ..errors import BlackImageError, CancelledError, NonFiniteError
 from .pool import SlotPool
+from .prepare import Prepared, prepare
 from .request import MOST_IMAGES, Request, check_integer, check_size, make_request
 from .result import Result, Step
-from .seeds import RequestNoise, request_noise
-from .slots import Float32, Slots, Tenant
+from .slots import Float32, Slots
 from .text import TextEncoders
 from .vae import Vae
 
@@ -181,33 +179,21 @@ class Pipeline:
 
     def stream(self, request: Request, *, image: Any = None, previews: bool = False) -> Generator[Step, None, Result]:
         """A generator of `Step`s that returns the `Result`; closing it ends the request between two evaluations."""
-        if request.has_image != (image is not None):
-            raise ArgumentError(
-                f"the request was made {'with' if request.has_image else 'without'} an image and runs "
-                f"{'without' if request.has_image else 'with'} one",
-                remedy="Give the same image to request(...) and to stream(...).",
-            )
         began = time.perf_counter()
-        timings: dict[str, Any] = {}
-        given = None if image is None else to_unit(open_image(image), request.width, request.height)
-        positives, negatives = condition(self.bundle, self.text, request)
-        timings["text"] = _since(began)
-        noise = request_noise(request.seeds, shared=request.shared_stream)
+        prepared = self.prepare(request, image=image)
+        out = np.empty_like(prepared.gaussians)
         started = time.perf_counter()
-        latents = None if given is None else self.vae.encode(given, noise, self._shape(request))
-        timings["encode_image"] = _since(started)
-        tenants = self._tenants(request, positives, negatives, noise)
-        out = np.empty((request.images, *self._shape(request)), np.float32)
-        started = time.perf_counter()
-        with self._pool.take(self._shape(request), request.images) as slots:
-            yield from self._denoise(slots, tenants, noise, latents, out, previews=previews)
+        with self._pool.take(prepared.shape, request.images) as slots:
+            yield from self._denoise(slots, prepared, out, previews=previews)
             times = slots.times
-        timings["denoise"] = _since(started)
-        started = time.perf_counter()
+        denoised = time.perf_counter()
         images = self.vae.decode(out)
-        timings["decode"] = _since(started)
-        timings["total"] = _since(began)
-        timings |= {
+        timings = {
+            "text": prepared.text_ms,
+            "encode_image": prepared.encode_image_ms,
+            "denoise": 1e3 * (denoised - started),
+            "decode": _since(denoised),
+            "total": _since(began),
             "evaluations": times.evaluations,
             "update": times.update,
             "guidance": times.guidance,
@@ -218,8 +204,12 @@ class Pipeline:
             seeds=request.seeds,
             timings=timings,
             latents=out,
-            parameters=self._parameters(request, image),
+            parameters=self.parameters(request, image),
         )
+
+    def prepare(self, request: Request, *, image: Any = None) -> Prepared:
+        """The request with prompts and picture encoded and noise drawn, ready for slots."""
+        return prepare(self.bundle, self.text, self.vae, request, image)
 
     def warm_up(self, *, size: tuple[int, int] | None = None, batch: int | None = None, image: bool = False) -> None:
         """Run requests of this shape once, with guidance and without, so that no later one pays for first-time work.
@@ -245,23 +235,14 @@ class Pipeline:
                 )
         self.text.forget()
 
-    def _denoise(
-        self,
-        slots: Slots,
-        tenants: Sequence[Tenant],
-        noise: RequestNoise,
-        latents: Float32 | None,
-        out: Float32,
-        *,
-        previews: bool,
-    ) -> Iterator[Step]:
+    def _denoise(self, slots: Slots, prepared: Prepared, out: Float32, *, previews: bool) -> Iterator[Step]:
         """Admit the images of a request, tick until they are done, leave the slots as they were."""
         held: list[int] = []
+        latents = prepared.latents
         try:
-            for i, tenant in enumerate(tenants):
-                gaussian = noise.members[i].randn(out.shape[1:])
-                held.append(slots.admit(tenant, gaussian, None if latents is None else latents[i]))
-            program = tenants[0].program
+            for i, tenant in enumerate(prepared.tenants):
+                held.append(slots.admit(tenant, prepared.gaussians[i], None if latents is None else latents[i]))
+            program = prepared.request.program
             for i in range(program.evaluations):
                 x0 = np.empty_like(out) if previews else None
                 slots.tick(held, None if x0 is None else dict(zip(held, x0, strict=True)))
@@ -278,30 +259,8 @@ class Pipeline:
             for slot in held:
                 slots.release(slot)
 
-    def _tenants(
-        self, request: Request, positives: Sequence[Any], negatives: Sequence[Any], noise: RequestNoise
-    ) -> list[Tenant]:
-        time_ids = size_and_crop(self.bundle, request)
-        vector = guidance_vector(self.bundle, request)
-        return [
-            Tenant(
-                program=request.program,
-                noise=member,
-                positive=p,
-                negative=n,
-                guidance=request.guidance,
-                time_ids=time_ids,
-                guidance_vector=vector,
-            )
-            for member, p, n in zip(noise.members, positives, negatives, strict=True)
-        ]
-
-    def _shape(self, request: Request) -> tuple[int, int, int]:
-        latent = self.bundle.latent
-        return latent.channels, request.height // latent.factor, request.width // latent.factor
-
-    def _parameters(self, request: Request, image: Any) -> tuple[Mapping[str, Any], ...]:
-        """What goes into each picture."""
+    def parameters(self, request: Request, image: Any) -> tuple[Mapping[str, Any], ...]:
+        """What goes into each picture: everything that made it."""
         shared: dict[str, Any] = {
             "bundle": self.bundle.name,
             "model": self.bundle.name,
