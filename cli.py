@@ -35,7 +35,13 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
-        self.exit(2, f"{self.prog}: {message}\nSee: {self.prog} --help\n")
+        raise UsageError(message, remedy=f"See: {self.prog} --help")
+
+
+class UsageError(FewstepError):
+    """The command line does not parse."""
+
+    exit_code = 2
 
 
 def make_parser(verb: str | None = None) -> argparse.ArgumentParser:
@@ -55,7 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = next((a for a in arguments if a in VERBS), "")
-    options = make_parser(verb).parse_args(arguments)
+    try:
+        options = make_parser(verb).parse_args(arguments)
+    except UsageError as error:
+        return _report(error, as_json="--json" in arguments)
     try:
         return int(importlib.import_module(f".commands.{options.verb}", __package__).execute(options))
     except FewstepError as error:

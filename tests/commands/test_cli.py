@@ -217,3 +217,14 @@ def test_export_from_the_command_line(
     assert code == 0
     assert data["components"]["unet"]["dtype"] == "float32"
     assert data["peak_memory_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    "arguments", [("run", "--json"), ("--json", "nope"), ("build", "x", "--json", "--size", "wide")]
+)
+def test_a_usage_error_is_data_under_json(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:
+    code, out, err = call(capsys, *arguments)
+    said = json.loads(out)
+    assert (code, said["exit_code"], said["error"]["type"]) == (2, 2, "UsageError")
+    assert "--help" in said["error"]["remedy"]
+    assert "usage:" in err
