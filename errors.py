@@ -112,3 +112,23 @@ class CancelledError(FewstepError):
     """The caller or the user stopped the work."""
 
     exit_code = 130
+
+
+class QueueFullError(FewstepError):
+    """A server that has as much work as it takes; `retry_after_s` says when there should be room again."""
+
+    def __init__(self, found: str, *, retry_after_s: float, expected: str = "", remedy: str = "") -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(found, expected=expected, remedy=remedy)
+
+
+class DeadlineError(FewstepError):
+    """A request that was not finished by its deadline."""
+
+
+class UnavailableError(FewstepError):
+    """A server that takes no requests: it is starting, draining, closed, or its engine has failed."""
+
+
+class EngineFailedError(UnavailableError):
+    """An engine that raised during an evaluation, or did not come back from one."""

@@ -120,10 +120,16 @@ class Slots:
                 "the latent holds NaN or infinity", remedy="Try float32, fewer or other steps, or a smaller guidance."
             )
 
-    def tick(self, slots: Sequence[int], previews: Mapping[int, Float32] | None = None) -> None:
-        """Advance these slots by one row each. `previews` maps slots to float32 [C, h, w] that receive their x0."""
+    def tick(
+        self, slots: Sequence[int], previews: Mapping[int, Float32] | None = None, *, rows: int | None = None
+    ) -> None:
+        """Advance these slots by one row each. `previews` maps slots to float32 [C, h, w] that receive their x0.
+
+        `rows` is the least number of UNet rows an evaluation has: what the slots leave over is padding, computed and
+        dropped, for engines that admit some sizes only or run some faster.
+        """
         for group in self._groups(slots):
-            self._evaluate(group, previews or {})
+            self._evaluate(group, previews or {}, rows or 0)
 
     def _groups(self, slots: Sequence[int]) -> list[list[int]]:
         """Slots that can share an evaluation: equal prompt length, at most `most_rows` rows."""
@@ -139,10 +145,10 @@ class Slots:
             rows[tokens] += tenant.rows
         return [g for of_length in groups.values() for g in of_length]
 
-    def _evaluate(self, slots: list[int], previews: Mapping[int, Float32]) -> None:
+    def _evaluate(self, slots: list[int], previews: Mapping[int, Float32], least_rows: int) -> None:
         began = time.perf_counter()
         tenants = [self.tenant(s) for s in slots]
-        rows = self._rows(sum(t.rows for t in tenants), len(tenants[0].positive.hidden))
+        rows = self._rows(max(least_rows, sum(t.rows for t in tenants)), len(tenants[0].positive.hidden))
         at = 0
         for slot, tenant in zip(slots, tenants, strict=True):
             sample = rows.sample[at]
