@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 CORE := $(VENV)/.core
 FULL := $(VENV)/.full
 
-.PHONY: demo test lint parity bench install-check model clean
+.PHONY: demo test lint parity bench bindings-check install-check model clean
 
 demo: $(CORE)
 	$(BIN)/fewstep demo
@@ -25,6 +25,13 @@ lint: $(FULL)
 bench: $(FULL)
 	$(BIN)/python bench/startup.py
 	$(BIN)/python bench/samplers.py
+
+# The oldest and newest TensorRT whose calls are checked; their wheels hold the bindings alone, 1 MB each.
+bindings-check: $(FULL)
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest build/bindings tensorrt-cu13-bindings==11.4.0.106
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest build/bindings tensorrt-cu12-bindings==10.16.1.11
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest build/bindings tensorrt-cu12-bindings==10.12.0.36
+	$(BIN)/python -m pytest tests/engines/test_bindings.py
 
 install-check: $(FULL)
 	$(BIN)/python tools/check_install.py

@@ -123,8 +123,10 @@ class TensorRTEngine:
         return "whole_request" if self._capturable else "none"
 
     @property
-    def weights_bytes(self) -> int:
-        """Device memory of the weights, which all bindings share."""
+    def weights_bytes(self) -> int | None:
+        """Device memory of the weights, which all bindings share; `None` where the library does not tell (10.13)."""
+        if not hasattr(self._engine, "get_engine_stat"):
+            return None
         return int(self._engine.get_engine_stat(self._trt.EngineStat.TOTAL_WEIGHTS_SIZE))
 
     def scratch_bytes(self, dims: Mapping[str, int]) -> int:
@@ -193,7 +195,7 @@ class TensorRTEngine:
             strategy = self._trt.CudaGraphStrategy
             whole = self._run.graph_strategy == "whole-graph"
             config.cuda_graph_strategy = strategy.WHOLE_GRAPH_CAPTURE if whole else strategy.DISABLED
-        if hasattr(config, "create_runtime_cache") and self._cache is not None:
+        if self._cache is not None and hasattr(config, "create_runtime_cache") and hasattr(config, "set_runtime_cache"):
             cache = config.create_runtime_cache()
             stored = read_cache(self._cache)
             if stored is not None and not cache.deserialize(stored):

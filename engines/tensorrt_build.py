@@ -67,6 +67,7 @@ class TensorRTBackend:
         graph = check_graph(job.bundle, job.component)
         check_weights(job.bundle, job.component, job.store)
         module = import_tensorrt(self.name)
+        check_operators(module, job.name, job.component.operators)
         errors_said()
         builder: trt.Builder = module.Builder(logger(self.name))
         flags = module.NetworkDefinitionCreationFlag
@@ -134,7 +135,7 @@ class TensorRTBackend:
             config.max_aux_streams = options.auxiliary_streams
         config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
         config.clear_flag(module.BuilderFlag.TF32)
-        if self.name != "tensorrt-rtx":
+        if not (hasattr(config, "num_compute_capabilities") and hasattr(config, "set_compute_capability")):
             return
         if options.capturable:
             config.set_flag(module.BuilderFlag.REQUIRE_USER_ALLOCATION)
@@ -180,6 +181,17 @@ def describe(error: trt.ParserError) -> str:
     """A parser's error in words: node, operator, code, description."""
     node = f"node {error.node_name()!r} ({error.node_operator()})" if error.node_name() else f"node {error.node()}"
     return f"{node}: {error.code().name.casefold()}: {' '.join(error.desc().split())[:300]}"
+
+
+def check_operators(module: Any, component: str, operators: Mapping[str, int]) -> None:
+    """Raise `UnsupportedError` for a graph whose attention operators this version does not know (before 10.14)."""
+    count = operators.get("Attention", 0)
+    if count and not hasattr(module, "IAttentionInputLayer"):
+        raise UnsupportedError(
+            f"TensorRT {module.__version__} has no attention operator, and the graph of {component!r} holds {count}",
+            expected="TensorRT 10.14 or newer",
+            remedy="Upgrade it with: pip install -U 'fewstep[tensorrt]'",
+        )
 
 
 def check_io(network: trt.INetworkDefinition, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:

@@ -6,6 +6,7 @@ import json
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -14,6 +15,7 @@ from fewstep.bundle import Bundle
 from fewstep.engines import BuildOptions, BuiltEngine, Profile, Span, Store, build_engines, open_engine, profiles_for
 from fewstep.engines.plan import plan_build
 from fewstep.engines.tensorrt import check_precision, import_tensorrt, read_cache, write_cache
+from fewstep.engines.tensorrt_build import check_operators
 from fewstep.errors import (
     ArgumentError,
     CancelledError,
@@ -250,6 +252,14 @@ def test_a_plan_needs_no_build(bundle: Bundle, store: Store) -> None:
     assert planned[1].memory > 1 << 30
     with pytest.raises(ArgumentError, match="optimization means nothing"):
         plan_build(bundle, backend="tensorrt-rtx", store=store, options=replace(ADA, optimization="basic"))
+
+
+def test_a_version_without_attention_refuses_graphs_that_hold_one() -> None:
+    old = SimpleNamespace(__version__="10.12.0.36")
+    check_operators(old, "vae_decoder", {"Conv": 3})
+    with pytest.raises(UnsupportedError, match=r"10\.12\.0\.36 has no attention operator.*'unet' holds 32.*10\.14"):
+        check_operators(old, "unet", {"Attention": 32})
+    check_operators(import_tensorrt("tensorrt-rtx"), "unet", {"Attention": 32})
 
 
 def test_a_missing_library_names_its_extra() -> None:
