@@ -12,6 +12,9 @@ SPINNING = ("run", "always", "off")
 OPTIMIZATIONS = ("disabled", "basic", "extended", "all")
 GRAPH_STRATEGIES = ("default", "whole-graph")
 
+TORCH_DEVICES = ("cpu", "cuda")
+COMPILE_MODES = ("", "default", "max-autotune-no-cudagraphs", "max-autotune", "reduce-overhead")
+
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
@@ -56,7 +59,9 @@ class RunOptions:
 
     `threads` is the size of ONNX Runtime's pool (0: one per core). `spinning` says whether its threads wait busily:
     while a run lasts (`"run"`), between runs too (`"always"`), or never (`"off"`, for busy machines).
-    `device` is the CUDA device's index. `graph_strategy` is TensorRT-RTX's own use of CUDA graphs.
+    `device` is the CUDA device's index. `graph_strategy` is TensorRT-RTX's own use of CUDA graphs. `torch_device`,
+    `compile` and `channels_last` are the torch engine's: where it runs, the mode of `torch.compile` (empty: eager), and
+    the layout of its convolutions (`None`: channels last on CUDA).
     """
 
     threads: int = 0
@@ -65,10 +70,15 @@ class RunOptions:
     device: int = 0
     cuda_graph: bool = False
     graph_strategy: str = "default"
+    torch_device: str = "cpu"
+    compile: str = ""
+    channels_last: bool | None = None
 
     def __post_init__(self) -> None:
         _one_of("spinning", self.spinning, SPINNING)
         _one_of("graph_strategy", self.graph_strategy, GRAPH_STRATEGIES)
+        _one_of("torch_device", self.torch_device, TORCH_DEVICES)
+        _one_of("compile", self.compile, COMPILE_MODES)
         if self.threads < 0 or self.device < 0:
             raise ArgumentError(f"threads is {self.threads}, device is {self.device}", expected="integers, 0 or more")
 

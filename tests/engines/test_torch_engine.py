@@ -1,0 +1,102 @@
+"""The torch engine on the CPU: precisions, layouts, refusals. What it does on CUDA is not run on a GPU."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fewstep.engines import Engine, RunOptions
+from fewstep.errors import ArgumentError, CorruptError, MissingError
+from fewstep.export.modules import build_model, wrap
+from fewstep.export.torch_engine import TorchEngine, open_torch_engine
+from safetensors.torch import load_file, save_file
+
+CONFIG: dict[str, Any] = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "block_out_channels": (8, 16),
+    "attention_head_dim": 2,
+    "cross_attention_dim": 16,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+DIMS = {"rows": 2, "height": 8, "width": 12, "tokens": 5}
+
+
+def engine(dtype: str = "float32", **options: Any) -> TorchEngine:
+    torch.manual_seed(0)
+    model = build_model("unet", CONFIG).to(getattr(torch, dtype))
+    return TorchEngine(wrap("unet", model, CONFIG, dtype), RunOptions(**options))
+
+
+def evaluate(subject: TorchEngine) -> np.ndarray:
+    rng = np.random.default_rng(1)
+    binding = subject.bind(DIMS)
+    addresses = {n: a.ctypes.data for n, a in (*binding.inputs.items(), *binding.outputs.items())}
+    for name, array in binding.inputs.items():
+        array[...] = 500.0 if name == "timestep" else rng.standard_normal(array.shape)
+    binding.enqueue()
+    assert addresses == {n: a.ctypes.data for n, a in (*binding.inputs.items(), *binding.outputs.items())}
+    return np.array(binding.outputs["out"])
+
+
+def distance(found: np.ndarray, true: np.ndarray) -> float:
+    return float(np.linalg.norm(found - true) / np.linalg.norm(true))
+
+
+def test_it_is_an_engine_that_a_callers_graph_can_hold() -> None:
+    subject = engine()
+    assert isinstance(subject, Engine)
+    assert (subject.device, subject.capture, subject.backend) == ("cpu", "whole_request", "torch")
+    assert subject.weights_bytes == 4 * sum(p.numel() for p in build_model("unet", CONFIG).parameters())
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("bfloat16", 3e-2), ("float16", 4e-3)])
+def test_half_precision_is_near_float32_and_not_it(dtype: str, limit: float) -> None:
+    exact = evaluate(engine())
+    error = distance(evaluate(engine(dtype)), exact)
+    assert 1e-5 < error < limit
+
+
+def test_channels_last_computes_the_same() -> None:
+    subject = engine(channels_last=True)
+    weights = [p for p in subject._module.parameters() if p.ndim == 4 and p.shape[2] > 1]
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+    assert distance(evaluate(subject), evaluate(engine())) < 1e-5
+
+
+def test_compiled_computes_the_same() -> None:
+    if not os.environ.get("FEWSTEP_SLOW_TESTS"):
+        pytest.skip("set FEWSTEP_SLOW_TESTS=1: torch.compile takes a minute")
+    assert distance(evaluate(engine(compile="default")), evaluate(engine())) < 1e-5
+
+
+def test_a_stream_or_a_device_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="CUDA stream"):
+        engine().bind(DIMS).enqueue(7)
+    with pytest.raises(ArgumentError, match="compile is 'fast'"):
+        RunOptions(compile="fast")
+    if not torch.cuda.is_available():
+        with pytest.raises(MissingError, match="no CUDA device"):
+            engine(torch_device="cuda")
+
+
+def test_weights_that_are_missing_are_not_made_up(sd1_bundle: Any, tmp_path: Path) -> None:
+    """A module keeps its random initial values where a file has none: that must not pass for a loaded model."""
+    from fewstep.bundle import read_bundle
+
+    folder = Path(shutil.copytree(sd1_bundle.folder, tmp_path / "bundle"))
+    name = sd1_bundle.component("unet").weights
+    weights = load_file(folder / name)
+    removed = sorted(weights)[0]
+    save_file({k: v for k, v in weights.items() if k != removed}, folder / name)
+    with pytest.raises(CorruptError, match=f"lacks weights that unet needs: {removed}"):
+        open_torch_engine(read_bundle(folder), "unet", RunOptions())
