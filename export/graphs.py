@@ -22,7 +22,7 @@ import platformdirs
 from ..engines.base import TensorSpec
 from ..errors import CorruptError
 
-RECIPE = 2
+RECIPE = 3
 """Raised whenever the modules, the tracing or the layout change what a graph is."""
 
 _IGNORED = {

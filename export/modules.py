@@ -54,8 +54,9 @@ class UNet(nn.Module):
 class TextEncoder(nn.Module):
     """`input_ids [P, L]` -> the hidden states the UNet attends to, and the pooled vector where the family uses one.
 
-    `layer` is 0 for the last layer after the final norm (SD 1.x and 2.x), or the index from the end of the hidden
-    state taken as it is (SDXL: 2).
+    `clip_skip int64 [1]` counts layers back from the family's own, as diffusers' argument of that name does: 0 is the
+    last layer through the final norm (SD 1.x and 2.x, `layer` 0), or the second last as it is (SDXL, `layer` 2).
+    The pooled vector does not depend on it.
     """
 
     def __init__(self, model: CLIPTextModel | CLIPTextModelWithProjection, *, layer: int, pooled: bool) -> None:
@@ -64,9 +65,13 @@ class TextEncoder(nn.Module):
         self.layer = layer
         self.pooled = pooled
 
-    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        out = self.model(input_ids, output_hidden_states=self.layer > 0)
-        hidden = out.hidden_states[-self.layer] if self.layer else out.last_hidden_state
+    def forward(self, input_ids: torch.Tensor, clip_skip: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        out = self.model(input_ids, output_hidden_states=True)
+        last = len(out.hidden_states) - max(self.layer, 1)
+        states = torch.stack([out.hidden_states[i] for i in range(last, -1, -1)])
+        hidden = states.index_select(0, clip_skip)[0]
+        if not self.layer:
+            hidden = getattr(self.model, "text_model", self.model).final_layer_norm(hidden)
         if self.pooled:
             return hidden.float(), out.text_embeds.float()
         return (hidden.float(),)
@@ -192,7 +197,10 @@ def _wrap_text_encoder(model: nn.Module, config: Mapping[str, Any]) -> Traceable
         outputs.append(TensorSpec(name="pooled", dtype="float32", shape=("prompts", config["projection_dim"])))
     return Traceable(
         module=TextEncoder(model, layer=config["_layer"], pooled=pooled).eval(),
-        inputs=(TensorSpec(name="input_ids", dtype="int64", shape=("prompts", length)),),
+        inputs=(
+            TensorSpec(name="input_ids", dtype="int64", shape=("prompts", length)),
+            TensorSpec(name="clip_skip", dtype="int64", shape=(1,)),
+        ),
         outputs=tuple(outputs),
         example={"prompts": 2},
     )

@@ -132,7 +132,7 @@ def _cases(
     """Inputs of several shapes and batch sizes: noise mixed with smooth and sharp patterns, never noise alone."""
     rng = np.random.default_rng(2024)
     if plan.kind.startswith("text_encoder"):
-        yield from (_token_case(plan, rng, prompts) for prompts in (2, 1, 3))
+        yield from (_token_case(plan, rng, prompts, skip) for prompts, skip in ((2, 0), (1, 1), (3, 0)))
     elif plan.kind == "unet":
         yield from _unet_cases(plan, traceable, context, rng)
     else:
@@ -146,7 +146,7 @@ def _cases(
             yield {name: (np.clip(value, -1, 1) if name == "image" and channels == 3 else value).astype(np.float32)}
 
 
-def _token_case(plan: ComponentPlan, rng: np.random.Generator, prompts: int) -> dict[str, np.ndarray]:
+def _token_case(plan: ComponentPlan, rng: np.random.Generator, prompts: int, skip: int) -> dict[str, np.ndarray]:
     length, size = plan.config["max_position_embeddings"], plan.config["vocab_size"]
     begin, end = size - 2, size - 1
     ids = np.full((prompts, length), end, np.int64)
@@ -154,7 +154,7 @@ def _token_case(plan: ComponentPlan, rng: np.random.Generator, prompts: int) -> 
     for row in ids:
         words = int(rng.integers(0, length - 1))
         row[1 : 1 + words] = rng.integers(0, begin, words)
-    return {"input_ids": ids}
+    return {"input_ids": ids, "clip_skip": np.array([skip], np.int64)}
 
 
 def _unet_cases(

@@ -129,6 +129,8 @@ class TextEncoders:
             self._bindings = {**dict(list(self._bindings.items())[-3:]), len(prompts): bindings}
         for binding, tokens in zip(bindings, ids, strict=True):
             np.copyto(binding.inputs["input_ids"], tokens)
+            if "clip_skip" in binding.inputs:  # bundles of older exports lack it
+                np.copyto(binding.inputs["clip_skip"], 0)
             binding.enqueue()
         hidden = np.concatenate([b.outputs["hidden"] for b in bindings], axis=-1)
         pooled = bindings[-1].outputs.get("pooled")
