@@ -108,6 +108,12 @@ class BlackImageError(FewstepError):
     exit_code = 5
 
 
+class OutOfMemoryError(FewstepError):
+    """Device memory that does not suffice; the message says what would fit."""
+
+    exit_code = 3
+
+
 class CancelledError(FewstepError):
     """The caller or the user stopped the work."""
 

@@ -21,6 +21,11 @@ MAY_KNOW = {
 ROOMS = {*MAY_KNOW, "commands", "cli"}
 TORCH_ROOMS = {"export"}
 TORCH_FILES = {
+    "runtime/device_clock.py": "the CUDA device",
+    "runtime/device_memory.py": "the CUDA device",
+    "runtime/device_slots.py": "the CUDA device",
+    "runtime/device_tables.py": "the CUDA device",
+    "runtime/graphs.py": "the CUDA device",
     "runtime/update_cuda.py": "the CUDA device",
     "engines/gate.py": "copies buffers of GPU engines",
     "engines/ort_cuda.py": "buffers of GPU engines",

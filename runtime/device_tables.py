@@ -1,0 +1,128 @@
+"""The tables of slots on a device: which row of an evaluation is whose, and what the UNet is told of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..engines.base import Binding, TensorSpec
+from .device_memory import as_tensor, upload
+from .slots import Tenant
+
+PARTS = 2
+"""Rows a slot may take: the negative prompt's and the prompt's."""
+
+
+class Bucket:
+    """One evaluation of `count` slots in `rows` rows: the engine's buffers, and index tables in memory that stays.
+
+    slot_of_row, part_of_row: int64 [R]. slots: int64 [A]. rows_of: int64 [A, 2] and weights: float32 [A, 2] say
+    from which rows, and with which factors, a slot's output is made: (1 - g) u + g c. x0: float32 [A, *shape];
+    finite: bool [A].
+    """
+
+    def __init__(
+        self,
+        binding: Binding,
+        count: int,
+        rows: int,
+        tokens: int,
+        shape: tuple[int, ...],
+        device: torch.device,
+    ) -> None:
+        self.binding, self.count, self.rows, self.tokens = binding, count, rows, tokens
+        self.inputs = {n: as_tensor(a) for n, a in binding.inputs.items()}
+        self.sample, self.timestep = self.inputs["sample"], self.inputs["timestep"]
+        self.out = as_tensor(binding.outputs["out"])
+        index: dict[str, Any] = {"dtype": torch.int64, "device": device}
+        self.slot_of_row = torch.zeros(rows, **index)
+        self.part_of_row = torch.zeros(rows, **index)
+        self.slots = torch.zeros(count, **index)
+        self.rows_of = torch.zeros((count, PARTS), **index)
+        self.weights = torch.zeros((count, PARTS), dtype=torch.float32, device=device)
+        self.x0 = torch.zeros((count, *shape), dtype=torch.float32, device=device)
+        self.finite = torch.ones(count, dtype=torch.bool, device=device)
+        self._pointed: tuple[object, ...] = ()
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        tables = (self.slot_of_row, self.part_of_row, self.slots, self.rows_of, self.weights, self.x0, self.finite)
+        return (*self.inputs.values(), self.out, *tables)
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors)
+
+    def point(self, slots: Sequence[int], tenants: Sequence[Tenant], *, scrap: int) -> None:
+        """Say which slots this evaluation is of. Rows left over belong to slot `scrap`, whose output nobody takes."""
+        wanted = (tuple(slots), tuple((t.rows, t.guidance) for t in tenants))
+        if wanted == self._pointed:
+            return
+        slot_of_row, part_of_row = np.full(self.rows, scrap, np.int64), np.full(self.rows, PARTS - 1, np.int64)
+        rows_of, weights = np.zeros((self.count, PARTS), np.int64), np.zeros((self.count, PARTS), np.float32)
+        at = 0
+        for i, (slot, tenant) in enumerate(zip(slots, tenants, strict=True)):
+            slot_of_row[at : at + tenant.rows] = slot
+            part_of_row[at : at + tenant.rows] = range(PARTS - tenant.rows, PARTS)
+            rows_of[i] = at, at + tenant.rows - 1
+            weights[i] = (1.0 - tenant.guidance, tenant.guidance) if tenant.rows == PARTS else (0.0, 1.0)
+            at += tenant.rows
+        upload(self.slot_of_row, slot_of_row)
+        upload(self.part_of_row, part_of_row)
+        upload(self.slots, np.array(slots, np.int64))
+        upload(self.rows_of, rows_of)
+        upload(self.weights, weights)
+        self._pointed = wanted
+
+    def combine(self) -> torch.Tensor:
+        """float32 [A, *shape]: each slot's output, its rows added by their weights."""
+        out = self.out.float()
+        first, second = out[self.rows_of[:, 0]], out[self.rows_of[:, 1]]
+        shape = (-1, *(1,) * (out.ndim - 1))
+        return self.weights[:, 0].reshape(shape) * first + self.weights[:, 1].reshape(shape) * second
+
+
+class Conditioning:
+    """What the UNet is told of each slot besides latent and timestep, for prompts of one length.
+
+    hidden: float32 [S, 2, T, D], the negative prompt's embedding and the prompt's; `text_embeds` [S, 2, P], `time_ids`
+    [S, 6] and `timestep_cond` [S, E] where the UNet takes them.
+    """
+
+    def __init__(self, inputs: Mapping[str, TensorSpec], slots: int, tokens: int, device: torch.device) -> None:
+        width = inputs["encoder_hidden_states"].shape[-1]
+        self._made: dict[str, torch.Tensor] = {}
+        shapes: dict[str, tuple[int | str, ...]] = {"encoder_hidden_states": (slots, PARTS, tokens, width)}
+        for name, parts in (("text_embeds", (PARTS,)), ("time_ids", ()), ("timestep_cond", ())):
+            if name in inputs:
+                shapes[name] = (slots, *parts, *inputs[name].shape[1:])
+        for name, shape in shapes.items():
+            self._made[name] = torch.zeros([int(d) for d in shape], dtype=torch.float32, device=device)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return tuple(self._made.values())
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors)
+
+    def write(self, slot: int, tenant: Tenant) -> None:
+        """Upload a tenant's embeddings; of one without a negative prompt both places hold the prompt's."""
+        for part, embedding in enumerate((tenant.negative or tenant.positive, tenant.positive)):
+            upload(self._made["encoder_hidden_states"][slot, part], embedding.hidden)
+            if "text_embeds" in self._made and embedding.pooled is not None:
+                upload(self._made["text_embeds"][slot, part], embedding.pooled)
+        for name, value in (("time_ids", tenant.time_ids), ("timestep_cond", tenant.guidance_vector)):
+            if name in self._made and value is not None:
+                upload(self._made[name][slot], value)
+
+    def gather(self, bucket: Bucket) -> None:
+        """Fill the engine's rows from the tables."""
+        for name, table in self._made.items():
+            by_part = name in ("encoder_hidden_states", "text_embeds")
+            rows = table[bucket.slot_of_row, bucket.part_of_row] if by_part else table[bucket.slot_of_row]
+            bucket.inputs[name].copy_(rows)
