@@ -21,43 +21,10 @@ import platformdirs
 
 from ..engines.base import TensorSpec
 from ..errors import CorruptError
+from .configs import canonical_config
 
-RECIPE = 3
+RECIPE = 4
 """Raised whenever the modules, the tracing or the layout change what a graph is."""
-
-_IGNORED = {
-    "_name_or_path",
-    "_diffusers_version",
-    "_commit_hash",
-    "_use_default_values",
-    "transformers_version",
-    "torch_dtype",
-    "dtype",
-    "sample_size",
-    "architectures",
-    "model_type",
-    "initializer_factor",
-    "initializer_range",
-    "bos_token_id",
-    "pad_token_id",
-    "use_cache",
-    "return_dict",
-    "dropout",
-    "attention_dropout",
-    "force_upcast",
-    "latents_mean",
-    "latents_std",
-    "tie_word_embeddings",
-    "chunk_size_feed_forward",
-    "output_attentions",
-    "output_hidden_states",
-    "is_encoder_decoder",
-    "problem_type",
-    "id2label",
-    "label2id",
-    "is_decoder",
-    "vocab_size_",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +54,8 @@ class Graph:
 
 def graph_key(kind: str, config: Mapping[str, Any], dtype: str) -> str:
     """The key of a component's graph: 24 hexadecimal digits."""
-    kept = {k: v for k, v in config.items() if k not in _IGNORED and v is not None}
-    text = json.dumps({"recipe": RECIPE, "kind": kind, "dtype": dtype, "config": kept}, sort_keys=True, default=list)
+    kept = canonical_config(kind, config, dtype)
+    text = json.dumps({"recipe": RECIPE, "kind": kind, "dtype": dtype, "config": kept}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 

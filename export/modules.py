@@ -51,6 +51,31 @@ class UNet(nn.Module):
         return out.float()
 
 
+class UpcastAttention:
+    """Attention in float32 inside a model of lower precision, for UNets whose configuration says `upcast_attention`.
+
+    diffusers' fused attention leaves that word out of account; SD 2.1 in float16 overflows without it.
+    """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+        rows, _tokens, width = query.shape
+
+        def heads(x: torch.Tensor) -> torch.Tensor:
+            return x.view(rows, -1, attn.heads, width // attn.heads).transpose(1, 2).float()
+
+        out = nn.functional.scaled_dot_product_attention(heads(query), heads(key), heads(value))
+        return attn.to_out[0](out.transpose(1, 2).reshape(rows, -1, width).to(hidden_states.dtype))
+
+
 class TextEncoder(nn.Module):
     """`input_ids [P, L]` -> the hidden states the UNet attends to, and the pooled vector where the family uses one.
 
@@ -156,6 +181,8 @@ def _construct(kind: str, config: Mapping[str, Any]) -> nn.Module:
 def wrap(kind: str, model: nn.Module, config: Mapping[str, Any], dtype: str) -> Traceable:
     """The traceable form of a component's model, whose parameters are of `dtype` already."""
     if kind == "unet":
+        if config.get("upcast_attention") and dtype != "float32":
+            model.set_attn_processor(UpcastAttention())
         return _wrap_unet(model, config)
     if kind == "vae_decoder":
         c, f = config["latent_channels"], vae_factor(config)

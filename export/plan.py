@@ -57,8 +57,13 @@ def plan_components(checkpoint: Checkpoint, dtypes: Mapping[str, str] | None = N
     plans = []
     for kind in _kinds(checkpoint):
         part = checkpoint.parts["vae" if kind.startswith("vae") else kind]
-        config = dict(part.config)
-        if kind.startswith("text_encoder"):
-            config |= {"_class": part.class_name, "_layer": 2 if checkpoint.family == "sdxl" else 0}
+        config = component_config(kind, part.config, part.class_name, checkpoint.family)
         plans.append(ComponentPlan(kind=kind, part=part, config=config, dtype=(dtypes or {}).get(kind, "float32")))
     return plans
+
+
+def component_config(kind: str, config: Mapping[str, Any], class_name: str, family: str) -> dict[str, Any]:
+    """A part's configuration, with what else decides a text encoder's graph: its class and the family's own layer."""
+    if not kind.startswith("text_encoder"):
+        return dict(config)
+    return {**config, "_class": class_name, "_layer": 2 if family == "sdxl" else 0}

@@ -1,32 +1,89 @@
 """Trace the graphs that travel with the package, and write the embedded checkpoints' references.
 
 python tools/package_graphs.py export/demo/base export/demo/student
+python tools/package_graphs.py --standard sd1 sd2 sd21 sdxl sd1-lcm sdxl-lcm --dtypes float32 float16 bfloat16
+python tools/package_graphs.py --prune
+
+What is there already is not traced again; --prune deletes graphs that no known configuration asks for.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+from architectures import CLASSES, family_of, standard_configs
 from fewstep.export.checkpoint import open_checkpoint
-from fewstep.export.graphs import keep_graph
-from fewstep.export.plan import plan_components
-from fewstep.export.reference import make_reference
-from fewstep.export.trace import trace_component
+from fewstep.export.graphs import graph_key, keep_graph
+from fewstep.export.plan import PRECISIONS, component_config, plan_components
 
 PACKAGED = Path(__file__).parents[1] / "export" / "graphs"
+STANDARD = ("sd1", "sd2", "sd21", "sdxl", "sd1-lcm", "sdxl-lcm")
+EMBEDDED = ("base", "student")
+
+
+def standard_components(name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The kinds and configurations of an architecture's components, UNet first."""
+    configs = standard_configs(name)
+    for part in sorted(configs, reverse=True):
+        kinds = ("vae_decoder", "vae_encoder") if part == "vae" else (part,)
+        for kind in kinds:
+            yield kind, component_config(kind, configs[part], CLASSES[part], family_of(name))
+
+
+def package(kind: str, config: Mapping[str, Any], dtype: str) -> None:
+    key = graph_key(kind, config, dtype)
+    if (PACKAGED / f"{key}.graph").is_file():
+        return
+    from fewstep.export.trace import trace_component
+
+    began = time.monotonic()
+    path = keep_graph(trace_component(kind, config, dtype, key=key), PACKAGED)
+    path.chmod(0o644)
+    print(f"{kind} {dtype}: {path.stat().st_size} bytes, {time.monotonic() - began:.0f} s", flush=True)
+
+
+def embed(folder: str) -> None:
+    from fewstep.export.reference import make_reference
+
+    checkpoint = open_checkpoint(folder)
+    for plan in plan_components(checkpoint):
+        package(plan.kind, plan.config, plan.dtype)
+    path = checkpoint.folder / "reference.safetensors"
+    make_reference(checkpoint, path, dtypes={})
+    path.chmod(0o644)
+    print(f"{folder}: reference written", flush=True)
+
+
+def prune() -> None:
+    demo = PACKAGED.parent / "demo"
+    wanted = {p.key for n in EMBEDDED for p in plan_components(open_checkpoint(demo / n))}
+    wanted |= {graph_key(k, c, d) for n in STANDARD for k, c in standard_components(n) for d in PRECISIONS}
+    for path in PACKAGED.glob("*.graph"):
+        if path.stem not in wanted:
+            path.unlink()
+            print(f"{path.name} deleted", flush=True)
 
 
 def main() -> int:
-    for folder in sys.argv[1:]:
-        checkpoint = open_checkpoint(folder)
-        for plan in plan_components(checkpoint):
-            path = PACKAGED / f"{plan.key}.graph"
-            if not path.is_file():
-                print(f"trace {plan.kind}", flush=True)
-                keep_graph(trace_component(plan.kind, plan.config, plan.dtype, key=plan.key), PACKAGED).chmod(0o644)
-        make_reference(checkpoint, checkpoint.folder / "reference.safetensors", dtypes={})
-        print(f"{folder}: reference written", flush=True)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folders", nargs="*")
+    parser.add_argument("--standard", nargs="*", default=[], choices=STANDARD)
+    parser.add_argument("--dtypes", nargs="*", default=list(PRECISIONS), choices=PRECISIONS)
+    parser.add_argument("--prune", action="store_true")
+    options = parser.parse_args()
+    for dtype in options.dtypes:
+        for name in options.standard:
+            for kind, config in standard_components(name):
+                package(kind, config, dtype)
+    for folder in options.folders:
+        embed(folder)
+    if options.prune:
+        prune()
     return 0
 
 

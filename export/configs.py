@@ -1,0 +1,119 @@
+"""Configurations in one form: what changes a component's graph, and nothing else.
+
+Libraries of different ages write a configuration with more or fewer of its defaults. A graph's key must not depend on
+that, and must be found without loading them; so their defaults are stated here, and a test compares them with the
+installed libraries'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+UNET_DEFAULTS: dict[str, Any] = {
+    "act_fn": "silu",
+    "addition_embed_type": None,
+    "addition_embed_type_num_heads": 64,
+    "addition_time_embed_dim": None,
+    "attention_head_dim": 8,
+    "attention_type": "default",
+    "block_out_channels": [320, 640, 1280, 1280],
+    "center_input_sample": False,
+    "class_embed_type": None,
+    "class_embeddings_concat": False,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "cross_attention_dim": 1280,
+    "cross_attention_norm": None,
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "downsample_padding": 1,
+    "dual_cross_attention": False,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_only_cross_attention": None,
+    "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "norm_eps": 1e-5,
+    "norm_num_groups": 32,
+    "num_attention_heads": None,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "out_channels": 4,
+    "projection_class_embeddings_input_dim": None,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
+    "resnet_time_scale_shift": "default",
+    "reverse_transformer_layers_per_block": None,
+    "time_cond_proj_dim": None,
+    "time_embedding_act_fn": None,
+    "time_embedding_dim": None,
+    "time_embedding_type": "positional",
+    "timestep_post_act": None,
+    "transformer_layers_per_block": 1,
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+    "upcast_attention": False,
+    "use_linear_projection": False,
+}
+VAE_DEFAULTS: dict[str, Any] = {
+    "act_fn": "silu",
+    "block_out_channels": [64],
+    "down_block_types": ["DownEncoderBlock2D"],
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 1,
+    "mid_block_add_attention": True,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "scaling_factor": 0.18215,
+    "shift_factor": None,
+    "up_block_types": ["UpDecoderBlock2D"],
+    "use_post_quant_conv": True,
+    "use_quant_conv": True,
+}
+TEXT_DEFAULTS: dict[str, Any] = {
+    "eos_token_id": 49407,
+    "hidden_act": "quick_gelu",
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "layer_norm_eps": 1e-5,
+    "max_position_embeddings": 77,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 12,
+    "projection_dim": 512,
+    "vocab_size": 49408,
+}
+IGNORED = {
+    "_commit_hash",
+    "_diffusers_version",
+    "_name_or_path",
+    "_use_default_values",
+    "dropout",
+    "force_upcast",
+    "latents_mean",
+    "latents_std",
+    "sample_size",
+}
+"""Keys of diffusers' configurations that leave a graph as it is. `latents_mean` and `_std` belong to other families."""
+_POOLED_ONLY = {"eos_token_id", "projection_dim"}
+
+
+def canonical_config(kind: str, config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """What of a configuration decides the graph of a component in a precision: no defaults, no remarks.
+
+    A text encoder's configuration is cut down to the keys of `TEXT_DEFAULTS`, because transformers writes many that
+    have no meaning for CLIP, and to `_class` and `_layer` of ours. Unknown keys of the other kinds are kept.
+    """
+    if kind.startswith("text_encoder"):
+        named = {k: config.get(k, v) for k, v in TEXT_DEFAULTS.items()}
+        if config.get("_class") != "CLIPTextModelWithProjection":
+            named = {k: v for k, v in named.items() if k not in _POOLED_ONLY}
+        return named | {k: config[k] for k in ("_class", "_layer") if k in config}
+    defaults = UNET_DEFAULTS if kind == "unet" else VAE_DEFAULTS
+    kept = {k: list(v) if isinstance(v, tuple) else v for k, v in config.items() if k not in IGNORED and v is not None}
+    if dtype == "float32":
+        kept.pop("upcast_attention", None)  # there is nothing above float32
+    return {k: v for k, v in kept.items() if k not in defaults or v != defaults[k]}
