@@ -20,7 +20,7 @@ def as_tensor(buffer: Any) -> torch.Tensor:
 
 def upload(target: torch.Tensor, values: npt.NDArray[Any]) -> None:
     """Copy host values into a tensor. On CUDA they go through pinned memory on the current stream; nobody waits."""
-    source = torch.from_numpy(np.ascontiguousarray(values))
+    source = torch.from_numpy(np.require(values, requirements=["C", "W"]))
     if target.device.type == "cuda":
         target.copy_(source.pin_memory(), non_blocking=True)
     else:

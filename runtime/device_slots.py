@@ -22,12 +22,13 @@ from ..engines.base import Binding, Engine
 from ..errors import ArgumentError, NonFiniteError, UnsupportedError
 from .device_clock import DeviceClock
 from .device_memory import as_tensor, guard_memory, upload
-from .device_tables import Bucket, Conditioning
+from .device_tables import Bucket, Conditioning, share_evaluations, tokens_of
 from .graphs import GraphCache, GraphKey
 from .slots import MOST_HISTORY, Float32, Tenant, TickTimes
 from .update_cuda import CudaSlotState
 
-_KNOWN = {"program", "noise", "positive", "negative", "guidance", "time_ids", "guidance_vector", "row"}
+_KNOWN = {"program", "noise", "row", "positive", "negative", "guidance", "time_ids", "negative_time_ids"}
+_KNOWN.add("guidance_vector")
 _log = logging.getLogger("fewstep.runtime")
 
 
@@ -117,13 +118,15 @@ class DeviceSlots:
                 noise = np.stack([tenant.noise.randn(self._shape) for _ in range(draws)])
                 upload(self._state.draws[slot, :draws], noise)
             upload(self._state.latent[slot], start.astype(np.float32))
-            self._conditioning_for(tenant).write(slot, tenant)
+            self._conditioning_for(tokens_of(tenant)).write(slot, tenant)
         self._tenants[slot] = tenant
         return slot
 
     def release(self, slot: int) -> None:
         """Give a slot away: whatever it held is wiped, since a zero coefficient would not silence a NaN."""
         self._tenants[slot] = None
+        for conditioning in self._conditioning.values():
+            conditioning.forget(slot)
         with self._here():
             self._state.wipe(slot)
 
@@ -141,10 +144,10 @@ class DeviceSlots:
         self, slots: Sequence[int], previews: Mapping[int, Float32] | None = None, *, rows: int | None = None
     ) -> None:
         """Advance these slots by one row each; see `Slots.tick`. What `rows` leaves over goes to a scrap slot."""
-        for group in self._groups(slots):
+        for tokens, group in self._groups(slots):
             with self._here():
                 wanted = bool(previews) and any(s in (previews or {}) for s in group)
-                bucket = self._bucket(group, rows or 0)
+                bucket = self._bucket(group, tokens, rows or 0)
                 self._do("tick", bucket, 1, lambda b=bucket, w=wanted: self._tick(b, previews=w), (), previews=wanted)
                 for i, slot in enumerate(group):
                     if previews and slot in previews:
@@ -160,7 +163,7 @@ class DeviceSlots:
         decoder's outputs are then on their way: on CUDA nobody has waited for them.
         """
         tenants = [self.tenant(s) for s in slots]
-        lengths = {(t.program.evaluations, len(t.positive.hidden), t.row) for t in tenants}
+        lengths = {(t.program.evaluations, t.row) for t in tenants}
         groups = self._groups(slots)
         if len(lengths) != 1 or len(groups) != 1 or tenants[0].row:
             raise ArgumentError(
@@ -170,7 +173,7 @@ class DeviceSlots:
             )
         count = tenants[0].program.evaluations
         with self._here():
-            bucket = self._bucket(list(slots), 0)
+            bucket = self._bucket(list(slots), groups[0][0], 0)
             latent = as_tensor(decoder.inputs["latent"])
 
             def body() -> None:
@@ -238,24 +241,13 @@ class DeviceSlots:
         state.advance(bucket.slots, outputs)
         clock.mark("")
 
-    def _groups(self, slots: Sequence[int]) -> list[list[int]]:
-        """Slots that can share an evaluation: equal prompt length, at most `most_rows` rows."""
-        groups: dict[int, list[list[int]]] = {}
-        rows: dict[int, int] = {}
-        for slot in slots:
-            tenant = self.tenant(slot)
-            tokens = len(tenant.positive.hidden)
-            if tokens not in groups or rows[tokens] + tenant.rows > self._most_rows:
-                groups.setdefault(tokens, []).append([])
-                rows[tokens] = 0
-            groups[tokens][-1].append(slot)
-            rows[tokens] += tenant.rows
-        return [g for of_length in groups.values() for g in of_length]
+    def _groups(self, slots: Sequence[int]) -> list[tuple[int, list[int]]]:
+        return share_evaluations({s: self.tenant(s) for s in slots}, self._most_rows)
 
-    def _bucket(self, slots: list[int], least_rows: int) -> Bucket:
+    def _bucket(self, slots: list[int], tokens: int, least_rows: int) -> Bucket:
         """The buffers of an evaluation of so many slots and rows, its tables saying which these are."""
         tenants = [self.tenant(s) for s in slots]
-        rows, tokens = max(least_rows, sum(t.rows for t in tenants)), len(tenants[0].positive.hidden)
+        rows = max(least_rows, sum(t.rows for t in tenants))
         key = (len(slots), rows, tokens)
         if key not in self._buckets:
             _, height, width = self._shape
@@ -264,10 +256,11 @@ class DeviceSlots:
                 self._buckets[key] = Bucket(binding, len(slots), rows, tokens, self._shape, self.device)
         bucket = self._buckets[key]
         bucket.point(slots, tenants, scrap=self.count)
+        for slot, tenant in zip(slots, tenants, strict=True):
+            self._conditioning_for(tokens).write(slot, tenant)
         return bucket
 
-    def _conditioning_for(self, tenant: Tenant) -> Conditioning:
-        tokens = len(tenant.positive.hidden)
+    def _conditioning_for(self, tokens: int) -> Conditioning:
         if tokens not in self._conditioning:
             self._conditioning[tokens] = Conditioning(self._engine.inputs, self.count + 1, tokens, self.device)
         return self._conditioning[tokens]
@@ -300,7 +293,8 @@ def _power(value: int) -> int:
 def _check_known(tenant: Tenant) -> None:
     """Raise `UnsupportedError` for a tenant that asks for what these slots do not do."""
     for field in dataclasses.fields(tenant):
-        if field.name not in _KNOWN and getattr(tenant, field.name) != field.default:
+        value = getattr(tenant, field.name)
+        if field.name not in _KNOWN and value is not None and value is not field.default:
             raise UnsupportedError(
                 f"{field.name} is not done by slots on a device",
                 expected="one of the plain requests",

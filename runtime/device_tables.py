@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 
 from ..engines.base import Binding, TensorSpec
 from .device_memory import as_tensor, upload
-from .slots import Tenant
+from .slots import Float32, Tenant
 
 PARTS = 2
 """Rows a slot may take: the negative prompt's and the prompt's."""
+MOST_SHARED_TOKENS = 8 * 77
+"""How long prompts are made so that slots can share an evaluation, as for the NumPy slots."""
 
 
 class Bucket:
@@ -86,21 +89,21 @@ class Bucket:
 
 
 class Conditioning:
-    """What the UNet is told of each slot besides latent and timestep, for prompts of one length.
+    """What the UNet is told of each slot besides latent and timestep, for prompts made equally long.
 
-    hidden: float32 [S, 2, T, D], the negative prompt's embedding and the prompt's; `text_embeds` [S, 2, P], `time_ids`
-    [S, 6] and `timestep_cond` [S, E] where the UNet takes them.
+    By slot and part (the negative row's, the prompt's): `encoder_hidden_states` float32 [S, 2, T, D], `text_embeds`
+    [S, 2, P] and `time_ids` [S, 2, 6]; by slot alone `timestep_cond` [S, E]; each where the UNet takes it.
     """
 
     def __init__(self, inputs: Mapping[str, TensorSpec], slots: int, tokens: int, device: torch.device) -> None:
-        width = inputs["encoder_hidden_states"].shape[-1]
+        self._tokens = tokens
         self._made: dict[str, torch.Tensor] = {}
-        shapes: dict[str, tuple[int | str, ...]] = {"encoder_hidden_states": (slots, PARTS, tokens, width)}
-        for name, parts in (("text_embeds", (PARTS,)), ("time_ids", ()), ("timestep_cond", ())):
+        self._written: dict[int, Tenant] = {}
+        for name in ("encoder_hidden_states", "text_embeds", "time_ids", "timestep_cond"):
             if name in inputs:
-                shapes[name] = (slots, *parts, *inputs[name].shape[1:])
-        for name, shape in shapes.items():
-            self._made[name] = torch.zeros([int(d) for d in shape], dtype=torch.float32, device=device)
+                inner = [tokens if d == "tokens" else int(d) for d in inputs[name].shape[1:]]
+                parts = [] if name == "timestep_cond" else [PARTS]
+                self._made[name] = torch.zeros([slots, *parts, *inner], dtype=torch.float32, device=device)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -111,18 +114,55 @@ class Conditioning:
         return sum(t.numel() * t.element_size() for t in self.tensors)
 
     def write(self, slot: int, tenant: Tenant) -> None:
-        """Upload a tenant's embeddings; of one without a negative prompt both places hold the prompt's."""
-        for part, embedding in enumerate((tenant.negative or tenant.positive, tenant.positive)):
-            upload(self._made["encoder_hidden_states"][slot, part], embedding.hidden)
-            if "text_embeds" in self._made and embedding.pooled is not None:
-                upload(self._made["text_embeds"][slot, part], embedding.pooled)
-        for name, value in (("time_ids", tenant.time_ids), ("timestep_cond", tenant.guidance_vector)):
-            if name in self._made and value is not None:
-                upload(self._made[name][slot], value)
+        """Upload a tenant's embeddings, once. Of one without a negative prompt both parts hold the prompt's."""
+        if self._written.get(slot) is tenant:
+            return
+        negative_ids = getattr(tenant, "negative_time_ids", None)
+        parts = (
+            (tenant.negative or tenant.positive, tenant.time_ids if negative_ids is None else negative_ids),
+            (tenant.positive, tenant.time_ids),
+        )
+        for part, (embedding, time_ids) in enumerate(parts):
+            hidden = np.tile(embedding.hidden, (self._tokens // len(embedding.hidden), 1))
+            self._put("encoder_hidden_states", hidden, slot, part)
+            self._put("text_embeds", embedding.pooled, slot, part)
+            self._put("time_ids", time_ids, slot, part)
+        self._put("timestep_cond", tenant.guidance_vector, slot)
+        self._written[slot] = tenant
+
+    def _put(self, name: str, values: Float32 | None, *place: int) -> None:
+        if name in self._made and values is not None:
+            upload(self._made[name][place], values)
+
+    def forget(self, slot: int) -> None:
+        self._written.pop(slot, None)
 
     def gather(self, bucket: Bucket) -> None:
         """Fill the engine's rows from the tables."""
         for name, table in self._made.items():
-            by_part = name in ("encoder_hidden_states", "text_embeds")
+            by_part = name != "timestep_cond"
             rows = table[bucket.slot_of_row, bucket.part_of_row] if by_part else table[bucket.slot_of_row]
             bucket.inputs[name].copy_(rows)
+
+
+def tokens_of(tenant: Tenant) -> int:
+    """The prompt length that a tenant's rows need: both prompts repeated whole until they are equally long."""
+    return math.lcm(*(len(e.hidden) for e in (tenant.positive, tenant.negative) if e is not None))
+
+
+def share_evaluations(tenants: Mapping[int, Tenant], most_rows: int) -> list[tuple[int, list[int]]]:
+    """Slots that can share an evaluation, with its prompt length: at most `most_rows` rows.
+
+    Shorter prompts are repeated whole to share it with longer ones, unless that gets too long.
+    """
+    common = math.lcm(*(tokens_of(t) for t in tenants.values()))
+    groups: dict[int, list[list[int]]] = {}
+    rows: dict[int, int] = {}
+    for slot, tenant in tenants.items():
+        tokens = common if common <= MOST_SHARED_TOKENS else tokens_of(tenant)
+        if tokens not in groups or rows[tokens] + tenant.rows > most_rows:
+            groups.setdefault(tokens, []).append([])
+            rows[tokens] = 0
+        groups[tokens][-1].append(slot)
+        rows[tokens] += tenant.rows
+    return [(tokens, g) for tokens, of_length in groups.items() for g in of_length]
