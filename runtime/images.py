@@ -164,15 +164,19 @@ def command_line(p: Mapping[str, Any], output: str) -> str:
     words += [f"--prompt={prompt}" for prompt in (batch["prompts"] if batch else [p["prompt"]])]
     if p.get("negative") is not None:
         words.append(f"--negative={p['negative']}")
+    for key in ("prompt_2", "negative_2"):
+        if p.get(key) is not None:
+            words.append(f"--{key.replace('_', '-')}={p[key]}")
     for key in ("steps", "sampler", "schedule", "guidance", "compat"):
         if p.get(key) is not None:
             words.append(f"--{key}={p[key]}")
     words.append(f"--seed={batch['seed'] if batch else p.get('seed')}")
     if batch:
         words.append("--shared-stream")
-    for key, value in (p.get("options") or {}).items():
-        shown = ",".join(f"{v:g}" for v in value) if isinstance(value, list) else value
-        words.append(f"--{key}={shown}")
+    for key, value in {**(p.get("options") or {}), **(p.get("recorded") or {})}.items():
+        joint = "x" if key.endswith("_size") else ","
+        shown = joint.join(f"{v:g}" for v in value) if isinstance(value, (list, tuple)) else value
+        words.append(f"--{key.replace('_', '-')}={shown}")
     words.append(f"--size={p['width']}x{p['height']}")
     if p.get("image"):
         words += [f"--image={p['image']}", f"--strength={p['strength']}"]

@@ -16,9 +16,11 @@ from .. import __version__
 from ..bundle import Bundle, read_bundle
 from ..engines import RunOptions, Store, open_engines
 from ..errors import BlackImageError, CancelledError, NonFiniteError
+from .call import takes_a_call
+from .checks import check_integer
 from .pool import SlotPool
 from .prepare import Prepared, prepare
-from .request import MOST_IMAGES, Request, check_integer, check_size, make_request
+from .request import MOST_IMAGES, Request, check_size, make_request
 from .result import Result, Step
 from .slots import Float32, Slots
 from .text import TextEncoders
@@ -71,58 +73,26 @@ class Pipeline:
         dims = {"rows": rows, "prompts": rows, "batch": self.batch, "height": height, "width": width}
         return dims | {"tokens": self.bundle.tokenizers[0].length}
 
+    @takes_a_call
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         *,
-        negative: str | Sequence[str] | None = None,
-        steps: int | None = None,
-        sampler: str | None = None,
-        schedule: str | None = None,
-        guidance: float | None = None,
-        seed: int | Sequence[int] | None = None,
-        size: tuple[int, int] | None = None,
-        images_per_prompt: int = 1,
-        image: Any = None,
-        strength: float = 0.8,
-        compat: str | None = None,
-        shared_stream: bool = False,
         cancel: threading.Event | None = None,
         on_step: Callable[[Step], None] | None = None,
-        **options: Any,
+        **given: Any,
     ) -> Result:
-        """Make images.
+        """Make images. `Call` documents every argument; what it does not name is an option of the sampler.
 
-        prompt, negative: one, or one an image. steps: evaluations asked of the schedule. sampler, schedule: any
-        name that `fewstep samplers` lists; without them the checkpoint's own scheduler, as diffusers runs it.
-        guidance: classifier-free guidance scale; at or below 1 the negative prompt is not evaluated. seed: one for
-        the first image (the next ones get the next integers), or one an image; `shared_stream` draws the whole batch
-        from the first seed, as diffusers does for a single generator. size: (width, height) in pixels. image: start
-        from a picture (a path, a Pillow image or uint8 [H, W, 3]), keeping `1 - strength` of it. compat:
-        `"diffusers"` for that library's conventions. options: of the sampler (`eta`, ...), `timesteps`, `sigmas`.
+        cancel: ends the call between two evaluations once it is set. on_step: is told of each evaluation.
 
         Raises `ArgumentError` before anything is computed; `NonFiniteError` and `BlackImageError` instead of
         returning a broken image; `CancelledError` once `cancel` is set.
         """
         if cancel is not None and cancel.is_set():
             raise CancelledError("the request was cancelled before it began")
-        request = self.request(
-            prompt,
-            negative=negative,
-            steps=steps,
-            sampler=sampler,
-            schedule=schedule,
-            guidance=guidance,
-            seed=seed,
-            size=size,
-            images_per_prompt=images_per_prompt,
-            image=image,
-            strength=strength,
-            compat=compat,
-            shared_stream=shared_stream,
-            **options,
-        )
-        with closing(self.stream(request, image=image)) as stream:
+        request = self.request(prompt, **given)
+        with closing(self.stream(request, image=given.get("image"))) as stream:
             while True:
                 try:
                     step = next(stream)
@@ -136,46 +106,10 @@ class Pipeline:
                         f"the request was cancelled after {step.index + 1} of {step.total} evaluations"
                     )
 
-    def request(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        image: Any = None,
-        strength: float = 0.8,
-        size: tuple[int, int] | None = None,
-        timesteps: Sequence[float] | None = None,
-        sigmas: Sequence[float] | None = None,
-        negative: str | Sequence[str] | None = None,
-        steps: int | None = None,
-        sampler: str | None = None,
-        schedule: str | None = None,
-        guidance: float | None = None,
-        seed: int | Sequence[int] | None = None,
-        images_per_prompt: int = 1,
-        compat: str | None = None,
-        shared_stream: bool = False,
-        **options: Any,
-    ) -> Request:
+    @takes_a_call
+    def request(self, prompt: str | Sequence[str] | None = None, **given: Any) -> Request:
         """A checked `Request` for this bundle; takes what a call takes. An image is given to `stream` again."""
-        return make_request(
-            self.bundle,
-            prompt,
-            negative=negative,
-            steps=steps,
-            sampler=sampler,
-            schedule=schedule,
-            guidance=guidance,
-            seed=seed,
-            size=size or self.size,
-            images_per_prompt=images_per_prompt,
-            has_image=image is not None,
-            strength=strength,
-            compat=compat,
-            shared_stream=shared_stream,
-            timesteps=timesteps,
-            sigmas=sigmas,
-            options=options,
-        )
+        return make_request(self.bundle, prompt, default_size=self.size, **given)
 
     def stream(self, request: Request, *, image: Any = None, previews: bool = False) -> Generator[Step, None, Result]:
         """A generator of `Step`s that returns the `Result`; closing it ends the request between two evaluations."""
@@ -205,6 +139,7 @@ class Pipeline:
             timings=timings,
             latents=out,
             parameters=self.parameters(request, image),
+            truncated=prepared.truncated,
         )
 
     def prepare(self, request: Request, *, image: Any = None) -> Prepared:
@@ -276,13 +211,14 @@ class Pipeline:
             "strength": request.strength,
             "image": Path(image).name if isinstance(image, (str, os.PathLike)) else None,
             "options": dict(request.options),
+            "recorded": dict(request.recorded),
             "version": __version__,
             "unet_sha256": self.bundle.components["unet"].weights_sha256,
         }
         if request.shared_stream and request.images > 1:
             shared["batch"] = {"prompts": list(request.prompts), "seed": request.seeds[0]}
-        made = zip(request.prompts, request.negatives, request.seeds, strict=True)
-        return tuple({**shared, "prompt": p, "negative": n, "seed": s, "index": i} for i, (p, n, s) in enumerate(made))
+        made = zip(request.wording.described(), request.seeds, strict=True)
+        return tuple({**shared, **told, "seed": s, "index": i} for i, (told, s) in enumerate(made))
 
 
 def _since(began: float) -> float:

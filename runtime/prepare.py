@@ -11,7 +11,7 @@ import numpy as np
 
 from ..bundle import Bundle
 from ..errors import ArgumentError
-from .conditioning import condition, guidance_vector, size_and_crop
+from .conditioning import condition, guidance_vector
 from .images import open_image, to_unit
 from .request import Request
 from .seeds import RequestNoise, request_noise
@@ -34,6 +34,11 @@ class Prepared:
     latents: Float32 | None
     text_ms: float
     encode_image_ms: float
+
+    @property
+    def truncated(self) -> tuple[bool, ...]:
+        """By image, whether tokens of its prompt or negative prompt were cut off."""
+        return tuple(t.positive.truncated or (t.negative is not None and t.negative.truncated) for t in self.tenants)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -80,7 +85,7 @@ def _tenants(
     negatives: Sequence[Embedding | None],
     noise: RequestNoise,
 ) -> tuple[Tenant, ...]:
-    time_ids = size_and_crop(bundle, request)
+    sizes = request.sizes
     vector = guidance_vector(bundle, request)
     return tuple(
         Tenant(
@@ -89,7 +94,8 @@ def _tenants(
             positive=p,
             negative=n,
             guidance=request.guidance,
-            time_ids=time_ids,
+            time_ids=None if sizes is None else sizes.positive,
+            negative_time_ids=None if sizes is None else sizes.negative,
             guidance_vector=vector,
         )
         for member, p, n in zip(noise.members, positives, negatives, strict=True)

@@ -14,24 +14,27 @@ from ..bundle import Bundle
 from ..errors import ArgumentError
 from ..schedules import NoiseSchedule, Program, compile_program, program_from_diffusers
 from ..schedules.names import resolve_schedule
+from .call import Call, make_call, recorded
+from .checks import check_integer as check_integer
+from .checks import check_levels, check_real
+from .conditioning import Sizes, size_and_crop
 from .seeds import check_seed
-from .text import check_prompt
+from .wording import Wording, read_wording
 
 MOST_IMAGES = 1024
 LARGEST_SIDE = 16_384
 MOST_STEPS = 1000
-RESERVED = {"steps", "start", "noise", "prediction", "schedule", "sampler", "compat"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Request:
-    """One call, one entry an image: prompts, negatives (`None`: none given) and seeds.
+    """One call, one entry an image: seeds, and what each image is told (`wording`).
 
-    `shared_stream` draws all noise from the first seed's generator, as diffusers does for one generator.
+    `shared_stream` draws all noise from the first seed's generator, as diffusers does for one generator. `sizes` are
+    SDXL's. `recorded` are arguments for a picture's parameters that have no field here.
     """
 
-    prompts: tuple[str, ...]
-    negatives: tuple[str | None, ...]
+    wording: Wording
     seeds: tuple[int, ...]
     width: int
     height: int
@@ -42,57 +45,54 @@ class Request:
     sampler: str | None
     schedule: str | None
     compat: str | None
+    sizes: Sizes | None = None
     has_image: bool = False
     shared_stream: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    recorded: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def images(self) -> int:
-        return len(self.prompts)
+        return len(self.seeds)
 
     @property
     def guided(self) -> bool:
         return self.guidance > 1.0
 
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompts as texts; empty where an embedding was given."""
+        return self.wording.texts
+
+    @property
+    def negatives(self) -> tuple[str | None, ...]:
+        """The negative prompts as texts; `None` where none was given."""
+        return self.wording.negative_texts
+
 
 def make_request(
     bundle: Bundle,
-    prompt: str | Sequence[str],
+    prompt: str | Sequence[str] | None = None,
     *,
-    negative: str | Sequence[str] | None = None,
-    steps: int | None = None,
-    sampler: str | None = None,
-    schedule: str | None = None,
-    guidance: float | None = None,
-    seed: int | Sequence[int] | None = None,
-    size: tuple[int, int] | None = None,
-    images_per_prompt: int = 1,
-    has_image: bool = False,
-    strength: float = 1.0,
-    compat: str | None = None,
-    shared_stream: bool = False,
-    timesteps: Sequence[float] | None = None,
-    sigmas: Sequence[float] | None = None,
-    options: Mapping[str, Any] | None = None,
+    default_size: tuple[int, int] | None = None,
+    **given: Any,
 ) -> Request:
-    """Fill what was left out from the bundle's defaults and check the rest; `ArgumentError` says what is wrong."""
+    """Fill what was left out from the bundle's defaults and check the rest; `ArgumentError` says what is wrong.
+
+    given: the fields of `Call`, and options of the sampler. default_size: (width, height) where none is asked for.
+    """
+    call = make_call(prompt, given)
     defaults = bundle.defaults
-    steps = check_integer("steps", defaults.steps if steps is None else steps, 1, MOST_STEPS)
-    timesteps, sigmas = _levels("timesteps", timesteps, 1), _levels("sigmas", sigmas, 2)
+    steps = check_integer("steps", defaults.steps if call.steps is None else call.steps, 1, MOST_STEPS)
+    timesteps, sigmas = check_levels("timesteps", call.timesteps, 1), check_levels("sigmas", call.sigmas, 2)
     if timesteps is not None or sigmas is not None:
         steps = len(timesteps) if timesteps is not None else len(sigmas or ()) - 1
-    taken = RESERVED & set(options or {})
-    if taken:
-        raise ArgumentError(
-            f"{', '.join(sorted(taken))} cannot be set as sampler options", expected="options such as eta"
-        )
-    width, height = check_size(bundle, size or (defaults.width, defaults.height))
-    guidance = _real("guidance", defaults.guidance if guidance is None else guidance, 0.0, 1000.0)
-    strength = _real("strength", strength, 0.0, 1.0)
-    prompts, negatives, seeds = _images(
-        prompt, negative, seed, check_integer("images_per_prompt", images_per_prompt, 1, MOST_IMAGES)
-    )
-    start = start_step(steps, strength) if has_image else 0
+    width, height = check_size(bundle, call.size or default_size or (defaults.width, defaults.height))
+    guidance = check_real("guidance", defaults.guidance if call.guidance is None else call.guidance, 0.0, 1000.0)
+    strength = check_real("strength", call.strength, 0.0, 1.0)
+    wording, seeds = _images(bundle, call)
+    has_image = call.image is not None
+    sampler, schedule = call.sampler, call.schedule
     if sampler is None:
         sampler, schedule = defaults.sampler, schedule or defaults.schedule
     program = choose_program(
@@ -100,15 +100,15 @@ def make_request(
         sampler=sampler,
         schedule=schedule,
         steps=steps,
-        start=start,
-        compat=compat,
+        start=start_step(steps, strength) if has_image else 0,
+        compat=call.compat,
         timesteps=timesteps,
         sigmas=sigmas,
-        options=options or {},
+        options=call.options,
     )
+    levels = {k: v for k, v in (("timesteps", timesteps), ("sigmas", sigmas)) if v is not None}
     return Request(
-        prompts=prompts,
-        negatives=negatives,
+        wording=wording,
         seeds=seeds,
         width=width,
         height=height,
@@ -118,11 +118,12 @@ def make_request(
         program=program,
         sampler=sampler,
         schedule=schedule,
-        compat=compat,
+        compat=call.compat,
+        sizes=size_and_crop(bundle, call, width, height),
         has_image=has_image,
-        shared_stream=shared_stream,
-        options={**(options or {})}
-        | {k: v for k, v in (("timesteps", timesteps), ("sigmas", sigmas)) if v is not None},
+        shared_stream=call.shared_stream,
+        options={**call.options, **levels},
+        recorded=recorded(call),
     )
 
 
@@ -198,75 +199,27 @@ def check_size(bundle: Bundle, size: tuple[int, int]) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def _images(
-    prompt: str | Sequence[str], negative: str | Sequence[str] | None, seed: int | Sequence[int] | None, each: int
-) -> tuple[tuple[str, ...], tuple[str | None, ...], tuple[int, ...]]:
-    """Prompts, negatives and seeds of one length: the images asked for."""
-    if not isinstance(prompt, (str, list, tuple)):
-        check_prompt(prompt)
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    prompts = [check_prompt(p) for p in prompts for _ in range(each)]
-    if isinstance(seed, np.ndarray):
-        seed = seed.tolist()
+def _images(bundle: Bundle, call: Call) -> tuple[Wording, tuple[int, ...]]:
+    """What each image is told, and its seed."""
+    each = check_integer("images_per_prompt", call.images_per_prompt, 1, MOST_IMAGES)
+    seed = call.seed.tolist() if isinstance(call.seed, np.ndarray) else call.seed
+    wording = read_wording(bundle, call, each)
     if isinstance(seed, (list, tuple, range)):
         seeds = [_seed(s) for s in seed]
-        if len(prompts) == 1:
-            prompts = prompts * len(seeds)
+        if wording.images == 1:
+            wording = wording.repeated(len(seeds))
     else:
         first = secrets.randbits(32) if seed is None else _seed(seed)
-        seeds = [_seed(first + i) for i in range(len(prompts))]
-    if not prompts or len(prompts) > MOST_IMAGES:
-        raise ArgumentError(f"{len(prompts)} images are asked for", expected=f"1 to {MOST_IMAGES}")
-    if len(seeds) != len(prompts):
+        seeds = [_seed(first + i) for i in range(wording.images)]
+    if not wording.images or wording.images > MOST_IMAGES:
+        raise ArgumentError(f"{wording.images} images are asked for", expected=f"1 to {MOST_IMAGES}")
+    if len(seeds) != wording.images:
         raise ArgumentError(
-            f"{len(seeds)} seeds for {len(prompts)} images", expected="one seed an image, or a single seed"
+            f"{len(seeds)} seeds for {wording.images} images", expected="one seed an image, or a single seed"
         )
-    if negative is None or isinstance(negative, str):
-        given: list[str | None] = [None if negative is None else check_prompt(negative, "negative prompt")] * len(
-            prompts
-        )
-    else:
-        if not isinstance(negative, (list, tuple)):
-            check_prompt(negative, "negative prompt")
-        given = [check_prompt(n, "negative prompt") for n in negative for _ in range(each)]
-        given = given * len(prompts) if len(given) == 1 else given
-        if len(given) != len(prompts):
-            raise ArgumentError(
-                f"{len(given)} negative prompts for {len(prompts)} images", expected="one an image, or a single one"
-            )
-    return tuple(prompts), tuple(given), tuple(seeds)
-
-
-def _levels(name: str, levels: Sequence[float] | None, least: int) -> list[float] | None:
-    """Explicit timesteps or sigmas as a list of finite numbers."""
-    if levels is None:
-        return None
-    try:
-        found = [float(v) for v in levels]
-    except (TypeError, ValueError) as error:
-        raise ArgumentError(f"{name} is {str(levels)[:60]!r}", expected="a list of numbers") from error
-    if len(found) < least or not all(math.isfinite(v) for v in found):
-        raise ArgumentError(f"{name} is {str(found)[:60]}", expected=f"at least {least} finite numbers")
-    return found
+    return wording, tuple(seeds)
 
 
 def _seed(seed: object) -> int:
     check_seed(seed)
     return int(seed)  # type: ignore[call-overload, no-any-return]
-
-
-def check_integer(name: str, value: object, low: int, high: int) -> int:
-    """The value as an integer; `ArgumentError` unless it is one from `low` to `high`."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise ArgumentError(f"{name} is {value!r}", expected="an integer")
-    if not low <= value <= high:
-        raise ArgumentError(f"{name} is {value}", expected=f"an integer from {low} to {high}")
-    return int(value)
-
-
-def _real(name: str, value: object, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise ArgumentError(f"{name} is {value!r}", expected="a number")
-    if not math.isfinite(value) or not low <= value <= high:
-        raise ArgumentError(f"{name} is {value}", expected=f"a finite number from {low:g} to {high:g}")
-    return float(value)

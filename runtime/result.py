@@ -20,6 +20,7 @@ class Result:
 
     images: uint8 [B, H, W, 3]. seeds: one an image. timings: milliseconds by stage (`text`, `encode_image`,
     `denoise`, `decode`, `total`; of the denoising: `evaluations`, a list, and `update`, `guidance`, `gather`).
+    truncated: by image, whether the text encoder did not take all of its prompt or negative prompt.
     """
 
     images: UInt8
@@ -27,6 +28,7 @@ class Result:
     timings: Mapping[str, Any]
     latents: Float32
     parameters: tuple[Mapping[str, Any], ...]
+    truncated: tuple[bool, ...] = ()
 
     def to_pil(self) -> list[Image]:
         """The images as Pillow images."""

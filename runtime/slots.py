@@ -6,6 +6,7 @@ A slot has its own latent, program, row, prompt and guidance. A tick evaluates t
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,14 +24,17 @@ from .update import SlotState
 
 Float32 = npt.NDArray[np.float32]
 MOST_HISTORY = 5
+MOST_SHARED_TOKENS = 8 * 77
+"""How long prompts are made so that slots can share an evaluation; longer ones get evaluations of their own."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Tenant:
     """What occupies a slot: a program and how far it is, the prompt's and the negative prompt's embeddings.
 
-    `negative` is `None` where guidance needs no second row. `time_ids` float32 [6] are SDXL's sizes and crops;
-    `guidance_vector` float32 [E] is the guidance embedding of UNets distilled with one.
+    `negative` is `None` where guidance needs no second row. `time_ids` float32 [6] are SDXL's sizes and crops, and
+    `negative_time_ids` those of the negative row (`None`: the same). `guidance_vector` float32 [E] is the guidance
+    embedding of UNets distilled with one.
     """
 
     program: Program
@@ -39,8 +43,14 @@ class Tenant:
     negative: Embedding | None
     guidance: float
     time_ids: Float32 | None = None
+    negative_time_ids: Float32 | None = None
     guidance_vector: Float32 | None = None
     row: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """The prompt length that its rows need: both prompts repeated whole until they are equally long."""
+        return math.lcm(*(len(e.hidden) for e in (self.positive, self.negative) if e is not None))
 
     @property
     def rows(self) -> int:
@@ -128,35 +138,40 @@ class Slots:
         `rows` is the least number of UNet rows an evaluation has: what the slots leave over is padding, computed and
         dropped, for engines that admit some sizes only or run some faster.
         """
-        for group in self._groups(slots):
-            self._evaluate(group, previews or {}, rows or 0)
+        for tokens, group in self._groups(slots):
+            self._evaluate(group, tokens, previews or {}, rows or 0)
 
-    def _groups(self, slots: Sequence[int]) -> list[list[int]]:
-        """Slots that can share an evaluation: equal prompt length, at most `most_rows` rows."""
+    def _groups(self, slots: Sequence[int]) -> list[tuple[int, list[int]]]:
+        """Slots that can share an evaluation: prompts of one length, at most `most_rows` rows.
+
+        Shorter prompts are repeated whole to share it with longer ones, unless that gets too long.
+        """
         groups: dict[int, list[list[int]]] = {}
         rows: dict[int, int] = {}
+        common = math.lcm(*(self.tenant(s).tokens for s in slots))
         for slot in slots:
             tenant = self.tenant(slot)
-            tokens = len(tenant.positive.hidden)
+            tokens = common if common <= MOST_SHARED_TOKENS else tenant.tokens
             if tokens not in groups or rows[tokens] + tenant.rows > self._most_rows:
                 groups.setdefault(tokens, []).append([])
                 rows[tokens] = 0
             groups[tokens][-1].append(slot)
             rows[tokens] += tenant.rows
-        return [g for of_length in groups.values() for g in of_length]
+        return [(tokens, g) for tokens, of_length in groups.items() for g in of_length]
 
-    def _evaluate(self, slots: list[int], previews: Mapping[int, Float32], least_rows: int) -> None:
+    def _evaluate(self, slots: list[int], tokens: int, previews: Mapping[int, Float32], least_rows: int) -> None:
         began = time.perf_counter()
         tenants = [self.tenant(s) for s in slots]
-        rows = self._rows(max(least_rows, sum(t.rows for t in tenants)), len(tenants[0].positive.hidden))
+        rows = self._rows(max(least_rows, sum(t.rows for t in tenants)), tokens)
         at = 0
         for slot, tenant in zip(slots, tenants, strict=True):
             sample = rows.sample[at]
             self._state.model_input(slot, tenant.program, tenant.row, sample)
             if tenant.negative is not None:
                 np.copyto(rows.sample[at + 1], sample)
-                rows.write(at, tenant, tenant.negative)
-            rows.write(at + tenant.rows - 1, tenant, tenant.positive)
+                ids = tenant.time_ids if tenant.negative_time_ids is None else tenant.negative_time_ids
+                rows.write(at, tenant, tenant.negative, ids)
+            rows.write(at + tenant.rows - 1, tenant, tenant.positive, tenant.time_ids)
             rows.timestep[at : at + tenant.rows] = tenant.program.timesteps[tenant.row]
             at += tenant.rows
         gathered = time.perf_counter()
@@ -219,15 +234,16 @@ class _Rows:
         self._inputs: Mapping[str, Any] = binding.inputs
         self._written: list[tuple[object, ...]] = [()] * count
 
-    def write(self, row: int, tenant: Tenant, embedding: Embedding) -> None:
-        held = (embedding, tenant.time_ids, tenant.guidance_vector)
+    def write(self, row: int, tenant: Tenant, embedding: Embedding, time_ids: Float32 | None) -> None:
+        held = (embedding, time_ids, tenant.guidance_vector)
         if len(self._written[row]) == 3 and all(a is b for a, b in zip(held, self._written[row], strict=True)):
             return
-        np.copyto(self._inputs["encoder_hidden_states"][row], embedding.hidden)
+        target = self._inputs["encoder_hidden_states"][row]
+        np.copyto(target, embedding.repeated(len(target)).hidden)
         if embedding.pooled is not None and "text_embeds" in self._inputs:
             np.copyto(self._inputs["text_embeds"][row], embedding.pooled)
-        if tenant.time_ids is not None:
-            np.copyto(self._inputs["time_ids"][row], tenant.time_ids)
+        if time_ids is not None:
+            np.copyto(self._inputs["time_ids"][row], time_ids)
         if tenant.guidance_vector is not None:
             np.copyto(self._inputs["timestep_cond"][row], tenant.guidance_vector)
         self._written[row] = held

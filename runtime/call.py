@@ -1,0 +1,118 @@
+"""What a caller may ask of a pipeline: every argument of a call, in one place."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+from ..errors import ArgumentError
+
+F = TypeVar("F", bound=Callable[..., Any])
+RESERVED = frozenset({"start", "noise", "prediction"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """The arguments of a call; `None` stands for the bundle's own wherever that makes sense.
+
+    prompt, negative: one, or one an image. prompt_2, negative_2: what SDXL's second text encoder reads instead.
+    prompt_syntax: `"plain"`, or `"a1111"` for `(word:1.3)`, `[word]` and BREAK. long_prompts: `"truncate"` what one
+    pass of the text encoder does not take (as diffusers), or `"chunk"`. clip_skip: layers of the text encoders left
+    out, counted as diffusers does. prompt_embeds, negative_prompt_embeds: float32 [N, T, D] instead of prompts, and
+    pooled_prompt_embeds, negative_pooled_prompt_embeds: float32 [N, P], which SDXL needs beside them.
+
+    steps: evaluations asked of the schedule. sampler, schedule: any name that `fewstep samplers` lists; without them
+    the checkpoint's own scheduler, as diffusers runs it. timesteps, sigmas: explicit ones. guidance: classifier-free
+    guidance scale; at or below 1 the negative prompt is not evaluated. compat: `"diffusers"` for that library's
+    conventions. options: of the sampler (`eta`, ...).
+
+    seed: one for the first image (the next ones get the next integers), or one an image. shared_stream: draw the
+    whole batch from the first seed, as diffusers does for a single generator. images_per_prompt: images, with
+    successive seeds, of each prompt.
+
+    size: (width, height) in pixels. original_size, target_size (width, height) and crop_top_left (top, left): what
+    SDXL is told of its picture; the negative ones default to them.
+    """
+
+    prompt: str | Sequence[str] | None = None
+    negative: str | Sequence[str] | None = None
+    prompt_2: str | Sequence[str] | None = None
+    negative_2: str | Sequence[str] | None = None
+    prompt_syntax: str = "plain"
+    long_prompts: str | None = None
+    clip_skip: int = 0
+    prompt_embeds: Any = None
+    negative_prompt_embeds: Any = None
+    pooled_prompt_embeds: Any = None
+    negative_pooled_prompt_embeds: Any = None
+    steps: int | None = None
+    sampler: str | None = None
+    schedule: str | None = None
+    timesteps: Sequence[float] | None = None
+    sigmas: Sequence[float] | None = None
+    guidance: float | None = None
+    compat: str | None = None
+    seed: int | Sequence[int] | None = None
+    shared_stream: bool = False
+    images_per_prompt: int = 1
+    size: tuple[int, int] | None = None
+    original_size: tuple[int, int] | None = None
+    crop_top_left: tuple[int, int] = (0, 0)
+    target_size: tuple[int, int] | None = None
+    negative_original_size: tuple[int, int] | None = None
+    negative_crop_top_left: tuple[int, int] | None = None
+    negative_target_size: tuple[int, int] | None = None
+    image: Any = None
+    strength: float = 0.8
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+NAMES = tuple(f.name for f in fields(Call) if f.name != "options")
+RECORDED = (
+    "prompt_syntax",
+    "long_prompts",
+    "clip_skip",
+    "original_size",
+    "crop_top_left",
+    "target_size",
+    "negative_original_size",
+    "negative_crop_top_left",
+    "negative_target_size",
+)
+"""Arguments that a picture's parameters hold only where they were given."""
+
+
+def make_call(prompt: str | Sequence[str] | None, given: Mapping[str, Any]) -> Call:
+    """A call from keyword arguments; what `Call` does not name is an option of the sampler."""
+    options = {**(given.get("options") or {}), **{k: v for k, v in given.items() if k not in NAMES and k != "options"}}
+    taken = {*RESERVED, *NAMES} & set(options)
+    if taken:
+        raise ArgumentError(
+            f"{', '.join(sorted(taken))} cannot be set as sampler options", expected="options such as eta"
+        )
+    return Call(**{**{k: v for k, v in given.items() if k in NAMES}, "prompt": prompt, "options": options})
+
+
+def recorded(call: Call) -> dict[str, Any]:
+    """What a picture's parameters say of a call beside the common arguments: what was not left as it is."""
+    plain = {f.name: f.default for f in fields(Call)}
+    return {k: v for k in RECORDED if isinstance(v := getattr(call, k), (str, int, float, tuple)) and v != plain[k]}
+
+
+def takes_a_call(function: F) -> F:
+    """Show the fields of `Call` in the signature of a function that passes them on as keyword arguments."""
+    own = inspect.signature(function)
+    named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD and p.name != "prompt"]
+    asked = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+        for f in fields(Call)
+        if f.name not in {"prompt", "options"} and f.name not in own.parameters
+    ]
+    first = inspect.Parameter("prompt", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
+    before = [p for p in named if p.kind is not p.KEYWORD_ONLY]
+    after = [p for p in named if p.kind is p.KEYWORD_ONLY]
+    rest = inspect.Parameter("options", inspect.Parameter.VAR_KEYWORD)
+    function.__signature__ = own.replace(parameters=[*before, first, *asked, *after, rest])  # type: ignore[attr-defined]
+    return function

@@ -1,0 +1,49 @@
+"""Range checks of a request's numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..errors import ArgumentError
+
+
+def check_integer(name: str, value: object, low: int, high: int) -> int:
+    """The value as an integer; `ArgumentError` unless it is one from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise ArgumentError(f"{name} is {value!r}", expected="an integer")
+    if not low <= value <= high:
+        raise ArgumentError(f"{name} is {value}", expected=f"an integer from {low} to {high}")
+    return int(value)
+
+
+def check_real(name: str, value: object, low: float, high: float) -> float:
+    """The value as a float; `ArgumentError` unless it is a finite number from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise ArgumentError(f"{name} is {value!r}", expected="a number")
+    if not math.isfinite(value) or not low <= value <= high:
+        raise ArgumentError(f"{name} is {value}", expected=f"a finite number from {low:g} to {high:g}")
+    return float(value)
+
+
+def check_levels(name: str, levels: Sequence[float] | None, least: int) -> list[float] | None:
+    """Explicit timesteps or sigmas as a list of finite numbers."""
+    if levels is None:
+        return None
+    try:
+        found = [float(v) for v in levels]
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"{name} is {str(levels)[:60]!r}", expected="a list of numbers") from error
+    if len(found) < least or not all(math.isfinite(v) for v in found):
+        raise ArgumentError(f"{name} is {str(found)[:60]}", expected=f"at least {least} finite numbers")
+    return found
+
+
+def check_pair(name: str, value: object, low: int, high: int) -> tuple[int, int]:
+    """Two integers from `low` to `high`."""
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise ArgumentError(f"{name} is {value!r}", expected="two integers")
+    first, second = value
+    return check_integer(name, first, low, high), check_integer(name, second, low, high)
