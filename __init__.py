@@ -6,9 +6,10 @@ from .errors import FewstepError
 
 if TYPE_CHECKING:
     from .runtime import Pipeline, Result, load
+    from .runtime.serving import Server
 
 __version__ = "0.1.0"
-__all__ = ["FewstepError", "Pipeline", "Result", "__version__", "load"]
+__all__ = ["FewstepError", "Pipeline", "Result", "Server", "__version__", "load"]
 
 
 def __getattr__(name: str) -> object:
@@ -17,4 +18,8 @@ def __getattr__(name: str) -> object:
         from . import runtime
 
         return getattr(runtime, name)
+    if name == "Server":
+        from .runtime.serving import Server
+
+        return Server
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

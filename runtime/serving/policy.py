@@ -1,0 +1,139 @@
+"""Which requests a tick advances, and with how many rows.
+
+Every request has a due time, `STRETCHES[-1]` times what it takes alone after its arrival (or its deadline, if that is
+earlier). Ticks serve the earliest due first, which is fair to long and short ones alike: a due time moves out with the
+work that was asked for. Rows are added to a tick, which slows it, only as far as they are needed for everybody to be in
+time; and when not everybody can be, most are.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .buckets import Buckets
+
+STRETCHES = (1.4, 2.5)
+TURN_OF_LATE = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Candidate:
+    """A request with slots, as the policy sees it. Times in seconds on one clock.
+
+    lane: what may share an evaluation. images: how many it advances in a tick, `rows` UNet rows each. remaining:
+    evaluations until its last image is done. tail_s: what follows the last of them. deadline: when it must be
+    finished, if it must.
+    """
+
+    lane: object
+    buckets: Buckets
+    images: int
+    rows: int
+    remaining: int
+    arrival: float
+    alone_s: float
+    tail_s: float
+    deadline: float | None = None
+
+    def due(self, stretch: float) -> float:
+        """When it should be finished, if it may take `stretch` times its time alone."""
+        soft = self.arrival + stretch * self.alone_s
+        return soft if self.deadline is None else min(soft, self.deadline)
+
+    def ends(self, now: float, bucket: int) -> float:
+        """When it would be finished if each tick from now on took a full bucket and served it."""
+        ticks = -(-self.images * self.rows // max(bucket, self.rows))
+        return now + 1e-3 * self.remaining * ticks * self.buckets.cost_ms(max(bucket, self.rows)) + self.tail_s
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a tick does: so many images of each of these candidates, in a bucket of so many rows."""
+
+    bucket: int
+    taken: tuple[tuple[Candidate, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """With ticks of `bucket` rows these end in time, in the order of their due times; `hard` of them by deadlines."""
+
+    bucket: int
+    kept: tuple[Candidate, ...]
+    hard: int
+
+
+def choose(candidates: Sequence[Candidate], now: float, *, tick: int = 0) -> Choice:
+    """The next tick for these candidates, of which there is at least one.
+
+    Those that can be in time together come first, earliest due first; the others take what rows are left, and every
+    `TURN_OF_LATE`th tick the longest overdue of them leads.
+    """
+    ordered = sorted(candidates, key=lambda c: c.due(STRETCHES[-1]))
+    plan = _plan(ordered, now)
+    kept = set(plan.kept)
+    late = [c for c in ordered if c not in kept]
+    if late and (not kept or tick % TURN_OF_LATE == TURN_OF_LATE - 1):
+        queue = [late[0], *plan.kept, *late[1:]]
+    else:
+        queue = [*plan.kept, *late]
+    lead = queue[0]
+    bucket = plan.bucket if kept else lead.buckets.fastest
+    return _fill([c for c in queue if c.lane == lead.lane], max(bucket, lead.rows))
+
+
+def _plan(ordered: Sequence[Candidate], now: float) -> _Plan:
+    """The smallest bucket with which all are soon done; else the one with which most are in time.
+
+    Of buckets with which equally many are, the smallest, unless somebody is late: then the fastest.
+    """
+    buckets = ordered[0].buckets
+    for bucket in buckets.rows:
+        plan = _in_time(ordered, bucket, STRETCHES[0], now)
+        if len(plan.kept) == len(ordered):
+            return plan
+    plans = [_in_time(ordered, b, STRETCHES[-1], now) for b in buckets.rows]
+    crowded = max(len(p.kept) for p in plans) < len(ordered)
+    speed = (lambda b: b / buckets.cost_ms(b)) if crowded else (lambda b: -b)
+    return max(plans, key=lambda p: (p.hard, len(p.kept), speed(p.bucket)))
+
+
+def _in_time(ordered: Sequence[Candidate], bucket: int, stretch: float, now: float) -> _Plan:
+    """Which of the candidates to keep so that the most are in time when every tick serves `bucket` rows.
+
+    Moore and Hodgson's algorithm (J. M. Moore 1968): earliest due first, and whenever one would be late the longest
+    so far is given up; one without a deadline of its own before one with.
+    """
+    given_up: set[Candidate] = set()
+    heap: list[tuple[bool, float, int, Candidate]] = []
+    busy = now
+    for i, c in enumerate(ordered):
+        due, rows = c.due(stretch), max(bucket, c.rows)
+        if c.ends(now, bucket) > due:
+            given_up.add(c)
+            continue
+        work = 1e-3 * c.remaining * c.images * c.rows * c.buckets.cost_ms(rows) / rows
+        heapq.heappush(heap, (c.deadline is not None, -work, i, c))
+        busy += work
+        if busy + c.tail_s > due:
+            _, less, _, longest = heapq.heappop(heap)
+            busy += less
+            given_up.add(longest)
+    kept = tuple(c for c in ordered if c not in given_up)
+    return _Plan(bucket, kept, sum(c.deadline is not None for c in kept))
+
+
+def _fill(queue: Sequence[Candidate], limit: int) -> Choice:
+    """As many images as fit into the limit, in order; at least one."""
+    taken: list[tuple[Candidate, int]] = []
+    rows = 0
+    for c in queue:
+        count = min(c.images, (limit - rows) // c.rows)
+        if not taken:
+            count = max(count, 1)
+        if count > 0:
+            taken.append((c, count))
+            rows += count * c.rows
+    return Choice(queue[0].buckets.fit(rows), tuple(taken))

@@ -1,0 +1,39 @@
+"""A thread that does jobs beside the ticks, the most urgent first."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+from collections.abc import Callable
+
+Job = Callable[[], None]
+
+
+class Worker:
+    """Runs jobs one at a time, in the order of their due times. A job must not raise."""
+
+    def __init__(self, name: str) -> None:
+        self._jobs: queue.PriorityQueue[tuple[float, int, Job | None]] = queue.PriorityQueue()
+        self._numbers = itertools.count()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def depth(self) -> int:
+        return self._jobs.qsize()
+
+    def put(self, due: float, job: Job) -> None:
+        self._jobs.put((due, next(self._numbers), job))
+
+    def close(self, timeout: float | None = None) -> None:
+        """Stop after the jobs that are queued."""
+        self._jobs.put((float("inf"), next(self._numbers), None))
+        self._thread.join(timeout)
+
+    def _run(self) -> None:
+        while True:
+            _, _, job = self._jobs.get()
+            if job is None:
+                return
+            job()
