@@ -22,7 +22,7 @@ from ..engines.base import Binding, Engine
 from ..errors import ArgumentError, NonFiniteError, UnsupportedError
 from .device_clock import DeviceClock
 from .device_memory import as_tensor, guard_memory, upload
-from .device_tables import Bucket, Conditioning, share_evaluations, tokens_of
+from .device_tables import Bucket, Conditioning, share_evaluations
 from .graphs import GraphCache, GraphKey
 from .slots import MOST_HISTORY, Float32, Tenant, TickTimes
 from .update_cuda import CudaSlotState
@@ -64,6 +64,7 @@ class DeviceSlots:
                 slots + 1, shape, MOST_HISTORY, max_rows=rows, max_draws=max(1, draws), device=self.device
             )  # one slot more than there are: padding goes there
         self._conditioning: dict[int, Conditioning] = {}
+        self._decoder: tuple[Engine, Binding] | None = None
         self.clock = DeviceClock(self.device)
 
     @property
@@ -118,7 +119,7 @@ class DeviceSlots:
                 noise = np.stack([tenant.noise.randn(self._shape) for _ in range(draws)])
                 upload(self._state.draws[slot, :draws], noise)
             upload(self._state.latent[slot], start.astype(np.float32))
-            self._conditioning_for(tokens_of(tenant)).write(slot, tenant)
+            self._conditioning_for(tenant.tokens).write(slot, tenant)
         self._tenants[slot] = tenant
         return slot
 
@@ -188,6 +189,15 @@ class DeviceSlots:
         for tenant in tenants:
             tenant.row = count
         return bucket.finite
+
+    def decoder(self, engine: Engine) -> Binding:
+        """The binding of a VAE's decoder for all of these slots, made once: `run` works on its buffers."""
+        if self._decoder is None or self._decoder[0] is not engine:
+            _, height, width = self._shape
+            dims = {"batch": self.count, "height": height, "width": width}
+            with self._here(), guard_memory(self.device, f"decoding {self.count} images"):
+                self._decoder = engine, engine.bind(dims)
+        return self._decoder[1]
 
     def _do(
         self,

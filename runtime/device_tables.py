@@ -11,12 +11,10 @@ import torch
 
 from ..engines.base import Binding, TensorSpec
 from .device_memory import as_tensor, upload
-from .slots import Float32, Tenant
+from .slots import MOST_SHARED_TOKENS, Float32, Tenant
 
 PARTS = 2
 """Rows a slot may take: the negative prompt's and the prompt's."""
-MOST_SHARED_TOKENS = 8 * 77
-"""How long prompts are made so that slots can share an evaluation, as for the NumPy slots."""
 
 
 class Bucket:
@@ -117,14 +115,13 @@ class Conditioning:
         """Upload a tenant's embeddings, once. Of one without a negative prompt both parts hold the prompt's."""
         if self._written.get(slot) is tenant:
             return
-        negative_ids = getattr(tenant, "negative_time_ids", None)
+        negative_ids = tenant.negative_time_ids
         parts = (
             (tenant.negative or tenant.positive, tenant.time_ids if negative_ids is None else negative_ids),
             (tenant.positive, tenant.time_ids),
         )
         for part, (embedding, time_ids) in enumerate(parts):
-            hidden = np.tile(embedding.hidden, (self._tokens // len(embedding.hidden), 1))
-            self._put("encoder_hidden_states", hidden, slot, part)
+            self._put("encoder_hidden_states", embedding.repeated(self._tokens).hidden, slot, part)
             self._put("text_embeds", embedding.pooled, slot, part)
             self._put("time_ids", time_ids, slot, part)
         self._put("timestep_cond", tenant.guidance_vector, slot)
@@ -145,21 +142,16 @@ class Conditioning:
             bucket.inputs[name].copy_(rows)
 
 
-def tokens_of(tenant: Tenant) -> int:
-    """The prompt length that a tenant's rows need: both prompts repeated whole until they are equally long."""
-    return math.lcm(*(len(e.hidden) for e in (tenant.positive, tenant.negative) if e is not None))
-
-
 def share_evaluations(tenants: Mapping[int, Tenant], most_rows: int) -> list[tuple[int, list[int]]]:
     """Slots that can share an evaluation, with its prompt length: at most `most_rows` rows.
 
     Shorter prompts are repeated whole to share it with longer ones, unless that gets too long.
     """
-    common = math.lcm(*(tokens_of(t) for t in tenants.values()))
+    common = math.lcm(*(t.tokens for t in tenants.values()))
     groups: dict[int, list[list[int]]] = {}
     rows: dict[int, int] = {}
     for slot, tenant in tenants.items():
-        tokens = common if common <= MOST_SHARED_TOKENS else tokens_of(tenant)
+        tokens = common if common <= MOST_SHARED_TOKENS else tenant.tokens
         if tokens not in groups or rows[tokens] + tenant.rows > most_rows:
             groups.setdefault(tokens, []).append([])
             rows[tokens] = 0

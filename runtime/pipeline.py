@@ -7,8 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
@@ -25,6 +24,9 @@ from .result import Result, Step
 from .slots import Float32, Slots
 from .text import TextEncoders
 from .vae import Vae
+
+if TYPE_CHECKING:
+    from .devices import PipelineGroup
 
 
 class Pipeline:
@@ -92,7 +94,7 @@ class Pipeline:
         if cancel is not None and cancel.is_set():
             raise CancelledError("the request was cancelled before it began")
         request = self.request(prompt, **given)
-        with closing(self.stream(request, image=given.get("image"))) as stream:
+        with closing(self.stream(request)) as stream:
             while True:
                 try:
                     step = next(stream)
@@ -108,7 +110,7 @@ class Pipeline:
 
     @takes_a_call
     def request(self, prompt: str | Sequence[str] | None = None, **given: Any) -> Request:
-        """A checked `Request` for this bundle; takes what a call takes. An image is given to `stream` again."""
+        """A checked `Request` for this bundle; takes what a call takes, pictures included."""
         return make_request(self.bundle, prompt, default_size=self.size, **given)
 
     def stream(self, request: Request, *, image: Any = None, previews: bool = False) -> Generator[Step, None, Result]:
@@ -138,7 +140,7 @@ class Pipeline:
             seeds=request.seeds,
             timings=timings,
             latents=out,
-            parameters=self.parameters(request, image),
+            parameters=self.parameters(request),
             truncated=prepared.truncated,
         )
 
@@ -194,7 +196,7 @@ class Pipeline:
             for slot in held:
                 slots.release(slot)
 
-    def parameters(self, request: Request, image: Any) -> tuple[Mapping[str, Any], ...]:
+    def parameters(self, request: Request, image: Any = None) -> tuple[Mapping[str, Any], ...]:
         """What goes into each picture: everything that made it."""
         shared: dict[str, Any] = {
             "bundle": self.bundle.name,
@@ -209,9 +211,9 @@ class Pipeline:
             "sampler_name": request.program.sampler,
             "schedule_name": request.program.schedule,
             "strength": request.strength,
-            "image": Path(image).name if isinstance(image, (str, os.PathLike)) else None,
+            "image": request.recorded.get("image"),
             "options": dict(request.options),
-            "recorded": dict(request.recorded),
+            "recorded": {k: v for k, v in request.recorded.items() if k != "image"},
             "version": __version__,
             "unet_sha256": self.bundle.components["unet"].weights_sha256,
         }
@@ -225,9 +227,20 @@ def _since(began: float) -> float:
     return 1e3 * (time.perf_counter() - began)
 
 
-def load(folder: str | os.PathLike[str] | Bundle, **options: Any) -> Pipeline:
+@overload
+def load(folder: str | os.PathLike[str] | Bundle, *, devices: None = None, **options: Any) -> Pipeline: ...
+@overload
+def load(folder: str | os.PathLike[str] | Bundle, *, devices: Sequence[str], **options: Any) -> PipelineGroup: ...
+def load(
+    folder: str | os.PathLike[str] | Bundle, *, devices: Sequence[str] | None = None, **options: Any
+) -> Pipeline | PipelineGroup:
     """Load a bundle for use: `fewstep.load("bundle-folder", backend="auto", size=(512, 512), batch=1)`.
 
-    Options are those of `Pipeline`. Engines that are not built yet are built first (`build="never"` refuses instead).
+    Options are those of `Pipeline`, and `device` (`"cpu"`, `"cuda"`, `"cuda:1"`) with those of `DevicePipeline`.
+    `devices` spreads the images of each request over several. Engines that are not built yet are built first
+    (`build="never"` refuses instead).
     """
-    return Pipeline(folder if isinstance(folder, Bundle) else read_bundle(folder), **options)
+    from .devices import PipelineGroup, open_pipeline
+
+    bundle = folder if isinstance(folder, Bundle) else read_bundle(folder)
+    return open_pipeline(bundle, **options) if devices is None else PipelineGroup(bundle, devices=devices, **options)

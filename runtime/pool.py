@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from ..engines.base import Engine
 from .slots import Slots, TickTimes
@@ -15,22 +16,29 @@ Shape = tuple[int, int, int]
 class SlotPool:
     """Gives out sets of slots by latent shape and number; at most `keep` free ones are held, the longest unused go."""
 
-    def __init__(self, engine: Engine, *, keep: int) -> None:
-        self._engine, self._keep = engine, keep
-        self._free: list[tuple[Shape, Slots]] = []
+    def __init__(self, engine: Engine, *, keep: int, make: Callable[[Shape, int], Any] | None = None) -> None:
+        """`make` gives new slots of a shape and a number; without it they are those of the NumPy device."""
+        self._keep = keep
+        self._make = make or (lambda shape, count: Slots(engine, slots=count, shape=shape))
+        self._free: list[tuple[Shape, Any]] = []
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._free)
 
+    def kept(self) -> list[Any]:
+        """The sets that are free now."""
+        with self._lock:
+            return [slots for _, slots in self._free]
+
     @contextmanager
-    def take(self, shape: Shape, count: int) -> Iterator[Slots]:
+    def take(self, shape: Shape, count: int) -> Iterator[Any]:
         """Slots of this shape and number for one call; they come back when it ends, however it ends."""
         with self._lock:
             fitting = [f for f in self._free if f[0] == shape and f[1].count == count]
             if fitting:
                 self._free.remove(fitting[-1])
-        slots = fitting[-1][1] if fitting else Slots(self._engine, slots=count, shape=shape)
+        slots = fitting[-1][1] if fitting else self._make(shape, count)
         slots.times = TickTimes()
         try:
             yield slots

@@ -21,6 +21,8 @@ class Result:
     images: uint8 [B, H, W, 3]. seeds: one an image. timings: milliseconds by stage (`text`, `encode_image`,
     `denoise`, `decode`, `total`; of the denoising: `evaluations`, a list, and `update`, `guidance`, `gather`).
     truncated: by image, whether the text encoder did not take all of its prompt or negative prompt.
+    tensor: the images as torch uint8 [B, H, W, 3] on the device that made them, where it is one; DLPack gives these,
+    or the NumPy images.
     """
 
     images: UInt8
@@ -29,6 +31,13 @@ class Result:
     latents: Float32
     parameters: tuple[Mapping[str, Any], ...]
     truncated: tuple[bool, ...] = ()
+    tensor: Any = field(default=None, repr=False)
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return (self.images if self.tensor is None else self.tensor).__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return (self.images if self.tensor is None else self.tensor).__dlpack_device__()
 
     def to_pil(self) -> list[Image]:
         """The images as Pillow images."""

@@ -33,16 +33,7 @@ class Vae:
         Raises `NonFiniteError` for NaN or infinity before the clamp, `BlackImageError` for an image all of zeros.
         """
         images, finite = self._decode(latents)
-        if not finite.all():
-            raise NonFiniteError(
-                f"the VAE gave NaN or infinity for image {int(np.flatnonzero(~finite)[0])}",
-                remedy="Export it with --vae-precision float32 or bfloat16.",
-            )
-        for i, image in enumerate(images):
-            if not image.any():
-                raise BlackImageError(
-                    f"image {i} is black throughout", remedy="Export the VAE with --vae-precision float32."
-                )
+        check_images(images, finite)
         return images
 
     def decode_unguarded(self, latents: Float32) -> UInt8:
@@ -64,8 +55,8 @@ class Vae:
                 finite[at : at + each] = binding.outputs["finite"]
         return images, finite
 
-    def encode(self, image: Float32, noise: RequestNoise, shape: tuple[int, int, int]) -> Float32:
-        """A picture float32 [3, H, W] in [-1, 1] to one latent an image of the request, float32 [B, C, h, w].
+    def encode(self, pictures: Float32, noise: RequestNoise, shape: tuple[int, int, int]) -> Float32:
+        """Pictures float32 [n, 3, H, W] in [-1, 1], one for all or one an image, to latents float32 [B, C, h, w].
 
         Each image draws its own sample of the latent's distribution, from its own seed and before its starting noise,
         as diffusers does; images that share a stream share the sample.
@@ -75,14 +66,14 @@ class Vae:
             if self._encoder is None:
                 self._encoder = self._open_encoder()
             binding = self._binding("encoder", 1, height, width)
-            np.copyto(binding.inputs["image"][0], image)
-            binding.enqueue()
-            mean, std = binding.outputs["mean"][0].copy(), binding.outputs["std"][0].copy()
-        if noise.stream is not None:
-            draws = [noise.stream.joint((1, *shape))[0]] * len(noise.members)
-        else:
-            draws = [m.randn(shape) for m in noise.members]
-        return np.stack([mean + std * d for d in draws])
+            moments = []
+            for picture in pictures:
+                np.copyto(binding.inputs["image"][0], picture)
+                binding.enqueue()
+                moments.append((binding.outputs["mean"][0].copy(), binding.outputs["std"][0].copy()))
+        draws = noise.draw_for_pictures(len(pictures), shape)
+        each = [moments[i % len(moments)] for i in range(len(draws))]
+        return np.stack([mean + std * d for (mean, std), d in zip(each, draws, strict=True)])
 
     def _binding(self, which: str, batch: int, height: int, width: int) -> Binding:
         key = (which, batch, height, width)
@@ -92,3 +83,17 @@ class Vae:
                 self._bindings.pop(next(iter(self._bindings)))
             self._bindings[key] = engine.bind({"batch": batch, "height": height, "width": width})
         return self._bindings[key]
+
+
+def check_images(images: UInt8, finite: np.ndarray) -> None:
+    """Raise `NonFiniteError` unless every image was finite before the clamp, `BlackImageError` for one of zeros."""
+    if not finite.all():
+        raise NonFiniteError(
+            f"the VAE gave NaN or infinity for image {int(np.flatnonzero(~finite)[0])}",
+            remedy="Export it with --vae-precision float32 or bfloat16.",
+        )
+    for i, image in enumerate(images):
+        if not image.any():
+            raise BlackImageError(
+                f"image {i} is black throughout", remedy="Export the VAE with --vae-precision float32."
+            )

@@ -23,6 +23,7 @@ TORCH_ROOMS = {"export"}
 TORCH_FILES = {
     "runtime/device_clock.py": "the CUDA device",
     "runtime/device_memory.py": "the CUDA device",
+    "runtime/device_pipeline.py": "the CUDA device",
     "runtime/device_slots.py": "the CUDA device",
     "runtime/device_tables.py": "the CUDA device",
     "runtime/graphs.py": "the CUDA device",

@@ -1,0 +1,181 @@
+"""Pipelines on a device and on several: the device's code on CPU tensors against the NumPy pipeline."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import fewstep
+import numpy as np
+import pytest
+import torch
+from device_models import psnr
+from fewstep.bundle import Bundle
+from fewstep.engines.memory import largest_batch, predicted_peak
+from fewstep.errors import ArgumentError, CancelledError, MismatchError, MissingError, OutOfMemoryError
+from fewstep.runtime.device_memory import guard_memory, out_of_memory
+from fewstep.runtime.device_pipeline import DevicePipeline, HostEngine
+from fewstep.runtime.devices import PipelineGroup
+
+CALL: dict[str, Any] = {"steps": 3, "guidance": 3.0, "sampler": "dpmpp_2m", "seed": [4, 9, 2]}
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    from fewstep.export.embedded import embedded_bundle
+
+    return embedded_bundle("base")[0]
+
+
+@pytest.fixture(scope="module")
+def pipe(bundle: Bundle) -> fewstep.Pipeline:
+    return fewstep.load(bundle, backend="ort-cpu")
+
+
+@pytest.fixture(scope="module")
+def captured(bundle: Bundle) -> DevicePipeline:
+    import fewstep.export  # registers the torch backend
+
+    made = fewstep.load(bundle, backend="torch", device="cpu:torch", graphs=True)
+    assert isinstance(made, DevicePipeline)
+    return made
+
+
+@pytest.mark.parametrize("mode", ["latency", "shared"])
+def test_the_devices_pictures_are_those_of_the_numpy_device(bundle: Bundle, pipe: Any, mode: str) -> None:
+    device = fewstep.load(bundle, backend="ort-cpu", device="cpu:torch", mode=mode)
+    expected, found = pipe("a red circle", **CALL), device("a red circle", **CALL)
+    assert psnr(found.latents, expected.latents) >= 60.0
+    assert np.abs(found.images.astype(int) - expected.images).max() <= 1
+    assert found.parameters == expected.parameters
+    picture = expected.images[0]
+    again = [p("a blue star", image=picture, strength=0.7, **CALL) for p in (pipe, device)]
+    assert np.abs(again[0].images.astype(int) - again[1].images).max() <= 1
+    assert set(found.timings) == set(expected.timings)
+
+
+def test_whole_requests_are_recorded_once(captured: DevicePipeline, pipe: Any) -> None:
+    """Other prompts, seeds and samplers of a length replay one recording, in every set of slots."""
+    for i, sampler in enumerate(("euler", "dpmpp_2m", "lcm")):
+        call = {**CALL, "sampler": sampler, "seed": [i, i + 10]}
+        found, expected = captured(f"a large ring {i}", **call), pipe(f"a large ring {i}", **call)
+        assert psnr(found.latents, expected.latents) >= 60.0
+    counts = captured.graph_counts
+    assert (counts["captures"], counts["replays"], counts["failures"]) == (1, 3, 0)
+    assert captured.memory_bytes > 0
+
+
+def test_several_threads_take_slots_of_their_own(captured: DevicePipeline) -> None:
+    seeds = list(range(6))
+    expected = [captured("a star", steps=2, seed=s).images for s in seeds]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda s: captured("a star", steps=2, seed=s).images, seeds))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert len(captured._pool) <= 4
+
+
+def test_results_are_numpy_pillow_and_tensors(captured: DevicePipeline, pipe: Any) -> None:
+    result = captured("a star", steps=2, seed=1)
+    assert result.tensor.dtype == torch.uint8
+    assert torch.equal(torch.from_dlpack(result), torch.from_numpy(result.images))
+    assert result.to_pil()[0].size == (64, 64)
+    kept = result.tensor.clone()
+    captured("a circle", steps=2, seed=2)
+    assert torch.equal(result.tensor, kept), "a later request must not write into an earlier result"
+    plain = pipe("a star", steps=2, seed=1)
+    assert plain.tensor is None
+    np.testing.assert_array_equal(np.from_dlpack(plain), plain.images)
+
+
+def test_latency_mode_has_one_step_and_shared_mode_all(bundle: Bundle) -> None:
+    for mode, count in (("latency", 1), ("shared", 4)):
+        device = fewstep.load(bundle, backend="ort-cpu", device="cpu:torch", mode=mode)
+        steps: list[Any] = []
+        device("a star", steps=4, sampler="euler", seed=1, on_step=steps.append)
+        assert [s.index for s in steps] == list(range(4))[-count:]
+        previews = [s.preview() for s in device.stream(device.request("a star", steps=2, seed=1), previews=True)]
+        assert len(previews) == 2
+
+
+def test_images_are_spread_over_devices(bundle: Bundle, pipe: Any) -> None:
+    group = fewstep.load(bundle, backend="ort-cpu", devices=["cpu", "cpu:torch"])
+    assert isinstance(group, PipelineGroup)
+    group.warm_up()
+    for count in (1, 2, 5):
+        call = {**CALL, "seed": list(range(count))}
+        found, expected = group("a red circle", **call), pipe("a red circle", **call)
+        assert np.abs(found.images.astype(int) - expected.images).max() <= 1
+        assert psnr(found.latents, expected.latents) >= 60.0
+        assert (found.seeds, found.parameters) == (expected.seeds, expected.parameters)
+        assert [d["device"] for d in found.timings["devices"]] == ["cpu", "cpu:torch"][:count]
+    together = {**CALL, "shared_stream": True}
+    found, expected = group("a ring", **together), pipe("a ring", **together)
+    assert np.abs(found.images.astype(int) - expected.images).max() <= 1
+    assert len(found.timings["devices"]) == 1
+
+
+def test_a_group_is_cancelled_and_fails_as_one(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = fewstep.load(bundle, backend="ort-cpu", devices=["cpu", "cpu"])
+    cancel = threading.Event()
+    with pytest.raises(CancelledError, match="after 1 of 9 evaluations"):
+        group("a star", steps=9, sampler="euler", seed=[1, 2], cancel=cancel, on_step=lambda _: cancel.set())
+    request = group.request("a star", steps=9, sampler="euler", seed=[1, 2])
+    bad = group.pipelines[1]
+    monkeypatch.setattr(bad.vae, "decode", lambda out: (_ for _ in ()).throw(MissingError("the second one is gone")))
+    with pytest.raises(MissingError, match="second one is gone"):
+        group.run(request)
+
+
+def test_devices_that_are_not_there_are_refused_in_words(bundle: Bundle) -> None:
+    with pytest.raises(ArgumentError, match=r"device is 'tpu'.*cpu, cuda"):
+        fewstep.load(bundle, device="tpu")
+    with pytest.raises(ArgumentError, match="devices is"):
+        fewstep.load(bundle, devices=[])
+    with pytest.raises(ArgumentError, match="mode is 'fast'"):
+        fewstep.load(bundle, device="cpu:torch", mode="fast")
+    if not torch.cuda.is_available():
+        with pytest.raises(MissingError, match="torch sees no CUDA devices"):
+            fewstep.load(bundle, device="cuda:0")
+
+
+def test_an_engine_of_another_device_is_refused(bundle: Bundle, pipe: Any) -> None:
+    device = fewstep.load(bundle, backend="ort-cpu", device="cpu:torch")
+    device.place = torch.device("cuda")
+    with pytest.raises(MismatchError, match=r"'ort-cpu' runs on cpu"):
+        device._check_engines()
+
+
+def test_engines_on_a_device_are_fed_from_the_host(pipe: Any) -> None:
+    engine = pipe.engines["vae_decoder"]
+    wrapped = HostEngine(engine).bind({"batch": 1, "height": 8, "width": 8})
+    plain = engine.bind({"batch": 1, "height": 8, "width": 8})
+    latent = np.random.default_rng(0).standard_normal(plain.inputs["latent"].shape).astype(np.float32)
+    for binding in (wrapped, plain):
+        np.copyto(binding.inputs["latent"], latent)
+        binding.enqueue()
+    np.testing.assert_array_equal(wrapped.outputs["image"], plain.outputs["image"])
+
+
+def test_memory_that_does_not_suffice_is_an_error_with_a_type(bundle: Bundle) -> None:
+    """An allocation that the system's own allocator refuses; what a GPU says is not run on a GPU."""
+    with (
+        pytest.raises(OutOfMemoryError, match="does not suffice for a decoder"),
+        guard_memory(torch.device("cpu"), "a decoder"),
+    ):
+        torch.empty(1 << 60, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="other"), guard_memory(torch.device("cpu"), "a decoder"):
+        raise RuntimeError("other")
+    most = largest_batch(bundle, (64, 64), free_bytes=1 << 30)
+    error = out_of_memory("a tick", 1 << 30, 80 << 30, f"at most about {most} images of 64x64 at once")
+    assert "1.0 of 80.0 GiB are free; expected at most about" in str(error)
+    assert error.exit_code == 3
+
+
+def test_the_largest_batch_is_the_last_that_fits(bundle: Bundle) -> None:
+    free = 200 << 20
+    most = largest_batch(bundle, (64, 64), free_bytes=free)
+    assert predicted_peak(bundle, (64, 64), most) <= free < predicted_peak(bundle, (64, 64), most + 1)
+    assert largest_batch(bundle, (64, 64), free_bytes=1 << 20) == 0
+    assert largest_batch(bundle, (128, 128), free_bytes=free) < most
