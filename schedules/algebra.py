@@ -48,7 +48,7 @@ class Form:
         return self + (-1.0) * other
 
     def __mul__(self, factor: float) -> Form:
-        return Form({symbol: float(factor) * c for symbol, c in self.terms.items()})
+        return Form({symbol: factor * c for symbol, c in self.terms.items()})
 
     __rmul__ = __mul__
 

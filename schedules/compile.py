@@ -173,7 +173,9 @@ def check_counts(
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
             raise ArgumentError(f"{name}={value!r}", expected=f"an integer of at least {least}")
     if steps is not None and steps > len(noise):
-        raise ArgumentError(f"steps={steps} is more than the {len(noise)} training timesteps")
+        raise ArgumentError(
+            f"steps={steps} is more than the {len(noise)} training timesteps", expected=f"at most {len(noise)}"
+        )
 
 
 def split_options(sampler: Sampler, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,4 +1,8 @@
-"""Euler's method and its stochastic relatives, in VE coordinates: x = x0 + sigma noise, dx/dsigma = eps."""
+"""Euler's method and its stochastic relatives, in VE coordinates: x = x0 + sigma noise, dx/dsigma = eps.
+
+A step x + (sigma' - sigma) eps is written as x0 + sigma' eps, which is the same and loses nothing where sigma is large:
+x and sigma eps are nearly equal there.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,13 @@ from ..levels import Level, Path
 
 
 def euler(
-    model: Tape, path: Path, x: Form, *, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf,
+    model: Tape,
+    path: Path,
+    x: Form,
+    *,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
     s_noise: float = 1.0,
 ) -> Form:
     """Karras et al. 2022 (arXiv 2206.00364), Algorithm 2 without the second-order correction.
@@ -24,13 +34,19 @@ def euler(
             raised = path.at_sigma(here.sigma * (1 + gamma))
             x = x + s_noise * math.sqrt(raised.sigma**2 - here.sigma**2) * model.noise()
             here = raised
-        d = model(x, here, keep="eps").eps
-        x = x + (there.sigma - here.sigma) * d
+        at = model(x, here, keep="out")
+        x = at.x0 + there.sigma * at.eps
     return x
 
 
 def euler_churned_late(
-    model: Tape, path: Path, x: Form, *, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf,
+    model: Tape,
+    path: Path,
+    x: Form,
+    *,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
     s_noise: float = 1.0,
 ) -> Form:
     """diffusers' reading of the same algorithm: the churn noise comes after the network has been called.
@@ -41,12 +57,13 @@ def euler_churned_late(
         gamma = min(s_churn / path.total, math.sqrt(2) - 1) if s_tmin <= here.sigma <= s_tmax else 0.0
         raised = here.sigma * (1 + gamma)
         if gamma == 0.0:
-            x = x + (there.sigma - here.sigma) * model(x, here, keep="eps").eps
+            at = model(x, here, keep="out")
+            x = at.x0 + there.sigma * at.eps
             continue
         out = model(x, here, keep="out").out
         x = x + s_noise * math.sqrt(raised**2 - here.sigma**2) * model.noise()
         x0 = late_x0(model, x, out, here, raised)
-        x = x + (there.sigma - raised) / raised * (x - x0)
+        x = x0 + there.sigma / raised * (x - x0)
     return x
 
 
@@ -69,6 +86,6 @@ def euler_ancestral(model: Tape, path: Path, x: Form) -> Form:
     """Ancestral sampling with Euler steps: down to sigma_down, then noise up to the next level."""
     for here, there in path.pairs:
         down, up = ancestral_split(here.sigma, there.sigma)
-        d = model(x, here, keep="eps").eps
-        x = x + (down - here.sigma) * d + up * model.noise()
+        at = model(x, here, keep="out")
+        x = at.x0 + down * at.eps + up * model.noise()
     return x

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
 from ..algebra import Form, Tape
 from ..levels import Level, Path
 from .dpmpp import orders
@@ -14,9 +12,12 @@ from .dpmpp import orders
 
 def lagrange(nodes: Sequence[float], j: int) -> list[float]:
     """Coefficients, lowest power first, of the polynomial that is 1 at nodes[j] and 0 at the others."""
-    others = [node for k, node in enumerate(nodes) if k != j]
-    scale = math.prod(nodes[j] - node for node in others)
-    return [float(c) / scale for c in np.poly(np.array(others))[::-1]] if others else [1.0]
+    polynomial = [1.0]
+    for k, node in enumerate(nodes):
+        if k != j:
+            shifted, kept = [0.0, *polynomial], [*polynomial, 0.0]
+            polynomial = [(low - node * c) / (nodes[j] - node) for low, c in zip(shifted, kept, strict=True)]
+    return polynomial
 
 
 def lms(model: Tape, path: Path, x: Form, *, order: int = 4, restart: bool = True) -> Form:
@@ -39,18 +40,21 @@ def lms(model: Tape, path: Path, x: Form, *, order: int = 4, restart: bool = Tru
 
 
 def deis(model: Tape, path: Path, x: Form, *, order: int = 2, lower_order_final: bool = True) -> Form:
-    """DEIS (Zhang & Chen 2022, arXiv 2204.13902), log-rho form: eps interpolated in ln(sigma), integrated in sigma."""
+    """DEIS (Zhang & Chen 2022, arXiv 2204.13902), log-rho form: eps interpolated in ln(sigma), integrated in sigma.
+
+    The weights sum to sigma' - sigma, so that a step is x0 + sigma' eps and weighted differences from the newest eps.
+    """
     known: list[tuple[float, Form]] = []
     chosen = orders(path, order, lower_order_final=lower_order_final, euler_at_final=False)
-    for (here, there), k in zip(path.pairs, chosen, strict=True):
-        known = [(-here.lam, model(x, here, keep="eps").eps), *known[: order - 1]]
-        if k == 1:
-            x = x + (there.sigma - here.sigma) * known[0][1]
-            continue
-        nodes = [log_sigma + here.lam for log_sigma, _ in known[:k]]
-        u = here.lam - there.lam
-        for j, (_, eps) in enumerate(known[:k]):
-            x = x + here.sigma * _exponential_integral(lagrange(nodes, j), u) * eps
+    for i, (here, there) in enumerate(path.pairs):
+        remembered = any(k > later for later, k in enumerate(chosen[i + 1 :], 1))
+        at = model(x, here, keep="eps" if remembered else "out")
+        known = [(-here.lam, at.eps), *known[: order - 1]]
+        nodes = [log_sigma + here.lam for log_sigma, _ in known[: chosen[i]]]
+        x = at.x0 + there.sigma * at.eps
+        for j in range(1, len(nodes)):
+            weight = here.sigma * _exponential_integral(lagrange(nodes, j), here.lam - there.lam)
+            x = x + weight * (known[j][1] - at.eps)
     return x
 
 
@@ -78,6 +82,7 @@ def plms(model: Tape, path: Path, x: Form, *, mix_raw: bool = False) -> Form:
     evaluation more than steps. mix_raw: combine raw outputs and turn the sum into eps after (diffusers; differs
     for v prediction).
     """
+
     def combined(terms: Sequence[tuple[float, Form]], state: Form, level: Level) -> Form:
         mix: Form = sum((w * term for w, term in terms[1:]), start=terms[0][0] * terms[0][1])
         if not mix_raw:

@@ -55,6 +55,8 @@ def dpmpp_sde(model: Tape, path: Path, x: Form, *, s_noise: float = 1.0) -> Form
         x0 = model(x, here).x0
         if there.sigma == 0.0:
             return x0
+        if there.sigma == here.sigma:
+            continue
         middle = path.at_sigma(math.sqrt(here.sigma * there.sigma))
         down, up = ancestral_split(here.sigma, middle.sigma)
         n1 = model.noise()

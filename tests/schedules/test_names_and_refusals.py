@@ -129,7 +129,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"steps": -3}, "steps"),
     ({"steps": 2.5}, "steps"),
     ({"steps": True}, "steps"),
-    ({"steps": 1001}, "1000 training timesteps"),
+    ({"steps": 1001}, "expected at most 1000"),
     ({}, "steps=..."),
     ({"steps": 5, "start": 5}, "strength"),
     ({"steps": 5, "start": -1}, "start"),

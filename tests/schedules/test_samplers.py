@@ -72,8 +72,13 @@ def test_the_published_third_order_term_costs_an_order() -> None:
     from fewstep.schedules.solvers import registry
 
     published = registry.Sampler(
-        name="published", solve=registry.dpmpp.dpmpp_multistep, space="ve", order=2, source="",
-        presets={"order": 3, "published": True}, diffusers="DPMSolverMultistepScheduler",
+        name="published",
+        solve=registry.dpmpp.dpmpp_multistep,
+        space="ve",
+        order=2,
+        source="",
+        presets={"order": 3, "published": True},
+        diffusers="DPMSolverMultistepScheduler",
     )
     registry.SAMPLERS["published"] = published
     try:
@@ -85,7 +90,10 @@ def test_the_published_third_order_term_costs_an_order() -> None:
 
 STOCHASTIC: list[tuple[str, dict[str, Any]]] = [
     *((s.name, {}) for s in SAMPLERS.values() if s.draws.startswith(("always", "second"))),
-    ("ddpm", {}), ("ddpm", {"large_variance": True}), ("ddim", {"eta": 1.0}), ("ddim", {"eta": 0.5}),
+    ("ddpm", {}),
+    ("ddpm", {"large_variance": True}),
+    ("ddim", {"eta": 1.0}),
+    ("ddim", {"eta": 0.5}),
     ("euler", {"s_churn": 10.0}),
 ]
 
@@ -120,14 +128,14 @@ ENDING = [s.name for s in SAMPLERS.values() if s.exact and s.name != "edm_euler"
 def test_a_perfect_denoiser_ends_on_x0(name: str, prediction: str) -> None:
     rng = np.random.default_rng(1)
     for schedule, steps, start in (("trailing", 1, 0), ("karras", 6, 0), ("ays", 10, 3), ("leading", 17, 0)):
-        program = compile_program(
-            name, schedule=schedule, steps=steps, start=start, noise=NOISE, prediction=prediction
-        )
+        program = compile_program(name, schedule=schedule, steps=steps, start=start, noise=NOISE, prediction=prediction)
         x0 = rng.standard_normal(50)
         sigmas = iter(program.sigmas)
         result = program.run(
             lambda x, t, x0=x0, sigmas=sigmas: vp_readout(prediction, x, x0, float(next(sigmas))),
-            rng.standard_normal(50), lambda: rng.standard_normal(50), x0,
+            rng.standard_normal(50),
+            lambda: rng.standard_normal(50),
+            x0,
         )
         assert np.abs(result - x0).max() < 1e-9, (schedule, steps)
 
@@ -174,6 +182,17 @@ def test_any_valid_combination_compiles_to_finite_rows(chosen: dict[str, Any]) -
     again = Program.from_json(program.to_json())
     for name in Program.__dataclass_fields__:
         assert np.array_equal(getattr(again, name), getattr(program, name)), name
+
+
+@pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"edm_euler"}))
+def test_a_last_step_of_no_length_compiles_and_leaves_the_state(name: str) -> None:
+    """linspace ends on the least sigma, so that asking for it as the last one makes a step from there to there."""
+    program = compile_program(name, schedule="linspace", steps=7, noise=NOISE, last_sigma="sigma_min")
+    assert program.sigmas[-1] == program.sigmas[-2]
+    if not name.startswith("unipc"):  # whose corrector still has the step before to mend
+        assert program.a[-1] / program.state_scale[-2] == pytest.approx(1.0, abs=1e-12)
+        assert not np.delete(program.b[-1], program.write[-1]).any()
+        assert program.c[-1] == 0.0
 
 
 @settings(max_examples=60, deadline=None)
@@ -230,8 +249,20 @@ def test_previews_and_callback_scales() -> None:
 
 
 def test_history_and_evaluations_are_what_the_papers_need() -> None:
-    wanted = {"euler": 1, "heun": 2, "lms": 4, "plms": 4, "dpmpp_3m": 3, "dpmpp_2s": 2, "deis_3": 3, "unipc_2": 3,
-              "unipc_3": 4, "dpmpp_sde": 2, "ddim": 1, "lcm": 1}
+    wanted = {
+        "euler": 1,
+        "heun": 2,
+        "lms": 4,
+        "plms": 4,
+        "dpmpp_3m": 3,
+        "dpmpp_2s": 2,
+        "deis_3": 3,
+        "unipc_2": 3,
+        "unipc_3": 4,
+        "dpmpp_sde": 2,
+        "ddim": 1,
+        "lcm": 1,
+    }
     for name, history in wanted.items():
         assert compile_program(name, steps=12, noise=NOISE).history == history, name
     assert compile_program("heun", steps=12, noise=NOISE).evaluations == 23
