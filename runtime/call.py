@@ -33,7 +33,15 @@ class Call:
     successive seeds, of each prompt.
 
     size: (width, height) in pixels. original_size, target_size (width, height) and crop_top_left (top, left): what
-    SDXL is told of its picture; the negative ones default to them.
+    SDXL is told of its picture; the negative ones default to them. latents: float32 [B, C, h, w], unit noise to start
+    from instead of the seeds'.
+
+    image: start from a picture, or from one an image (or a prompt): a path, a Pillow image or uint8 [H, W, 3].
+    strength: how much of it to change, 0 to 1; steps x strength must be 1 or more; 0.8 without a mask and 1 with one.
+    fit: where the picture has another size, `"stretch"` it, `"cover"` the size asked for and crop, `"contain"` it in
+    that and repeat its edges, or `"diffusers"`: take the picture's own size rounded down, unless a size is given.
+    mask: white where the picture is made anew, black where it stays. mask_threshold: from which grey on it is white;
+    `None` leaves it soft, which samplers that step from older states refuse.
     """
 
     prompt: str | Sequence[str] | None = None
@@ -64,13 +72,19 @@ class Call:
     negative_original_size: tuple[int, int] | None = None
     negative_crop_top_left: tuple[int, int] | None = None
     negative_target_size: tuple[int, int] | None = None
+    latents: Any = None
     image: Any = None
-    strength: float = 0.8
+    strength: float | None = None
+    fit: str = "stretch"
+    mask: Any = None
+    mask_threshold: float | None = 0.5
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
 NAMES = tuple(f.name for f in fields(Call) if f.name != "options")
 RECORDED = (
+    "fit",
+    "mask_threshold",
     "prompt_syntax",
     "long_prompts",
     "clip_skip",
@@ -98,7 +112,7 @@ def make_call(prompt: str | Sequence[str] | None, given: Mapping[str, Any]) -> C
 def recorded(call: Call) -> dict[str, Any]:
     """What a picture's parameters say of a call beside the common arguments: what was not left as it is."""
     plain = {f.name: f.default for f in fields(Call)}
-    return {k: v for k in RECORDED if isinstance(v := getattr(call, k), (str, int, float, tuple)) and v != plain[k]}
+    return {k: "none" if (v := getattr(call, k)) is None else v for k in RECORDED if getattr(call, k) != plain[k]}
 
 
 def takes_a_call(function: F) -> F:

@@ -12,7 +12,7 @@ import numpy as np
 from ..bundle import Bundle
 from ..errors import ArgumentError
 from .conditioning import condition, guidance_vector
-from .images import open_image, to_unit
+from .inpaint import Blend, make_blend
 from .request import Request
 from .seeds import RequestNoise, request_noise
 from .slots import Float32, Tenant
@@ -48,24 +48,33 @@ class Prepared:
 
 
 def prepare(bundle: Bundle, text: TextEncoders, vae: Vae, request: Request, image: Any = None) -> Prepared:
-    """Encode the prompts and the picture, and draw the noise, in the order in which diffusers draws it."""
-    if request.has_image != (image is not None):
+    """Encode the prompts and the pictures, and draw the noise, in the order in which diffusers draws it.
+
+    A request holds its pictures; `image` is what callers used to hand over beside it.
+    """
+    if image is not None and not request.has_image:
         raise ArgumentError(
-            f"the request was made {'with' if request.has_image else 'without'} an image and runs "
-            f"{'without' if request.has_image else 'with'} one",
-            remedy="Give the same image to request(...) and to stream(...).",
+            "the request was made without an image and runs with one", remedy="Give the image to request(...)."
         )
     began = time.perf_counter()
-    given = None if image is None else to_unit(open_image(image), request.width, request.height)
     positives, negatives = condition(bundle, text, request)
     encoded = time.perf_counter()
     noise = request_noise(request.seeds, shared=request.shared_stream)
     shape = latent_shape(bundle, request)
-    latents = None if given is None else vae.encode(given, noise, shape)
+    pictures = request.pictures
+    latents = None if pictures is None else vae.encode(pictures.pixels, noise, shape)
+    gaussians = request.gaussians
+    if gaussians is None:
+        gaussians = np.stack([member.randn(shape) for member in noise.members])
+    blends: list[Blend | None] = [None] * request.images
+    if pictures is not None and pictures.masks is not None and latents is not None:
+        noise.draw_for_pictures(len(pictures.pixels), shape)  # diffusers encodes the masked picture too
+        masks = np.broadcast_to(pictures.masks, (request.images, *pictures.masks.shape[1:]))
+        blends = [make_blend(m, z, n) for m, z, n in zip(masks, latents, gaussians, strict=True)]
     return Prepared(
         request=request,
-        tenants=_tenants(bundle, request, positives, negatives, noise),
-        gaussians=np.stack([member.randn(shape) for member in noise.members]),
+        tenants=_tenants(bundle, request, positives, negatives, noise, blends),
+        gaussians=gaussians,
         latents=latents,
         text_ms=1e3 * (encoded - began),
         encode_image_ms=1e3 * (time.perf_counter() - encoded),
@@ -84,6 +93,7 @@ def _tenants(
     positives: Sequence[Embedding],
     negatives: Sequence[Embedding | None],
     noise: RequestNoise,
+    blends: Sequence[Blend | None],
 ) -> tuple[Tenant, ...]:
     sizes = request.sizes
     vector = guidance_vector(bundle, request)
@@ -97,6 +107,7 @@ def _tenants(
             time_ids=None if sizes is None else sizes.positive,
             negative_time_ids=None if sizes is None else sizes.negative,
             guidance_vector=vector,
+            blend=blend,
         )
-        for member, p, n in zip(noise.members, positives, negatives, strict=True)
+        for member, p, n, blend in zip(noise.members, positives, negatives, blends, strict=True)
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +20,11 @@ from .call import Call, make_call, recorded
 from .checks import check_integer as check_integer
 from .checks import check_levels, check_real
 from .conditioning import Sizes, size_and_crop
+from .fit import Pictures, fit_pictures, open_pictures, size_of
+from .inpaint import check_mask_for
 from .seeds import check_seed
-from .wording import Wording, read_wording
+from .text import Float32
+from .wording import Wording, as_float32, read_wording
 
 MOST_IMAGES = 1024
 LARGEST_SIDE = 16_384
@@ -31,7 +36,8 @@ class Request:
     """One call, one entry an image: seeds, and what each image is told (`wording`).
 
     `shared_stream` draws all noise from the first seed's generator, as diffusers does for one generator. `sizes` are
-    SDXL's. `recorded` are arguments for a picture's parameters that have no field here.
+    SDXL's. `gaussians` float32 [B, C, h, w], if given, are the noise to start from. `recorded` are arguments for a
+    picture's parameters that have no field here.
     """
 
     wording: Wording
@@ -46,7 +52,8 @@ class Request:
     schedule: str | None
     compat: str | None
     sizes: Sizes | None = None
-    has_image: bool = False
+    pictures: Pictures | None = None
+    gaussians: Float32 | None = None
     shared_stream: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     recorded: Mapping[str, Any] = field(default_factory=dict)
@@ -54,6 +61,10 @@ class Request:
     @property
     def images(self) -> int:
         return len(self.seeds)
+
+    @property
+    def has_image(self) -> bool:
+        return self.pictures is not None
 
     @property
     def guided(self) -> bool:
@@ -87,11 +98,16 @@ def make_request(
     timesteps, sigmas = check_levels("timesteps", call.timesteps, 1), check_levels("sigmas", call.sigmas, 2)
     if timesteps is not None or sigmas is not None:
         steps = len(timesteps) if timesteps is not None else len(sigmas or ()) - 1
-    width, height = check_size(bundle, call.size or default_size or (defaults.width, defaults.height))
+    if call.mask_threshold is not None:
+        check_real("mask_threshold", call.mask_threshold, 0.0, 1.0)
+    opened = open_pictures(call)
+    own = size_of(bundle, opened[0][0]) if call.fit == "diffusers" and opened[0] else None
+    width, height = check_size(bundle, call.size or own or default_size or (defaults.width, defaults.height))
     guidance = check_real("guidance", defaults.guidance if call.guidance is None else call.guidance, 0.0, 1000.0)
-    strength = check_real("strength", call.strength, 0.0, 1.0)
-    wording, seeds = _images(bundle, call)
-    has_image = call.image is not None
+    usual = 0.8 if call.mask is None else 1.0
+    strength = check_real("strength", usual if call.strength is None else call.strength, 0.0, 1.0)
+    wording, seeds = _images(bundle, call, len(opened[0]))
+    pictures = fit_pictures(bundle, call, opened, width, height)
     sampler, schedule = call.sampler, call.schedule
     if sampler is None:
         sampler, schedule = defaults.sampler, schedule or defaults.schedule
@@ -100,12 +116,15 @@ def make_request(
         sampler=sampler,
         schedule=schedule,
         steps=steps,
-        start=start_step(steps, strength) if has_image else 0,
+        start=0 if pictures is None else start_step(steps, strength),
         compat=call.compat,
         timesteps=timesteps,
         sigmas=sigmas,
         options=call.options,
     )
+    if pictures is not None:
+        pictures = pictures.of_images(len(seeds))
+        program = _from_picture(program, pictures)
     levels = {k: v for k, v in (("timesteps", timesteps), ("sigmas", sigmas)) if v is not None}
     return Request(
         wording=wording,
@@ -114,17 +133,52 @@ def make_request(
         height=height,
         steps=steps,
         guidance=guidance,
-        strength=strength if has_image else 1.0,
+        strength=1.0 if pictures is None else strength,
         program=program,
         sampler=sampler,
         schedule=schedule,
         compat=call.compat,
         sizes=size_and_crop(bundle, call, width, height),
-        has_image=has_image,
+        pictures=pictures,
+        gaussians=_gaussians(bundle, call, (len(seeds), height, width), program),
         shared_stream=call.shared_stream,
         options={**call.options, **levels},
-        recorded=recorded(call),
+        recorded={**recorded(call), **_names(call)},
     )
+
+
+def _from_picture(program: Program, pictures: Pictures) -> Program:
+    """The program as it runs from pictures: one that skips no step starts from noise *and* picture, as in diffusers.
+
+    With a mask it starts from noise alone.
+    """
+    if pictures.masks is not None:
+        check_mask_for(program, pictures.masks)
+        return program
+    if program.init_latent:
+        return program
+    sigma = float(program.sigmas[0])
+    scale = 1.0 / math.sqrt(1.0 + sigma * sigma)
+    return replace(program, init_latent=scale, init_noise=sigma * scale)
+
+
+def _gaussians(bundle: Bundle, call: Call, size: tuple[int, int, int], program: Program) -> Float32 | None:
+    """The noise to start from, if it was given."""
+    if call.latents is None:
+        return None
+    if program.init_latent:
+        raise ArgumentError("latents beside an image", expected="one of the two", remedy="Leave latents out.")
+    count, height, width = size
+    latent = bundle.latent
+    return as_float32(
+        "latents", call.latents, (count, latent.channels, height // latent.factor, width // latent.factor)
+    )
+
+
+def _names(call: Call) -> dict[str, str]:
+    """The names of the files that a call starts from, for its pictures' parameters."""
+    given = (("image", call.image), ("mask", call.mask))
+    return {k: Path(v).name for k, v in given if isinstance(v, (str, os.PathLike))}
 
 
 def choose_program(
@@ -199,11 +253,13 @@ def check_size(bundle: Bundle, size: tuple[int, int]) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def _images(bundle: Bundle, call: Call) -> tuple[Wording, tuple[int, ...]]:
+def _images(bundle: Bundle, call: Call, pictures: int) -> tuple[Wording, tuple[int, ...]]:
     """What each image is told, and its seed."""
     each = check_integer("images_per_prompt", call.images_per_prompt, 1, MOST_IMAGES)
     seed = call.seed.tolist() if isinstance(call.seed, np.ndarray) else call.seed
     wording = read_wording(bundle, call, each)
+    if pictures > 1 and wording.images in (1, each):
+        wording = read_wording(bundle, call, 1).repeated(pictures * each)
     if isinstance(seed, (list, tuple, range)):
         seeds = [_seed(s) for s in seed]
         if wording.images == 1:

@@ -141,6 +141,16 @@ class RequestNoise:
     members: tuple[Gaussians, ...]
     stream: SharedStream | None
 
+    def draw_for_pictures(self, count: int, shape: tuple[int, ...]) -> list[Float32]:
+        """One unit draw an image for the latents of `count` pictures, as diffusers draws them.
+
+        Images of one stream draw once a picture; images with seeds of their own draw for themselves.
+        """
+        if self.stream is None:
+            return [member.randn(shape) for member in self.members]
+        drawn = self.stream.joint((count, *shape))
+        return [drawn[i % count] for i in range(len(self.members))]
+
 
 def request_noise(seeds: Sequence[int], *, shared: bool) -> RequestNoise:
     """A generator an image, or with `shared` the first seed's for all."""

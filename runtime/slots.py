@@ -18,6 +18,7 @@ import numpy.typing as npt
 from ..engines.base import Binding, Engine
 from ..errors import ArgumentError, NonFiniteError
 from ..schedules import Program
+from .inpaint import Blend
 from .seeds import Gaussians
 from .text import Embedding
 from .update import SlotState
@@ -34,7 +35,7 @@ class Tenant:
 
     `negative` is `None` where guidance needs no second row. `time_ids` float32 [6] are SDXL's sizes and crops, and
     `negative_time_ids` those of the negative row (`None`: the same). `guidance_vector` float32 [E] is the guidance
-    embedding of UNets distilled with one.
+    embedding of UNets distilled with one. `blend` is what an inpainting request keeps of its picture.
     """
 
     program: Program
@@ -45,6 +46,7 @@ class Tenant:
     time_ids: Float32 | None = None
     negative_time_ids: Float32 | None = None
     guidance_vector: Float32 | None = None
+    blend: Blend | None = None
     row: int = 0
 
     @property
@@ -211,7 +213,9 @@ class Slots:
             if tenant.program.draws[tenant.row]:
                 np.copyto(state.noise[slot], tenant.noise.randn(self._shape))
         state.advance(slots, [t.program for t in tenants], [t.row for t in tenants], outputs)  # type: ignore[arg-type]
-        for tenant in tenants:
+        for slot, tenant in zip(slots, tenants, strict=True):
+            if tenant.blend is not None:
+                tenant.blend.apply(state.latent[slot], tenant.program, tenant.row, self._mixed[0])
             tenant.row += 1
 
     def _rows(self, count: int, tokens: int) -> _Rows:

@@ -41,4 +41,5 @@ def assemble(
         previews=[(reading.x0_x, reading.x0_out) for reading in readings],
         state_scale=[*scales, 1.0],
         final_sigma=path.last.sigma,
+        anchored=tape.anchored,
     )

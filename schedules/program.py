@@ -43,6 +43,8 @@ class Program:
     draws bool: whether the reference draws a unit noise at this row, even where c is 0.
     state_scale [n + 1]: factor from the state before row i (and at the end) to diffusers' latent.
     init_latent, init_noise: the starting state is init_latent * latent + init_noise * gaussian.
+    anchored: whether a row steps from an earlier state, which it recovers from the present one: then nothing may
+        change the state between two rows but where the outcome is overwritten too.
     """
 
     sampler: str
@@ -66,6 +68,7 @@ class Program:
     state_scale: Array
     init_latent: float
     init_noise: float
+    anchored: bool = False
 
     def __post_init__(self) -> None:
         n = len(self.timesteps)
@@ -174,6 +177,7 @@ def program_from_rows(
     previews: Sequence[tuple[float, float]],
     state_scale: Sequence[float],
     final_sigma: float,
+    anchored: bool = False,
 ) -> Program:
     """Lay recorded rows out as a program: kept quantities get ring slots, and what nobody remembers is kept raw.
 
@@ -224,6 +228,7 @@ def program_from_rows(
         state_scale=np.array(state_scale, np.float64),
         init_latent=init[0],
         init_noise=init[1],
+        anchored=anchored,
     )
 
 
