@@ -87,6 +87,7 @@ TEXT_DEFAULTS: dict[str, Any] = {
     "vocab_size": 49408,
 }
 IGNORED = {
+    "_class_name",
     "_commit_hash",
     "_diffusers_version",
     "_name_or_path",

@@ -152,7 +152,10 @@ def _piece(key: str, stored: Stored) -> Stored:
         size = len(stored.data) // 3
         rows = stored.shape[0] // 3
         return Stored(
-            dtype=stored.dtype, shape=(rows, *stored.shape[1:]), data=stored.data[third * size : (third + 1) * size]
+            dtype=stored.dtype,
+            shape=(rows, *stored.shape[1:]),
+            data=stored.data[third * size : (third + 1) * size],
+            release=stored.release,
         )
     if key.endswith("text_projection.weight") and len(stored.shape) == 2:
         rows, columns = stored.shape

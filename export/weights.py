@@ -6,7 +6,8 @@ import hashlib
 import json
 import mmap
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +28,15 @@ Patch = Callable[[str, "Stored"], "Stored"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
-    """One tensor as it lies in a file: safetensors' dtype code, shape, and its bytes as a read-only array."""
+    """One tensor as it lies in a file: safetensors' dtype code, shape, and its bytes as a read-only array.
+
+    `release` lets go of the memory that reading it took; its bytes stay readable.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     data: np.ndarray
+    release: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
 
 
 def open_tensors(paths: Iterable[Path]) -> dict[str, Stored]:
@@ -76,8 +81,16 @@ def _map(path: Path, names: set[str]) -> dict[str, Stored]:
             )
         begin, end = entry["data_offsets"]
         raw = np.frombuffer(view, dtype=np.uint8, count=end - begin, offset=start + begin)
-        tensors[name] = Stored(dtype=code, shape=shape, data=raw)
+        release = partial(_drop_pages, view, start + begin, start + end)
+        tensors[name] = Stored(dtype=code, shape=shape, data=raw, release=release)
     return tensors
+
+
+def _drop_pages(view: mmap.mmap, begin: int, end: int) -> None:
+    """Unmap the pages of a byte range: what was read of a file would otherwise count as memory to the end."""
+    first = begin // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > first and hasattr(mmap, "MADV_DONTNEED"):
+        view.madvise(mmap.MADV_DONTNEED, first, end - first)
 
 
 def convert(stored: Stored, dtype: str, name: str) -> np.ndarray:
@@ -168,6 +181,10 @@ def write_weights(
             digest.update(view)
             if progress:
                 progress(len(view))
+            source = found[name]
+            del data, view
+            if source is not None:
+                source.release()
     return digest.hexdigest()
 
 

@@ -4,7 +4,8 @@ python tools/package_graphs.py export/demo/base export/demo/student
 python tools/package_graphs.py --standard sd1 sd2 sd21 sdxl sd1-lcm sdxl-lcm --dtypes float32 float16 bfloat16
 python tools/package_graphs.py --prune
 
-What is there already is not traced again; --prune deletes graphs that no known configuration asks for.
+What is there already is not traced again, and a UNet in float32 or bfloat16 is made of its float16 graph where there
+is one (retype.py). --prune deletes graphs that no known configuration asks for.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from architectures import CLASSES, family_of, standard_configs
 from fewstep.export.checkpoint import open_checkpoint
-from fewstep.export.graphs import graph_key, keep_graph
+from fewstep.export.graphs import find_graph, graph_key, keep_graph
 from fewstep.export.plan import PRECISIONS, component_config, plan_components
 
 PACKAGED = Path(__file__).parents[1] / "export" / "graphs"
@@ -40,11 +41,15 @@ def package(kind: str, config: Mapping[str, Any], dtype: str) -> None:
     if (PACKAGED / f"{key}.graph").is_file():
         return
     from fewstep.export.trace import trace_component
+    from retype import retype
 
     began = time.monotonic()
-    path = keep_graph(trace_component(kind, config, dtype, key=key), PACKAGED)
+    half = find_graph(graph_key(kind, config, "float16")) if kind == "unet" and dtype != "float16" else None
+    graph = retype(half, dtype, key) if half else trace_component(kind, config, dtype, key=key)
+    path = keep_graph(graph, PACKAGED)
     path.chmod(0o644)
-    print(f"{kind} {dtype}: {path.stat().st_size} bytes, {time.monotonic() - began:.0f} s", flush=True)
+    how = "retyped" if half else "traced"
+    print(f"{kind} {dtype}: {how}, {path.stat().st_size} bytes, {time.monotonic() - began:.0f} s", flush=True)
 
 
 def embed(folder: str) -> None:
@@ -76,7 +81,7 @@ def main() -> int:
     parser.add_argument("--dtypes", nargs="*", default=list(PRECISIONS), choices=PRECISIONS)
     parser.add_argument("--prune", action="store_true")
     options = parser.parse_args()
-    for dtype in options.dtypes:
+    for dtype in sorted(options.dtypes, key=lambda d: d != "float16"):
         for name in options.standard:
             for kind, config in standard_components(name):
                 package(kind, config, dtype)
