@@ -103,6 +103,7 @@ class Tape:
         self._definitions: list[Form] = []
         self._anchors: dict[Symbol, Form] = {}
         self._draws: set[int] = set()
+        self.anchored = False
 
     def start(self, level: Level) -> Form:
         """The state before the first evaluation, in the sampler's coordinates."""
@@ -193,6 +194,7 @@ class Tape:
         for later in range(row, stale.row, -1):
             definition = self._definitions[later - 1]
             if definition[stale] != 0.0:
+                self.anchored = True
                 return (Form({Symbol("state", later): 1.0}) - definition.without(stale)) / definition[stale]
         raise FewstepError(f"no later state depends on the {stale.kind} of evaluation {stale.row}")
 
