@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fewstep.schedules import program_from_diffusers
+from fewstep.schedules import NoiseSchedule, compile_program, program_from_diffusers
 from fewstep.schedules.compat import CLASSES, _solver
 from fewstep.schedules.compat_grid import Grid, Request
 from fewstep.schedules.compat_tables import Tables
@@ -47,8 +47,14 @@ PROGRAMS: list[tuple[str, dict[str, Any], int, int, str, float]] = [
     ("DDIMScheduler", {**LINEAR, "clip_sample": False}, 10, 0, "sum", 172.0067),
     ("DDIMScheduler", {**LINEAR, **V, "clip_sample": False}, 10, 0, "sum", 52.5302),
     ("DDIMScheduler", {**LINEAR, "clip_sample": False, "beta_start": 0.01}, 10, 0, "sum", 149.8295),
-    ("DDIMScheduler", {**LINEAR, "clip_sample": False, "beta_start": 0.01, "set_alpha_to_one": False}, 10, 0, "sum",
-     149.0784),
+    (
+        "DDIMScheduler",
+        {**LINEAR, "clip_sample": False, "beta_start": 0.01, "set_alpha_to_one": False},
+        10,
+        0,
+        "sum",
+        149.0784,
+    ),
     ("DDIMScheduler", {**LINEAR, "clip_sample": False}, 10, 8, "sum", 354.5418),
     ("DPMSolverMultistepScheduler", DPM, 10, 0, "mean", 0.3301),
     ("DPMSolverMultistepScheduler", {**DPM, **V}, 10, 0, "mean", 0.2251),
@@ -214,3 +220,38 @@ def test_ddpm_with_clipped_x0_gives_the_published_sums(changes: dict[str, Any], 
     result: Any = sampler.solve(model, grid.path, x.astype(np.float32), **arguments)
     # diffusers' float32 1 - alpha_bar_1 / alpha_bar_0 keeps three digits, which shows where it is half of all steps.
     assert np.abs(result).sum() == pytest.approx(published, abs=0.03 if start else 0.01)
+
+
+def plms_by_hand(alpha_bar: np.ndarray, timesteps: list[int], x: np.ndarray) -> np.ndarray:
+    """Pseudo linear multistep sampling as latent diffusion's first release has it (CompVis, PLMSSampler), on arrays."""
+    weights = {1: [1.5, -0.5], 2: [23 / 12, -16 / 12, 5 / 12], 3: [55 / 24, -59 / 24, 37 / 24, -9 / 24]}
+
+    def ddim(x: np.ndarray, eps: np.ndarray, here: float, there: float) -> np.ndarray:
+        x0 = (x - math.sqrt(1 - here) * eps) / math.sqrt(here)
+        return math.sqrt(there) * x0 + math.sqrt(1 - there) * eps
+
+    old: list[np.ndarray] = []
+    for i, t in enumerate(timesteps):
+        following = timesteps[min(i + 1, len(timesteps) - 1)]
+        here, there = alpha_bar[t], alpha_bar[following] if i + 1 < len(timesteps) else 1.0
+        eps = network(x, t)
+        if old:
+            mixed = sum(w * e for w, e in zip(weights[len(old)], [eps, *old], strict=True))
+        elif len(timesteps) == 1:
+            mixed = eps
+        else:
+            mixed = (eps + network(ddim(x, eps, here, there), following)) / 2
+        x, old = ddim(x, np.asarray(mixed), here, there), [eps, *old][:3]
+    return x
+
+
+@pytest.mark.parametrize("timesteps", [[999], [999, 400], [900, 700, 500, 300, 100], list(range(991, 0, -10))])
+def test_plms_is_the_loop_of_its_first_release(timesteps: list[int]) -> None:
+    """PNDM's published sums are of its Runge-Kutta part, which is refused by name; this is its multistep part."""
+    noise = NoiseSchedule.from_diffusers(LINEAR)
+    program = compile_program("plms", timesteps=timesteps, noise=noise)
+    x = RAMP.astype(np.float64)
+    by_hand = plms_by_hand(noise.alpha_bar, timesteps, x)
+    result = program.run(network, x, torch_draws())
+    assert program.evaluations == len(timesteps) + (len(timesteps) > 1)
+    assert np.abs(result - by_hand).max() < 1e-11 * np.abs(by_hand).max()
