@@ -32,6 +32,7 @@ NOISE = NoiseSchedule.scaled_linear()
         ("LMS Karras", "lms", "karras", {}),
         ("Euler SGM Uniform", "euler", "sgm_uniform", {}),
         ("PLMS", "plms", None, {}),
+        ("dpmpp_2m_sde_gpu", "dpmpp_2m_sde", None, {}),
     ],
 )
 def test_aliases(name: str, sampler: str, schedule: str | None, options: dict[str, Any]) -> None:
@@ -74,7 +75,10 @@ def test_unknown_schedules_name_the_nearest() -> None:
         compile_program("euler", schedule="trialing", steps=5, noise=NOISE)
 
 
-@pytest.mark.parametrize("name", ["DPM adaptive", "Restart", "dpmpp_2s_ancestral", "FlowMatchEulerDiscreteScheduler"])
+@pytest.mark.parametrize(
+    "name",
+    ["DPM adaptive", "Restart", "dpmpp_2s_ancestral", "FlowMatchEulerDiscreteScheduler", "euler_cfg_pp", "ipndm_v"],
+)
 def test_known_samplers_that_are_not_done_are_refused_by_name(name: str) -> None:
     with pytest.raises(UnsupportedError, match=name):
         compile_program(name, steps=5, noise=NOISE)
