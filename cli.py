@@ -23,6 +23,7 @@ VERBS = {
     "grid": "one labelled picture over samplers, schedules, steps or seeds",
     "inspect": "say what a bundle, an engine or a picture is",
     "verify": "compare a bundle's engines with torch's stored reference",
+    "memory": "say what each stage needs, and how many images fit at once",
     "samplers": "list samplers and schedules",
     "schedule": "show the rows of a sampler under a schedule",
     "engines": "list, show, verify or prune the engines in the store",

@@ -2,8 +2,8 @@
 
 A stage holds its weights, its inputs and outputs, and at its peak some intermediate results. For those a simple count
 is made of the largest tensors that must be alive at once: at the UNet's first level all skip connections and a few
-working copies, at the decoder's last level a few copies of its widest picture. It is an estimate, of the right size and
-no more; `measured` numbers come from running.
+working copies, at the decoder's last level a few copies of its widest picture; and on the CPU, where attention writes
+its scores out and convolutions unfold their input, these too. It is an estimate; `fewstep memory` measures beside it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
 WORKING_COPIES = 4
 """Copies of the widest tensor that are alive at once: input, normalised, convolved, and the residual."""
+UNFOLDED = 9
+"""Values for each input of a 3x3 convolution when its input is unfolded."""
+SCORES = 2
+"""Matrices of attention scores alive at once: before the softmax, and after it."""
 STAGES = ("text_encoder", "text_encoder_2", "unet", "vae_decoder")
 
 
@@ -48,36 +52,46 @@ def dims_for(bundle: Bundle, size: tuple[int, int], batch: int) -> dict[str, int
     return dims | {"height": size[1] // factor, "width": size[0] // factor}
 
 
-def predict_stage(bundle: Bundle, name: str, dims: Mapping[str, int]) -> StageMemory:
+def predict_stage(bundle: Bundle, name: str, dims: Mapping[str, int], *, on_cpu: bool = True) -> StageMemory:
     """The estimate for one component."""
     part = bundle.component(name)
     return StageMemory(
         component=name,
         weights=bundle.path(part.weights).stat().st_size,
         buffers=sum(_bytes(s, dims) for s in (*part.inputs, *part.outputs)),
-        activations=_activations(name, part, dims) * BYTES[part.dtype],
+        activations=_activations(name, part, dims, on_cpu) * BYTES[part.dtype],
     )
 
 
-def predict(bundle: Bundle, size: tuple[int, int], batch: int) -> list[StageMemory]:
+def predict(bundle: Bundle, size: tuple[int, int], batch: int, *, on_cpu: bool = True) -> list[StageMemory]:
     """The estimate for each stage of making images."""
     dims = dims_for(bundle, size, batch)
-    return [predict_stage(bundle, n, dims) for n in STAGES if n in bundle.components]
+    return [predict_stage(bundle, n, dims, on_cpu=on_cpu) for n in STAGES if n in bundle.components]
 
 
-def predicted_peak(bundle: Bundle, size: tuple[int, int], batch: int, *, loaded: bool = False) -> int:
+def predicted_peak(
+    bundle: Bundle, size: tuple[int, int], batch: int, *, loaded: bool = False, on_cpu: bool = True
+) -> int:
     """All weights and buffers, and the intermediate results of the stage that has most; `loaded`: without weights."""
-    stages = predict(bundle, size, batch)
+    stages = predict(bundle, size, batch, on_cpu=on_cpu)
     held = sum(s.buffers + (0 if loaded else s.weights) for s in stages)
     return held + max(s.activations for s in stages)
 
 
 def largest_batch(
-    bundle: Bundle, size: tuple[int, int], *, free_bytes: int, loaded: bool = False, most: int = 1024
+    bundle: Bundle,
+    size: tuple[int, int],
+    *,
+    free_bytes: int,
+    loaded: bool = False,
+    on_cpu: bool = True,
+    most: int = 1024,
 ) -> int:
     """How many images at once fit into so much memory by the estimate; 0 when not even one does."""
     fitting = 0
-    while fitting < most and predicted_peak(bundle, size, fitting + 1, loaded=loaded) <= free_bytes:
+    while fitting < most:
+        if predicted_peak(bundle, size, fitting + 1, loaded=loaded, on_cpu=on_cpu) > free_bytes:
+            break
         fitting += 1
     return fitting
 
@@ -89,7 +103,7 @@ def _bytes(spec: TensorSpec, dims: Mapping[str, int]) -> int:
     return count
 
 
-def _activations(name: str, part: Component, dims: Mapping[str, int]) -> int:
+def _activations(name: str, part: Component, dims: Mapping[str, int], on_cpu: bool) -> int:
     """Elements of intermediate results at the peak."""
     config: Mapping[str, Any] = part.config
     if name.startswith("text_encoder"):
@@ -100,10 +114,21 @@ def _activations(name: str, part: Component, dims: Mapping[str, int]) -> int:
     channels = [int(c) for c in config["block_out_channels"]]
     layers = int(config.get("layers_per_block", 1))
     cells = dims["height"] * dims["width"]
+    levels = [max(1, cells >> 2 * i) for i in range(len(channels))]
     if name == "unet":
-        skips = sum((layers + 1) * c * max(1, cells // 4**i) for i, c in enumerate(channels))
-        widest = max((c + channels[max(i - 1, 0)]) * max(1, cells // 4**i) for i, c in enumerate(channels))
-        return dims["rows"] * (skips + WORKING_COPIES * widest)
-    pixels = cells * 4 ** (len(channels) - 1)
-    widest = channels[min(1, len(channels) - 1)]  # the last level but one is upsampled before it is narrowed
-    return dims["batch"] * WORKING_COPIES * pixels * widest
+        skips = sum((layers + 1) * c * levels[i] for i, c in enumerate(channels))
+        widest = max((c + channels[max(i - 1, 0)]) * levels[i] for i, c in enumerate(channels))
+        written = max(UNFOLDED * widest, SCORES * _scores(config, levels)) if on_cpu else 0
+        return dims["rows"] * (skips + WORKING_COPIES * widest + written)
+    pixels = cells << 2 * (len(channels) - 1)
+    widest = pixels * channels[min(1, len(channels) - 1)]  # the last level but one is upsampled before it is narrowed
+    written = max(UNFOLDED * widest, SCORES * cells * cells) if on_cpu else 0
+    return dims["batch"] * (WORKING_COPIES * widest + written)
+
+
+def _scores(config: Mapping[str, Any], levels: list[int]) -> int:
+    """Elements of the largest matrix of attention scores, of all heads."""
+    heads = config.get("num_attention_heads") or config.get("attention_head_dim") or 1
+    by_level = [int(h) for h in heads] if isinstance(heads, (list, tuple)) else [int(heads)] * len(levels)
+    kinds = list(config.get("down_block_types", ()))
+    return max((by_level[i] * n * n for i, n in enumerate(levels) if i < len(kinds) and "Attn" in kinds[i]), default=0)

@@ -218,7 +218,7 @@ class DevicePipeline(Pipeline):
         if self.place.type != "cuda":
             return ""
         free, _ = torch.cuda.mem_get_info(self.place)
-        most = largest_batch(self.bundle, self.size, free_bytes=int(free), loaded=True)
+        most = largest_batch(self.bundle, self.size, free_bytes=int(free), loaded=True, on_cpu=False)
         return f"at most about {min(most, max(1, count - 1))} images of {self.size[0]}x{self.size[1]} at once"
 
 

@@ -1,0 +1,177 @@
+"""`fewstep memory BUNDLE`: what each stage needs, estimated and measured, and how many images fit at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import FewstepError, MissingError
+from .common import BACKENDS, between, emit, register_torch, say, size
+
+if TYPE_CHECKING:
+    from ..bundle import Bundle
+
+MEASURED = (1, 2)
+"""The batches that are run: two, so that what grows with the batch is told from what does not."""
+
+
+def define(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", help="a bundle folder")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto")
+    parser.add_argument("--size", type=size, metavar="WxH", help="pixels (default: the bundle's)")
+    parser.add_argument("--batch", type=between(1, 1024), default=1, help="images at once (default: %(default)s)")
+    parser.add_argument("--no-measure", action="store_true", help="estimate only: nothing is loaded or run")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:<index> (default: %(default)s)")
+    parser.add_argument("--stage", help="measure this component alone, in this very process")
+
+
+def execute(options: argparse.Namespace) -> int:
+    from ..bundle import read_bundle
+    from ..engines.memory import predict
+
+    register_torch(options.backend)
+    bundle = read_bundle(options.bundle)
+    pixels = options.size or (bundle.defaults.width, bundle.defaults.height)
+    if options.stage:
+        emit(options, *_alone(bundle, options, pixels))
+        return 0
+    stages = [s.to_json() for s in predict(bundle, pixels, options.batch, on_cpu=options.device == "cpu")]
+    free = _free_bytes(options.device)
+    data: dict[str, Any] = {"size": list(pixels), "batch": options.batch, "free_bytes": free, "stages": stages}
+    data["largest_batch"] = {"predicted": _largest_predicted(bundle, pixels, free, options.device)}
+    if not options.no_measure:
+        _build_first(bundle, options, pixels)
+        for stage in stages:
+            stage["measured"] = _measured(options, pixels, str(stage["component"]), options.batch)
+        data["largest_batch"]["measured"] = _largest_measured(options, pixels, stages, free)
+    emit(options, data, "\n".join(_lines(data)))
+    return 0
+
+
+def _lines(data: dict[str, Any]) -> list[str]:
+    width, height = data["size"]
+    lines = [f"{width}x{height}, {data['batch']} at once; MB: weights + buffers + intermediate, measured peak"]
+    for stage in data["stages"]:
+        parts = " + ".join(f"{stage[n] / 1e6:9.1f}" for n in ("weights", "buffers", "activations"))
+        found = f", measured {stage['measured'] / 1e6:9.1f}" if "measured" in stage else ""
+        lines.append(f"{stage['component']:15} {parts} = {stage['total'] / 1e6:9.1f}{found}")
+    largest = data["largest_batch"]
+    fits = ", ".join(f"{n} {'unknown' if v is None else v}" for n, v in largest.items())
+    free = "unknown" if data["free_bytes"] is None else f"{data['free_bytes'] / 1e9:.1f} GB"
+    return [*lines, f"images at once that fit into the {free} that are free: {fits}"]
+
+
+def _largest_predicted(bundle: Bundle, pixels: tuple[int, int], free: int | None, device: str) -> int | None:
+    from ..engines.memory import largest_batch
+
+    return None if free is None else largest_batch(bundle, pixels, free_bytes=free, on_cpu=device == "cpu")
+
+
+def _largest_measured(
+    options: argparse.Namespace, pixels: tuple[int, int], stages: list[dict[str, Any]], free: int | None
+) -> int | None:
+    """Cautious: as if every stage were at its peak at once. Two batches are measured, a third is a straight line."""
+    if free is None:
+        return None
+    one, two = (sum(_measured(options, pixels, str(s["component"]), batch) for s in stages) for batch in MEASURED)
+    if one > free:
+        return 0
+    return 1 + (free - one) // max(two - one, 1)
+
+
+def _build_first(bundle: Bundle, options: argparse.Namespace, pixels: tuple[int, int]) -> None:
+    """Make the engines before anything is measured: building takes more memory than running."""
+    from ..engines import RunOptions, open_engines
+    from ..engines.memory import STAGES, dims_for
+
+    names = [n for n in STAGES if n in bundle.components]
+    run = RunOptions(torch_device="cuda" if options.device.startswith("cuda") else "cpu")
+    for batch in {*MEASURED, options.batch}:
+        dims = dims_for(bundle, pixels, batch)
+        open_engines(bundle, names, backend=options.backend, dims=dict.fromkeys(names, dims), run=run)
+
+
+_kept: dict[tuple[str, int], int] = {}
+
+
+def _measured(options: argparse.Namespace, pixels: tuple[int, int], component: str, batch: int) -> int:
+    """A stage's peak in bytes, measured in a process of its own."""
+    if (component, batch) not in _kept:
+        say(f"measuring {component}, {batch} at once")
+        command = [sys.executable, "-m", "fewstep", "memory", options.bundle, "--json", "--stage", component]
+        command += ["--backend", options.backend, "--size", f"{pixels[0]}x{pixels[1]}", "--batch", str(batch)]
+        command += ["--device", options.device]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        try:
+            _kept[component, batch] = int(json.loads(done.stdout)["measured"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise FewstepError(
+                f"{component!r} could not be measured: {done.stderr.strip()[-300:] or f'exit code {done.returncode}'}",
+                remedy="Ask for a smaller size or batch, or pass --no-measure.",
+            ) from error
+    return _kept[component, batch]
+
+
+def _alone(bundle: Bundle, options: argparse.Namespace, pixels: tuple[int, int]) -> tuple[dict[str, Any], str]:
+    """Open, bind and run one component twice; its peak above what the process held before."""
+    from ..engines import RunOptions, open_engine
+    from ..engines.memory import dims_for
+
+    kind, _, index = options.device.partition(":")
+    run = RunOptions(torch_device="cuda" if kind == "cuda" else "cpu", device=int(index or 0))
+    dims = dims_for(bundle, pixels, options.batch)
+    before, free = _begin(), _free_bytes(options.device)
+    engine = open_engine(bundle, options.stage, backend=options.backend, dims=dims, run=run)
+    binding = engine.bind(dims)
+    for _ in range(2):
+        binding.enqueue()
+    if kind == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+        found = max(0, (free or 0) - (_free_bytes(options.device) or 0))
+    else:
+        found = _peak_rss() - before
+    data = {"component": options.stage, "batch": options.batch, "measured": found, "backend": engine.backend}
+    return data, f"{options.stage}: {found / 1e6:.1f} MB"
+
+
+def _begin() -> int:
+    """Forget the peak so far, where the system can; returns what the process holds now, in bytes."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        return _status("VmRSS")
+    return _peak_rss()
+
+
+def _peak_rss() -> int:
+    """The most memory this process has held since `_begin`, in bytes."""
+    with suppress(OSError):
+        return _status("VmHWM")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def _free_bytes(device: str) -> int | None:
+    """Free memory of the host, or of a GPU as its driver tells it; `None` where nobody tells."""
+    kind, _, index = device.partition(":")
+    if kind == "cuda":
+        from ..engines.machine import gpu
+
+        return gpu(int(index or 0)).free_bytes
+    if kind != "cpu":
+        raise MissingError(f"device is {device!r}", expected="cpu, cuda or cuda:<index>")
+    from ..engines.plan import available_memory
+
+    return available_memory()
