@@ -28,7 +28,8 @@ class Call:
     guidance scale; at or below 1 the negative prompt is not evaluated. compat: `"diffusers"` for that library's
     conventions. options: of the sampler (`eta`, ...).
 
-    seed: one for the first image (the next ones get the next integers), or one an image. shared_stream: draw the
+    seed: one for the first image (the next ones get the next integers), or one an image. seed_device: whose noise,
+    that of torch's `"cpu"` or `"cuda"` generator (`"cuda:43008"`: of a GPU of so many threads). shared_stream: draw the
     whole batch from the first seed, as diffusers does for a single generator. images_per_prompt: images, with
     successive seeds, of each prompt.
 
@@ -63,6 +64,7 @@ class Call:
     guidance: float | None = None
     compat: str | None = None
     seed: int | Sequence[int] | None = None
+    seed_device: str = "cpu"
     shared_stream: bool = False
     images_per_prompt: int = 1
     size: tuple[int, int] | None = None
@@ -83,6 +85,7 @@ class Call:
 
 NAMES = tuple(f.name for f in fields(Call) if f.name != "options")
 RECORDED = (
+    "seed_device",
     "fit",
     "mask_threshold",
     "prompt_syntax",

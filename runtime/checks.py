@@ -9,6 +9,8 @@ import numpy as np
 
 from ..errors import ArgumentError
 
+LARGEST_SEED = 2**64 - 1
+
 
 def check_integer(name: str, value: object, low: int, high: int) -> int:
     """The value as an integer; `ArgumentError` unless it is one from `low` to `high`."""
@@ -47,3 +49,11 @@ def check_pair(name: str, value: object, low: int, high: int) -> tuple[int, int]
         raise ArgumentError(f"{name} is {value!r}", expected="two integers")
     first, second = value
     return check_integer(name, first, low, high), check_integer(name, second, low, high)
+
+
+def check_seed(seed: object) -> None:
+    """Raise `ArgumentError` unless `seed` is an integer from 0 to 2^64 - 1."""
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
+        raise ArgumentError(f"seed is {seed!r}", expected="an integer")
+    if not 0 <= int(seed) <= LARGEST_SEED:
+        raise ArgumentError(f"seed is {seed}", expected=f"an integer from 0 to {LARGEST_SEED}")

@@ -59,7 +59,12 @@ def prepare(bundle: Bundle, text: TextEncoders, vae: Vae, request: Request, imag
     began = time.perf_counter()
     positives, negatives = condition(bundle, text, request)
     encoded = time.perf_counter()
-    noise = request_noise(request.seeds, shared=request.shared_stream)
+    noise = request_noise(
+        request.seeds,
+        shared=request.shared_stream,
+        device=request.seed_device,
+        generators=request.generators,
+    )
     shape = latent_shape(bundle, request)
     pictures = request.pictures
     latents = None if pictures is None else vae.encode(pictures.pixels, noise, shape)

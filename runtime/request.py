@@ -18,11 +18,11 @@ from ..schedules import NoiseSchedule, Program, compile_program, program_from_di
 from ..schedules.names import resolve_schedule
 from .call import Call, make_call, recorded
 from .checks import check_integer as check_integer
-from .checks import check_levels, check_real
+from .checks import check_levels, check_real, check_seed
 from .conditioning import Sizes, size_and_crop
 from .fit import Pictures, fit_pictures, open_pictures, size_of
 from .inpaint import check_mask_for
-from .seeds import check_seed
+from .seeds import Gaussians, make_generator
 from .text import Float32
 from .wording import Wording, as_float32, read_wording
 
@@ -36,7 +36,8 @@ class Request:
     """One call, one entry an image: seeds, and what each image is told (`wording`).
 
     `shared_stream` draws all noise from the first seed's generator, as diffusers does for one generator. `sizes` are
-    SDXL's. `gaussians` float32 [B, C, h, w], if given, are the noise to start from. `recorded` are arguments for a
+    SDXL's. `gaussians` float32 [B, C, h, w], if given, are the noise to start from; `generators` draw instead of the
+    seeds', one an image, or one where the stream is shared. `recorded` are arguments for a
     picture's parameters that have no field here.
     """
 
@@ -54,6 +55,8 @@ class Request:
     sizes: Sizes | None = None
     pictures: Pictures | None = None
     gaussians: Float32 | None = None
+    seed_device: str = "cpu"
+    generators: tuple[Gaussians, ...] | None = None
     shared_stream: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     recorded: Mapping[str, Any] = field(default_factory=dict)
@@ -107,6 +110,7 @@ def make_request(
     usual = 0.8 if call.mask is None else 1.0
     strength = check_real("strength", usual if call.strength is None else call.strength, 0.0, 1.0)
     wording, seeds = _images(bundle, call, len(opened[0]))
+    make_generator(seeds[0], call.seed_device)  # refuses devices that do not exist
     pictures = fit_pictures(bundle, call, opened, width, height)
     sampler, schedule = call.sampler, call.schedule
     if sampler is None:
@@ -141,6 +145,7 @@ def make_request(
         sizes=size_and_crop(bundle, call, width, height),
         pictures=pictures,
         gaussians=_gaussians(bundle, call, (len(seeds), height, width), program),
+        seed_device=call.seed_device,
         shared_stream=call.shared_stream,
         options={**call.options, **levels},
         recorded={**recorded(call), **_names(call)},

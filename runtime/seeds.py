@@ -14,10 +14,12 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ArgumentError
+from ..errors import UnknownNameError
+from .checks import check_integer
+from .checks import check_seed as check_seed
+from .philox import THREADS, TorchCudaGenerator
 
 Float32 = npt.NDArray[np.float32]
-LARGEST_SEED = 2**64 - 1
 _BLOCK = 16
 
 
@@ -83,14 +85,6 @@ def _box_muller(uniforms: Float32) -> Float32:
     return out.reshape(-1)
 
 
-def check_seed(seed: object) -> None:
-    """Raise `ArgumentError` unless `seed` is an integer from 0 to 2^64 - 1."""
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
-        raise ArgumentError(f"seed is {seed!r}", expected="an integer")
-    if not 0 <= int(seed) <= LARGEST_SEED:
-        raise ArgumentError(f"seed is {seed}", expected=f"an integer from 0 to {LARGEST_SEED}")
-
-
 class SharedStream:
     """One generator for a whole batch, as diffusers uses a single one: image 0 depends on the batch size.
 
@@ -98,8 +92,8 @@ class SharedStream:
     the last one has.
     """
 
-    def __init__(self, seed: int, members: int) -> None:
-        self._generator = TorchCpuGenerator(seed)
+    def __init__(self, generator: Gaussians, members: int) -> None:
+        self._generator = generator
         self._members = members
         self._drawn: list[tuple[Float32, set[int]]] = []
         self._taken = [0] * members
@@ -152,9 +146,26 @@ class RequestNoise:
         return [drawn[i % count] for i in range(len(self.members))]
 
 
-def request_noise(seeds: Sequence[int], *, shared: bool) -> RequestNoise:
-    """A generator an image, or with `shared` the first seed's for all."""
+def make_generator(seed: int, device: str = "cpu") -> Gaussians:
+    """The generator of a seed as torch has it on a device: `"cpu"`, `"cuda"`, or `"cuda:43008"`.
+
+    The number is what a GPU runs of threads at once, which large draws depend on; an A100's without one.
+    """
+    if device == "cpu":
+        return TorchCpuGenerator(seed)
+    kind, _, threads = device.partition(":")
+    if kind != "cuda" or (threads and not threads.isdigit()):
+        raise UnknownNameError("seed device", device, ("cpu", "cuda", "cuda:THREADS"))
+    count = check_integer("threads", int(threads), 256, 2**31) if threads else THREADS
+    return TorchCudaGenerator(seed, threads=count)
+
+
+def request_noise(
+    seeds: Sequence[int], *, shared: bool, device: str = "cpu", generators: Sequence[Gaussians] | None = None
+) -> RequestNoise:
+    """A generator an image, or with `shared` the first one for all; `generators`, if given, instead of the seeds'."""
+    found = [make_generator(s, device) for s in seeds] if generators is None else list(generators)
     if shared:
-        stream = SharedStream(seeds[0], len(seeds))
+        stream = SharedStream(found[0], len(seeds))
         return RequestNoise(tuple(stream.member(i) for i in range(len(seeds))), stream)
-    return RequestNoise(tuple(TorchCpuGenerator(s) for s in seeds), None)
+    return RequestNoise(tuple(found), None)

@@ -23,7 +23,7 @@ def test_a_stream_equals_torch(seed: int) -> None:
 
 def test_shared_stream_is_one_generator_for_the_batch() -> None:
     reference = torch.Generator().manual_seed(7)
-    stream = SharedStream(7, 3)
+    stream = SharedStream(TorchCpuGenerator(7), 3)
     members = [stream.member(i) for i in range(3)]
     first, second = (torch.randn(3, 4, 8, 8, generator=reference).numpy() for _ in range(2))
     for i, member in enumerate(members):
