@@ -17,6 +17,7 @@ from ..bundle import Bundle
 from ..engines.base import TensorSpec
 from ..engines.options import RunOptions
 from ..engines.profile import check_dims
+from ..engines.weights import check_weights
 from ..errors import ArgumentError, CorruptError, MissingError
 from .modules import Traceable, build_model, wrap
 
@@ -91,18 +92,17 @@ def _on_stream(stream: int | None, place: torch.device) -> Any:
 
 
 def open_torch_engine(bundle: Bundle, name: str, run: RunOptions) -> TorchEngine:
-    """Build a component's modules from its configuration and load the bundle's weights into them."""
+    """Build a component's modules from its configuration and load the bundle's weights into them, once checked."""
     component = bundle.component(name)
     if run.threads:
         torch.set_num_threads(run.threads)
     traceable = wrap(name, build_model(name, component.config, component.dtype), component.config, component.dtype)
-    weights = load_file(bundle.path(component.weights))
-    result = traceable.module.load_state_dict(weights, strict=False)
-    for keys, words in ((result.unexpected_keys, "holds weights that"), (result.missing_keys, "lacks weights that")):
-        if keys:
-            verb = "does not know" if words.startswith("holds") else "needs"
-            raise CorruptError(
-                f"{component.weights} {words} {name} {verb}: {', '.join(keys[:3])}",
-                remedy="Export the checkpoint again.",
-            )
+    check_weights(bundle, component, None)
+    # What the bundle lacks its graph does not use: the last layer of SDXL's first text encoder, for one.
+    result = traceable.module.load_state_dict(load_file(bundle.path(component.weights)), strict=False)
+    if result.unexpected_keys:
+        raise CorruptError(
+            f"{component.weights} holds weights that {name} does not know: {', '.join(result.unexpected_keys[:3])}",
+            remedy="Export the checkpoint again.",
+        )
     return TorchEngine(traceable, run)

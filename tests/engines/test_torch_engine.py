@@ -89,14 +89,16 @@ def test_a_stream_or_a_device_that_is_not_there_is_refused() -> None:
             engine(torch_device="cuda")
 
 
-def test_weights_that_are_missing_are_not_made_up(sd1_bundle: Any, tmp_path: Path) -> None:
+def test_weights_are_those_of_the_manifest_or_refused(tmp_path: Path) -> None:
     """A module keeps its random initial values where a file has none: that must not pass for a loaded model."""
     from fewstep.bundle import read_bundle
+    from fewstep.export.embedded import embedded_bundle
 
-    folder = Path(shutil.copytree(sd1_bundle.folder, tmp_path / "bundle"))
-    name = sd1_bundle.component("unet").weights
+    folder = Path(shutil.copytree(embedded_bundle("base")[0].folder, tmp_path / "bundle"))
+    copied = read_bundle(folder)
+    assert open_torch_engine(copied, "unet", RunOptions()).weights_bytes > 10_000_000
+    name = copied.component("unet").weights
     weights = load_file(folder / name)
-    removed = sorted(weights)[0]
-    save_file({k: v for k, v in weights.items() if k != removed}, folder / name)
-    with pytest.raises(CorruptError, match=f"lacks weights that unet needs: {removed}"):
-        open_torch_engine(read_bundle(folder), "unet", RunOptions())
+    save_file({k: v for k, v in weights.items() if k != sorted(weights)[0]}, folder / name)
+    with pytest.raises(CorruptError, match=name):
+        open_torch_engine(copied, "unet", RunOptions())
