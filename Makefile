@@ -45,7 +45,7 @@ $(CORE): pyproject.toml constraints.txt
 # torch first and by its exact version: a range could pull a build with gigabytes of CUDA libraries.
 $(FULL): $(CORE)
 	$(PIP) torch==2.13.0
-	$(PIP) --editable '.[cpu,export,verify,tensorrt-rtx,plot,dev]'
+	$(PIP) --editable '.[cpu,serve,export,verify,tensorrt-rtx,plot,dev]'
 	@touch $@
 
 clean:

@@ -27,6 +27,7 @@ VERBS = {
     "samplers": "list samplers and schedules",
     "schedule": "show the rows of a sampler under a schedule",
     "engines": "list, show, verify or prune the engines in the store",
+    "serve": "answer requests for images over HTTP",
     "demo": "make a picture with the embedded model",
 }
 

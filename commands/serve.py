@@ -1,0 +1,104 @@
+"""`fewstep serve BUNDLE`: images over HTTP, as OpenAI's clients ask for them."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from typing import Any
+
+from ..errors import MissingExtraError
+from .common import add_engine_options, between, register_torch, say, size
+
+EMBEDDED = ("embedded-student", "embedded-base")
+
+
+def define(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", help=f"a bundle folder, or one of {', '.join(EMBEDDED)}")
+    parser.add_argument("--host", default="127.0.0.1", help="beyond loopback FEWSTEP_TOKEN must be set (%(default)s)")
+    parser.add_argument("--port", type=between(0, 65535), default=8000, help="(default: %(default)s)")
+    parser.add_argument("--name", help="what requests call the model (default: the bundle's name)")
+    parser.add_argument("--alias", action="append", default=[], help="another name of the model; repeatable")
+    parser.add_argument("--size", type=size, action="append", metavar="WxH", help="repeatable (default: the bundle's)")
+    parser.add_argument("--slots", type=between(1, 4096), default=32, help="images in progress (default: %(default)s)")
+    parser.add_argument(
+        "--rows", type=between(1, 1024), default=16, help="most UNet rows a tick (default: %(default)s)"
+    )
+    parser.add_argument("--bucket", type=between(1, 1024), action="append", help="evaluate with these row counts only")
+    parser.add_argument(
+        "--queue", type=between(0, 1_000_000), default=64, help="images that wait (default: %(default)s)"
+    )
+    parser.add_argument("--most-work", type=float, default=60.0, metavar="SECONDS", help="accepted ahead (%(default)s)")
+    parser.add_argument("--most-images", type=between(1, 1024), default=8, help="of a request (default: %(default)s)")
+    parser.add_argument("--most-steps", type=between(1, 1000), default=100, help="of a request (default: %(default)s)")
+    parser.add_argument("--deadline", type=float, default=120.0, metavar="SECONDS", help="of a request (%(default)s)")
+    parser.add_argument("--drain", type=float, default=30.0, metavar="SECONDS", help="SIGTERM waits (%(default)s)")
+    add_engine_options(parser)
+
+
+def execute(options: argparse.Namespace) -> int:
+    try:
+        from ..runtime.serving.http import Metrics, Service, Settings, make_app
+        from ..runtime.serving.http.run import JsonLines, allowed_hosts, serve
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(error.name or "starlette", "serve", purpose="fewstep serve") from error
+    token = os.environ.get("FEWSTEP_TOKEN") or None
+    hosts = allowed_hosts(options.host, token)
+    bundle = _bundle(options.bundle)
+    settings = Settings(
+        model=options.name or bundle.name,
+        aliases=tuple(options.alias),
+        token=token,
+        hosts=hosts,
+        images=min(options.most_images, options.slots),
+        steps=options.most_steps,
+        deadline_s=options.deadline,
+        drain_s=options.drain,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    metrics = Metrics()
+    service = Service(lambda: _load(options, bundle, metrics))
+    say(f"serving {settings.model} on http://{options.host}:{options.port}")
+    serve(
+        make_app(service, settings, metrics=metrics),
+        service,
+        host=options.host,
+        port=options.port,
+        drain_s=options.drain,
+    )
+    if service.error is not None:
+        raise service.error
+    return 0
+
+
+def _bundle(name: str) -> Any:
+    from ..bundle import read_bundle
+
+    if name in EMBEDDED:
+        from ..export.embedded import embedded_bundle
+
+        return embedded_bundle(name.removeprefix("embedded-"))[0]
+    return read_bundle(name)
+
+
+def _load(options: argparse.Namespace, bundle: Any, metrics: Any) -> Any:
+    from ..runtime.serving import Server
+
+    register_torch(options.backend)
+    return Server(
+        bundle,
+        sizes=options.size,
+        most_slots=options.slots,
+        most_rows=options.rows,
+        buckets=options.bucket,
+        queue=options.queue,
+        most_work_s=options.most_work,
+        image="vae_encoder" in bundle.components,
+        observer=metrics,
+        backend=options.backend,
+        threads=options.threads,
+        **({"size": options.size[0]} if options.size else {}),
+    )

@@ -1,0 +1,114 @@
+"""What a request may hold: types made from the settings, from which checking and the OpenAPI document both follow.
+
+OpenAI's fields come first, then ours. Of OpenAI's, `quality`, `style`, `background`, `moderation` and `user` say
+nothing to this model: values that ask for no more than the default are taken and change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from .errors import HttpError
+from .settings import Settings
+
+LARGEST_SEED = 2**63 - 1024
+NAME = Annotated[str, Meta(max_length=64)]
+FORMATS = Literal["png", "jpeg", "webp"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calls:
+    """The types of the two calls that make images."""
+
+    generation: Any
+    edit: Any
+
+    def generation_from(self, body: bytes) -> Any:
+        """Decode JSON; `HttpError` 400 says where it is not as it should be."""
+        try:
+            return msgspec.json.decode(body, type=self.generation)
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+            raise HttpError(400, "invalid_request", _words(error)) from error
+
+    def edit_from(self, fields: dict[str, Any]) -> Any:
+        """Convert a form's fields, which are strings."""
+        try:
+            return msgspec.convert(fields, type=self.edit, strict=False)
+        except msgspec.MsgspecError as error:
+            raise HttpError(400, "invalid_request", _words(error)) from error
+
+
+def make_calls(settings: Settings, sizes: Sequence[tuple[int, int]]) -> Calls:
+    """The call types for a server of these sizes (width, height in pixels)."""
+    shared = _fields(settings, [f"{w}x{h}" for w, h in sizes])
+    named: dict[str, Any] = {"kw_only": True, "forbid_unknown_fields": True, "module": __name__}
+    edit = [*shared, ("strength", Annotated[float, Meta(gt=0.0, le=1.0, description="share of steps to run")], 0.8)]
+    return Calls(
+        generation=msgspec.defstruct("ImageGeneration", shared, **named),
+        edit=msgspec.defstruct("ImageEdit", edit, **named),
+    )
+
+
+def _fields(settings: Settings, sizes: list[str]) -> list[Any]:
+    def text(limit: int, words: str) -> Any:
+        return Annotated[str, Meta(max_length=limit, description=words)]
+
+    def integer(low: int, high: int, words: str) -> Any:
+        return Annotated[int, Meta(ge=low, le=high, description=words)] | None
+
+    def number(low: float, high: float, words: str) -> Any:
+        return Annotated[float, Meta(ge=low, le=high, description=words)] | None
+
+    prompt = text(settings.prompt_characters, "what the image shows")
+    return [
+        ("prompt", prompt),
+        ("model", NAME | None, None),
+        ("n", integer(1, settings.images, "number of images; their seeds are successive"), None),
+        ("size", Literal[("auto", *sizes)] | None, None),
+        ("response_format", Literal["b64_json"] | None, None),
+        ("output_format", FORMATS | None, None),
+        ("output_compression", integer(0, 100, "quality of JPEG and WebP"), None),
+        ("stream", bool | None, None),
+        ("partial_images", integer(0, settings.previews, "previews in a stream"), None),
+        ("quality", Literal["auto", "standard", "low", "medium", "high", "hd"] | None, None),
+        ("style", Literal["vivid", "natural"] | None, None),
+        ("background", Literal["auto", "opaque"] | None, None),
+        ("moderation", Literal["auto", "low"] | None, None),
+        ("user", Annotated[str, Meta(max_length=256)] | None, None),
+        ("seed", integer(0, LARGEST_SEED, "of the first image; random when left out"), None),
+        ("num_inference_steps", integer(1, settings.steps, "default: the model's"), None),
+        ("guidance_scale", number(0.0, 50.0, "classifier-free guidance; 1 or less: none"), None),
+        ("negative_prompt", text(settings.prompt_characters, "what it should not show") | None, None),
+        ("sampler", NAME | None, None),
+        ("schedule", NAME | None, None),
+        ("deadline_s", Annotated[float, Meta(gt=0.0, le=settings.deadline_s)] | None, None),
+    ]
+
+
+def arguments(call: Any) -> dict[str, Any]:
+    """A call as `Server.submit` takes it."""
+    given = {
+        "steps": call.num_inference_steps,
+        "guidance": call.guidance_scale,
+        "negative": call.negative_prompt,
+        "sampler": call.sampler,
+        "schedule": call.schedule,
+        "seed": call.seed,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
+    options["images_per_prompt"] = call.n or 1
+    if call.size not in (None, "auto"):
+        width, _, height = call.size.partition("x")
+        options["size"] = int(width), int(height)
+    return options
+
+
+def _words(error: Exception) -> str:
+    """What is wrong, without what was sent: msgspec names fields and types only, unknown fields excepted."""
+    text = str(error)
+    return "the request has a field that is not known" if "unknown field" in text else text[:300]

@@ -1,0 +1,83 @@
+"""A service over HTTP on a free port, as clients meet it: a real uvicorn on a thread, or a process of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import uvicorn
+from fewstep.runtime.serving import Server
+from fewstep.runtime.serving.http import Metrics, Service, Settings, make_app
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@contextmanager
+def serving(load: Any, settings: Settings, *, ready: bool = True) -> Iterator[tuple[str, Service]]:
+    """The base URL of a service and the service; `load(observer)` makes its server."""
+    metrics = Metrics()
+    service = Service(lambda: load(metrics))
+    port = free_port()
+    config = uvicorn.Config(make_app(service, settings, metrics=metrics), port=port, log_config=None, access_log=False)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until(lambda: server.started)
+        if ready:
+            service.wait(60)
+        yield url, service
+    finally:
+        server.should_exit = True
+        thread.join(20)
+
+
+def wait_until(condition: Any, timeout: float = 60.0) -> None:
+    end = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError("it did not come true")
+        time.sleep(0.01)
+
+
+@contextmanager
+def serve_process(*arguments: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """`fewstep serve embedded-student` as a process, once it is ready."""
+    port = free_port()
+    command = [sys.executable, "-m", "fewstep", "serve", "embedded-student", "--port", str(port), "--threads", "1"]
+    process = subprocess.Popen(
+        [*command, "--rows", "4", *arguments], stderr=subprocess.PIPE, text=True, env={**os.environ}
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until(lambda: process.poll() is not None or is_ready(url), 120)
+        yield url, process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+        process.wait(20)
+
+
+def is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health/ready").status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def load_student(student: Any, **options: Any) -> Any:
+    return lambda observer: Server(student, observer=observer, **options)
