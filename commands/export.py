@@ -31,7 +31,11 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset", help="what the checkpoint was distilled for, like sdxl-lightning-4 (default: told from its names)"
     )
-    parser.add_argument("--dtype", default="fp32", help="fp32, fp16 or bf16 (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        default="fp32",
+        help="fp32, fp16 or bf16, for all or by component: fp16,text_encoder=fp32 (default: %(default)s)",
+    )
     parser.add_argument(
         "--vae-precision", help="the VAE's own precision (default: --dtype, but fp32 for a VAE that overflows in fp16)"
     )
@@ -40,7 +44,7 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--offline", action="store_true", help="use the hub's cache only")
     parser.add_argument("--no-gate", action="store_true", help="do not compare with torch")
     parser.add_argument(
-        "--quick-gate", action="store_true", help="compare at one point a component, for models of full size"
+        "--quick-gate", action="store_true", help="compare at fewer points, as is done for models of full size anyway"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
 
@@ -93,6 +97,7 @@ def execute(options: argparse.Namespace) -> int:
     ]
     lines += [
         f"  {n:15} {c['dtype']:9} {c['bytes'] / 1e6:8.2f} MB {c['operators']:4} nodes"
+        + (f"  ({c['precision']})" if c["precision"] not in (None, "asked for") else "")
         for n, c in data["components"].items()
     ]
     if defaults.preset:

@@ -8,8 +8,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -17,13 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from .. import __version__
 from ..bundle import MANIFEST, Bundle, Component, Defaults, Latent, read_defaults, write_manifest
-from ..errors import ArgumentError, CorruptError, GateError, MissingExtraError
+from ..errors import ArgumentError, CorruptError, MissingExtraError
 from .checkpoint import Checkpoint
 from .compose import compose_checkpoint, describe_part, names_of, read_tensors
+from .gating import SWITCHED_OFF, run_gate
 from .graphs import Graph, find_graph, keep_graph
 from .lora import Fusion, match_loras
 from .plan import ComponentPlan, choose_precisions, plan_components
@@ -31,7 +28,6 @@ from .presets import Preset, find_preset, preset_defaults, recognise_preset
 from .tokenizers import export_tokenizer
 from .weights import open_tensors, write_weights
 
-REFERENCE = "reference.safetensors"
 log = logging.getLogger("fewstep.export")
 
 
@@ -67,6 +63,7 @@ def export_bundle(
     """Export a checkpoint (a diffusers folder, a hub id, or a single file over `base`) into a new bundle folder.
 
     unet, vae: a file or folder that replaces that part. loras: files with their factors, fused into the weights.
+    dtype: a precision for all components, or one by component, like "fp16,text_encoder=fp32" (`plan.py`).
     preset: a name of `presets.py`, if it is not told by the checkpoint's own names.
     reference: torch's float32 outputs for this very checkpoint, written before; without it torch computes them now.
 
@@ -84,7 +81,8 @@ def export_bundle(
     chosen = (
         find_preset(preset, checkpoint.family) if preset else recognise_preset(names_of(checkpoint), checkpoint.family)
     )
-    dtypes = choose_precisions(checkpoint, dtype, vae_dtype)
+    precisions = choose_precisions(checkpoint, dtype, vae_dtype)
+    dtypes = {kind: p.dtype for kind, p in precisions.items()}
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
     try:
@@ -93,8 +91,12 @@ def export_bundle(
         shapes = {p.kind: (p.config, {w.key: w.shape for w in graphs[p.kind].parameters}) for p in plans}
         fusion = match_loras(checkpoint.loras, shapes)
         components = {p.kind: _export_component(p, graphs[p.kind], fusion, staging, progress) for p in plans}
+        components = {n: replace(c, source={**c.source, "precision": precisions[n].why}) for n, c in components.items()}
         bundle = _assemble(checkpoint, staging, components, name or target.name, chosen)
-        bundle = _gate(checkpoint, bundle, dtypes, progress, reference, wanted=gate, quick=quick_gate)
+        report = SWITCHED_OFF
+        if gate:
+            report = run_gate(checkpoint, bundle, dtypes, stage=progress.stage, reference=reference, quick=quick_gate)
+        bundle = replace(bundle, gate=report)
         write_manifest(bundle)
         staging.chmod(0o755)
         _put_in_place(staging, target)
@@ -231,90 +233,6 @@ def _defaults(checkpoint: Checkpoint, width: int, height: int, preset: Preset | 
     return read_defaults(plain | (preset_defaults(preset, width, height) if preset else {}))
 
 
-def _gate(
-    checkpoint: Checkpoint,
-    bundle: Bundle,
-    dtypes: Mapping[str, str],
-    progress: Progress,
-    reference: Path | None,
-    *,
-    wanted: bool,
-    quick: bool,
-) -> Bundle:
-    """Compare every component with torch in float32; the report goes into the manifest."""
-    if not wanted:
-        return replace(bundle, gate={"status": "not run: it was switched off"})
-    progress.stage("reference")
-    path = bundle.folder / REFERENCE
-    if reference is not None:
-        shutil.copyfile(reference, path)
-    elif importlib.util.find_spec("torch") is None or importlib.util.find_spec("diffusers") is None:
-        raise MissingExtraError("torch", "export", purpose="The numeric gate of an export (--no-gate leaves it out)")
-    else:
-        _run_reference(checkpoint, path, dtypes, quick=quick)
-    progress.stage("gate")
-    return replace(bundle, gate=_judge(bundle) | {"reference": _reference_words(path)})
-
-
-def _reference_words(path: Path) -> str:
-    with safe_open(path, framework="np") as file:
-        lora = (file.metadata() or {}).get("lora", "none")
-    return "torch float32" if lora == "none" else f"torch float32, LoRAs {lora}"
-
-
-def _judge(bundle: Bundle) -> dict[str, Any]:
-    """The report for the manifest; `GateError` names the worst output of the first component that disagrees."""
-    from ..engines.gate import failure
-    from ..engines.reference import read_reference
-    from ..engines.verify import verify_graph
-
-    cases = read_reference(bundle.folder / REFERENCE)
-    components: dict[str, Any] = {}
-    for name, component in bundle.components.items():
-        if component.dtype == "bfloat16":
-            components[name] = {"status": "not run: ONNX Runtime's CPU provider has no bfloat16 kernels"}
-            continue
-        report = verify_graph(bundle, name, cases)
-        if not report.passed:
-            raise failure(report)
-        worst = report.worst
-        components[name] = {
-            "status": "passed",
-            "cases": len({r.case for r in report.rows}),
-            "worst_relative_l2": worst.report.rel_l2,
-            "limit": worst.limit,
-            "worst_output": f"{worst.case}/{worst.tensor}",
-        }
-    ran = all(c["status"] == "passed" for c in components.values())
-    return {
-        "status": "passed" if ran else "passed in part",
-        "runner": "onnxruntime, CPU",
-        "components": components,
-    }
-
-
-def _run_reference(checkpoint: Checkpoint, path: Path, dtypes: Mapping[str, str], *, quick: bool) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        f"{__package__}.reference",
-        str(checkpoint.path),
-        str(path),
-        "--dtypes",
-        json.dumps(dict(dtypes)),
-        "--options",
-        json.dumps(dict(checkpoint.options)),
-    ]
-    if quick:
-        command.append("--quick")
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode or not path.is_file():
-        raise GateError(
-            f"torch could not compute the reference (exit code {done.returncode}): {done.stderr.strip()[-800:]}",
-            remedy="Leave the gate out with --no-gate, or run on a machine with more memory.",
-        )
-
-
 def describe(bundle: Bundle) -> dict[str, Any]:
     """What an export tells its user: sizes and precisions by component, and the gate's verdict."""
     return {
@@ -325,6 +243,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
                 "dtype": c.dtype,
                 "bytes": (bundle.folder / c.weights).stat().st_size,
                 "operators": sum(c.operators.values()),
+                "precision": c.source.get("precision"),
             }
             for n, c in bundle.components.items()
         },

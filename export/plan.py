@@ -28,16 +28,57 @@ class ComponentPlan:
         return graph_key(self.kind, self.config, self.dtype)
 
 
-def choose_precisions(checkpoint: Checkpoint, dtype: str = "float32", vae_dtype: str | None = None) -> dict[str, str]:
-    """A precision for each component.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Precision:
+    """The precision of a component, and in words whose choice it was."""
 
-    The VAE follows `vae_dtype`; without one it follows `dtype`, but for a VAE whose configuration says
-    `force_upcast` (SDXL's, which overflows in float16) it is float32.
+    dtype: str
+    why: str
+
+
+def choose_precisions(
+    checkpoint: Checkpoint, dtype: str = "float32", vae_dtype: str | None = None
+) -> dict[str, Precision]:
+    """A precision for each component, by a policy that is recorded with it.
+
+    dtype: one for all ("fp16"), or with others by component ("fp16,text_encoder=fp32,vae=bf16"; what is not named is
+    float32). vae_dtype: the VAE's alone. A VAE that is not named follows the one for all, but for float16 where its
+    configuration says `force_upcast` (SDXL's, which overflows there): that one is float32. `ArgumentError` for names
+    of precisions or components that are not known.
     """
-    chosen = _precision(dtype)
-    upcast = bool(checkpoint.parts["vae"].config.get("force_upcast", False)) and chosen == "float16"
-    vae = _precision(vae_dtype) if vae_dtype else ("float32" if upcast else chosen)
-    return {kind: vae if kind.startswith("vae") else chosen for kind in _kinds(checkpoint)}
+    kinds = _kinds(checkpoint)
+    general, named = _read_precisions(dtype, kinds)
+    if vae_dtype is not None:
+        if any(k.startswith("vae") for k in named):
+            raise ArgumentError("the VAE's precision is given twice", remedy="Leave out --vae-precision, or vae=.")
+        named |= {k: _precision(vae_dtype) for k in kinds if k.startswith("vae")}
+    config = checkpoint.parts["vae"].config
+    made = {}
+    for kind in kinds:
+        chosen, why = named.get(kind, general), "asked for by name" if kind in named else "asked for"
+        if kind.startswith("vae") and kind not in named and chosen == "float16" and config.get("force_upcast"):
+            chosen, why = "float32", "its configuration says force_upcast: it may overflow in float16"
+        if kind == "unet" and chosen != "float32" and checkpoint.parts["unet"].config.get("upcast_attention"):
+            why += "; attention in float32, as its configuration says upcast_attention"
+        made[kind] = Precision(dtype=chosen, why=why)
+    return made
+
+
+def _read_precisions(text: str, kinds: list[str]) -> tuple[str, dict[str, str]]:
+    """The precision for all, and those by component."""
+    general, named = "float32", {}
+    for at, item in enumerate(text.split(",")):
+        name, equals, value = item.strip().rpartition("=")
+        if not equals:
+            if at:
+                raise ArgumentError(f"{item.strip()!r} in {text!r} names no component", expected="like vae=fp32")
+            general = _precision(value)
+            continue
+        wanted = [k for k in kinds if k == name or (k.startswith(f"{name}_") and name == "vae")]
+        if not wanted:
+            raise ArgumentError(f"the checkpoint has no component {name!r}", expected=f"vae, {', '.join(kinds)}")
+        named |= {k: _precision(value) for k in wanted}
+    return general, named
 
 
 def _precision(name: str) -> str:

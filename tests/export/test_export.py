@@ -24,7 +24,7 @@ from fewstep.errors import (
 from fewstep.export import export_bundle, open_checkpoint
 from fewstep.export.embedded import embedded_bundle, embedded_checkpoint
 from fewstep.export.graphs import find_graph, graph_key
-from fewstep.export.plan import choose_precisions, plan_components
+from fewstep.export.plan import plan_components
 from safetensors.numpy import load_file, save_file
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -100,15 +100,6 @@ def test_half_precision_weights_are_converted_tensor_by_tensor(tiny_sd1: Path, t
     np.testing.assert_array_equal(found, expected.view(np.uint16))
     back = convert(Stored(dtype="BF16", shape=(1000,), data=found.view(np.uint8)), "float32", "x")
     np.testing.assert_array_equal(back, expected.astype(np.float32))
-
-
-def test_vae_precision_is_explicit(tiny_sdxl: Path) -> None:
-    checkpoint = open_checkpoint(tiny_sdxl)
-    chosen = choose_precisions(checkpoint, "fp16")
-    assert (chosen["unet"], chosen["vae_decoder"]) == ("float16", "float32"), "SDXL's VAE overflows in float16"
-    assert choose_precisions(checkpoint, "fp16", "bf16")["vae_decoder"] == "bfloat16"
-    with pytest.raises(ArgumentError, match="unknown precision 'int4'"):
-        choose_precisions(checkpoint, "int4")
 
 
 def test_the_embedded_model_is_exported_from_packaged_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
