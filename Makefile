@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 CORE := $(VENV)/.core
 FULL := $(VENV)/.full
 
-.PHONY: demo test lint parity bench bindings-check install-check model clean
+.PHONY: bench-export demo test lint parity bench bindings-check install-check model clean
 
 demo: $(CORE)
 	$(BIN)/fewstep demo
@@ -22,9 +22,25 @@ lint: $(FULL)
 	@mkdir -p build/mypy && ln -sfn ../.. build/mypy/fewstep
 	MYPYPATH=build/mypy $(BIN)/mypy
 
-bench: $(FULL)
-	$(BIN)/python bench/startup.py
+# Everything beside its peers, in one run; the figures go into bench/results.
+RESULTS := bench/results
+PEERS := diffusers,compile,optimum,openvino
+bench: $(FULL) bench-peers
+	$(BIN)/python bench/startup.py --output $(RESULTS)/startup-cpu.json
 	$(BIN)/python bench/samplers.py
+	$(BIN)/fewstep bench student --against $(PEERS) --steps 4,1,2,8 --repeat 40 --output $(RESULTS)/embedded-cpu.json
+
+# Full-size checkpoints of random weights through our exporter and optimum's: half an hour, and 30 GB of disk.
+bench-export: $(FULL) build/bench/optimum/.ready
+	$(BIN)/python bench/export.py --output $(RESULTS)/export-cpu.json
+
+# One virtual environment a peer, because their pins conflict.
+bench-peers: $(patsubst bench/peers/%.txt,build/bench/%/.ready,$(wildcard bench/peers/*.txt))
+
+build/bench/%/.ready: bench/peers/%.txt
+	test -x build/bench/$*/bin/python || $(PYTHON) -m venv build/bench/$*
+	build/bench/$*/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
 
 # The oldest and newest TensorRT whose calls are checked; their wheels hold the bindings alone, 1 MB each.
 bindings-check: $(FULL)

@@ -21,6 +21,7 @@ VERBS = {
     "build": "build a bundle's engines for this machine",
     "run": "make images from a bundle",
     "grid": "one labelled picture over samplers, schedules, steps or seeds",
+    "bench": "measure a bundle, beside other libraries if asked",
     "inspect": "say what a bundle, an engine or a picture is",
     "verify": "compare a bundle's engines with torch's stored reference",
     "memory": "say what each stage needs, and how many images fit at once",

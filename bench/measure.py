@@ -1,0 +1,297 @@
+"""Measuring contenders in one run: rounds in which each takes its turn, so that the machine's moods fall on all alike.
+
+Workers live as long as the run; only the one that was asked computes. Where all of them do not fit into memory
+together, fewstep meets its peers one at a time (`pairwise`), and each meeting has rounds of its own.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import FewstepError
+from .summary import (
+    fixed_and_per_step,
+    percentiles,
+    psnr,
+    ratio_of_medians,
+    relative_error,
+    stage_percentiles,
+)
+from .workers import CONTENDERS, Worker, contender
+
+Say = Callable[[str], None]
+OURS = "fewstep"
+SLOW_START_MS = 20_000.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is measured. `load` and `request` are what workers are told; `unet` evaluates the UNet alone.
+
+    `variants` are named sets of `fewstep.load` options, each a contender of its own; `precisions` are those of the
+    peers. `python` are interpreters of variants that need another environment.
+    """
+
+    load: dict[str, Any]
+    request: dict[str, Any]
+    steps: tuple[int, ...]
+    against: tuple[str, ...]
+    variants: dict[str, dict[str, Any]]
+    precisions: tuple[str, ...] = ("float32",)
+    repeat: int = 20
+    warm_up: int = 2
+    cold: int = 3
+    pairwise: bool = False
+    unet: dict[str, Any] | None = None
+    python: dict[str, Path] = field(default_factory=dict)
+    environments: Path = Path("build/bench")
+
+
+@dataclass(slots=True)
+class Samples:
+    """What one contender did: milliseconds by number of steps, stages, and what it was made of."""
+
+    wall: dict[int, list[float]] = field(default_factory=dict)
+    cpu: dict[int, list[float]] = field(default_factory=dict)
+    stages: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    cold: list[float] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    import_ms: float = 0.0
+    load_ms: float = 0.0
+    peak_mb: float = 0.0
+    error: str = ""
+    output: np.ndarray | None = None
+
+
+def run(plan: Plan, say: Say) -> dict[str, Any]:
+    """Measure; returns the report's data: by contender, and the ratios of each to each variant of fewstep."""
+    names = [*plan.variants, *(_label(p, d) for p in plan.against for d in plan.precisions)]
+    found = {n: Samples() for n in names}
+    meetings = [names]
+    if plan.pairwise:
+        peers = [n for n in names if n not in plan.variants]
+        meetings = [[v, p] for v in plan.variants for p in peers] or [[v] for v in plan.variants]
+    rounds: list[tuple[list[str], dict[str, Samples]]] = []
+    for meeting in meetings:
+        with tempfile.TemporaryDirectory() as folder:
+            rounds.append((meeting, _Meeting(plan, meeting, Path(folder), say).run()))
+    _cold_starts(plan, names, found, say)
+    for _, part in rounds:
+        for name, samples in part.items():
+            _merge(found[name], samples)
+    return _report(plan, found, rounds)
+
+
+def _label(peer: str, precision: str) -> str:
+    return peer if precision == "float32" else f"{peer} {precision}"
+
+
+class _Meeting:
+    """Workers that take turns. One that fails is out, with its error in its samples."""
+
+    def __init__(self, plan: Plan, names: Sequence[str], folder: Path, say: Say) -> None:
+        self.plan, self.say = plan, say
+        self.found = {n: Samples() for n in names}
+        self._saved = {n: str(folder / f"{i}.npy") for i, n in enumerate(names)}
+        self._inputs = folder / "inputs.npz"
+        self._workers: dict[str, Worker] = {}
+        if plan.unet is not None:
+            arrays: dict[str, Any] = dict(_unet_inputs(plan.unet))
+            np.savez(self._inputs, **arrays)
+
+    def run(self) -> dict[str, Samples]:
+        """Start the workers, warm them, and measure; returns the samples by contender."""
+        try:
+            for name in self.found:
+                self._load(name)
+            for steps in self.plan.steps:
+                self._rounds(steps)
+            for name in self._workers:
+                if Path(self._saved[name]).is_file():
+                    self.found[name].output = np.load(self._saved[name])
+        finally:
+            for worker in self._workers.values():
+                worker.close()
+        return self.found
+
+    def _load(self, name: str) -> None:
+        try:
+            self._workers[name] = _start(self.plan, name)
+        except FewstepError as error:
+            self._out(name, error)
+            return
+        answer = self._ask(name, do="load", **_load(self.plan, name))
+        if answer:
+            samples = self.found[name]
+            samples.import_ms, samples.load_ms = answer["import_ms"], answer["load_ms"]
+            samples.versions, samples.facts = answer["versions"], answer["facts"]
+            self.say(f"{name}: loaded in {answer['load_ms']:.0f} ms")
+
+    def _rounds(self, steps: int) -> None:
+        question = _question(self.plan, steps, self._inputs)
+        for name in list(self._workers):
+            for _ in range(max(1, self.plan.warm_up)):
+                self._ask(name, **question, save=self._saved[name])
+        for turn in range(self.plan.repeat):
+            for name in _rotated(list(self._workers), turn):
+                answer = self._ask(name, **question)
+                if answer:
+                    samples = self.found[name]
+                    samples.wall.setdefault(steps, []).append(answer["wall_ms"])
+                    samples.cpu.setdefault(steps, []).append(answer["cpu_ms"])
+                    samples.stages.setdefault(steps, []).append(answer["stages"])
+                    samples.peak_mb = answer["peak_mb"]
+        medians = ", ".join(f"{n} {np.median(self.found[n].wall[steps]):.1f} ms" for n in self._workers)
+        self.say(f"{steps} step{'s' * (steps != 1)}: {medians}")
+
+    def _ask(self, name: str, **question: Any) -> dict[str, Any] | None:
+        if name not in self._workers:
+            return None
+        try:
+            return self._workers[name].ask(**question)
+        except FewstepError as error:
+            self._workers.pop(name).close()
+            self._out(name, error)
+            return None
+
+    def _out(self, name: str, error: FewstepError) -> None:
+        self.found[name].error = str(error)
+        self.say(f"{name} is out: {error}")
+
+
+def _rotated(names: list[str], turn: int) -> list[str]:
+    """The order of a round: each contender comes first as often as any other."""
+    at = turn % len(names) if names else 0
+    return names[at:] + names[:at]
+
+
+def _start(plan: Plan, name: str) -> Worker:
+    who = contender(OURS if name in plan.variants else name.split(" ")[0])
+    return Worker(who, environments=plan.environments, threads=plan.load["threads"], python=plan.python.get(name))
+
+
+def _load(plan: Plan, name: str) -> dict[str, Any]:
+    if name in plan.variants:
+        return {**plan.load, "precision": "float32", "options": plan.variants[name]}
+    precision = name.partition(" ")[2] or "float32"
+    return {**plan.load, "precision": precision}
+
+
+def _question(plan: Plan, steps: int, inputs: Path) -> dict[str, Any]:
+    if plan.unet is not None:
+        return {"do": "unet", "inputs": str(inputs)}
+    return {"do": "request", **plan.request, "steps": steps}
+
+
+def _unet_inputs(shape: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Unit noise for every input, float32, from a fixed seed; SDXL's sizes are sizes."""
+    rng = np.random.default_rng(2024)
+    made = {n: rng.standard_normal(s).astype(np.float32) for n, s in shape.items()}
+    made["timestep"] = np.full(shape["timestep"], 499.0, np.float32)
+    if "time_ids" in made:
+        made["time_ids"] = np.tile(np.array([1024, 1024, 0, 0, 1024, 1024], np.float32), (shape["time_ids"][0], 1))
+    return made
+
+
+def _cold_starts(plan: Plan, names: Sequence[str], found: dict[str, Samples], say: Say) -> None:
+    """Milliseconds from the start of a process to its first image, in rounds like the others."""
+    out: set[str] = set()  # those that cannot start, and those whose first start took too long to repeat
+    for turn in range(plan.cold):
+        for name in _rotated(list(names), turn):
+            if name in out:
+                continue
+            try:
+                with _starting(plan, name) as worker:
+                    worker.ask(do="load", **_load(plan, name))
+                    worker.ask(do="request", **plan.request, steps=plan.steps[0])
+                    spent = 1e3 * (time.perf_counter() - worker.began)
+                found[name].cold.append(spent)
+                if spent > SLOW_START_MS:
+                    out.add(name)
+            except FewstepError:
+                out.add(name)
+    if plan.cold:
+        say("cold starts: " + ", ".join(f"{n} {np.median(found[n].cold):.0f} ms" for n in names if found[n].cold))
+
+
+@contextmanager
+def _starting(plan: Plan, name: str) -> Iterator[Worker]:
+    worker = _start(plan, name)
+    try:
+        yield worker
+    finally:
+        worker.close()
+
+
+def _merge(into: Samples, part: Samples) -> None:
+    for steps in part.wall:
+        into.wall.setdefault(steps, []).extend(part.wall[steps])
+        into.cpu.setdefault(steps, []).extend(part.cpu[steps])
+        into.stages.setdefault(steps, []).extend(part.stages[steps])
+    into.versions, into.facts = part.versions or into.versions, part.facts or into.facts
+    into.import_ms, into.load_ms = part.import_ms or into.import_ms, part.load_ms or into.load_ms
+    into.peak_mb = max(into.peak_mb, part.peak_mb)
+    into.error = into.error or part.error
+    into.output = part.output if part.output is not None else into.output
+
+
+def _report(
+    plan: Plan, found: dict[str, Samples], rounds: list[tuple[list[str], dict[str, Samples]]]
+) -> dict[str, Any]:
+    reference = found["diffusers"].output if "diffusers" in found else None
+    contenders = {n: _figures(plan, s, reference) for n, s in found.items()}
+    ratios: dict[str, Any] = {}
+    for meeting, part in rounds:
+        for ours in (n for n in meeting if n in plan.variants):
+            for other in meeting:
+                if other != ours and part[other].wall and part[ours].wall:
+                    ratios.setdefault(ours, {})[other] = {
+                        str(s): ratio_of_medians(part[other].wall[s], part[ours].wall[s])
+                        for s in plan.steps
+                        if s in part[other].wall and s in part[ours].wall
+                    }
+    for ours in plan.variants:
+        for other in (n for n in found if n not in plan.variants):
+            if found[other].cold and found[ours].cold:
+                entry = ratios.setdefault(ours, {}).setdefault(other, {})
+                entry["cold start"] = ratio_of_medians(found[other].cold, found[ours].cold)
+            if found[other].peak_mb and found[ours].peak_mb:
+                entry = ratios.setdefault(ours, {}).setdefault(other, {})
+                entry["peak memory"] = round(found[other].peak_mb / found[ours].peak_mb, 3)
+    return {"contenders": contenders, "ratios": ratios}
+
+
+def _figures(plan: Plan, samples: Samples, reference: np.ndarray | None) -> dict[str, Any]:
+    """One contender's part of the report."""
+    if samples.error:
+        return {"error": samples.error}
+    data: dict[str, Any] = {
+        "versions": samples.versions,
+        "facts": samples.facts,
+        "import_ms": round(samples.import_ms, 2),
+        "load_ms": round(samples.load_ms, 2),
+        "peak_mb": round(samples.peak_mb, 1),
+        "whole": {str(s): percentiles(v) for s, v in samples.wall.items()},
+        "cpu": {str(s): percentiles(v) for s, v in samples.cpu.items()},
+        "stages": {str(s): stage_percentiles(v) for s, v in samples.stages.items()} if plan.unet is None else {},
+        "fit": fixed_and_per_step({s: float(np.median(v)) for s, v in samples.wall.items()}),
+        "cold_start": percentiles(samples.cold) if samples.cold else None,
+        "samples_ms": {str(s): [round(v, 4) for v in w] for s, w in samples.wall.items()},
+    }
+    if reference is not None and samples.output is not None and samples.output.shape == reference.shape:
+        if plan.unet is None:
+            data["psnr_db"] = psnr(samples.output, reference)
+        data["relative_error"] = relative_error(samples.output, reference)
+    return data
+
+
+__all__ = ["CONTENDERS", "OURS", "Plan", "run"]

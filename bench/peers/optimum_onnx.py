@@ -1,0 +1,41 @@
+"""optimum's pipeline over ONNX Runtime; the checkpoint is exported by optimum itself, once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from diffusers_loop import DiffusersLoop
+from protocol import serve
+
+
+class Optimum(DiffusersLoop):
+    packages = ("optimum", "optimum-onnx", "onnxruntime", "torch", "diffusers", "transformers", "numpy")
+
+    def make(self, spec: dict[str, Any]) -> Any:
+        import onnxruntime
+        from optimum.onnxruntime import ORTDiffusionPipeline
+
+        if spec["precision"] != "float32":
+            raise ValueError(f"optimum has no {spec['precision']} on a CPU")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = spec["threads"]
+        folder = Path(spec["cache"]) / "optimum"
+        if not (folder / "model_index.json").is_file():
+            exported = ORTDiffusionPipeline.from_pretrained(spec["checkpoint"], export=True, local_files_only=True)
+            exported.save_pretrained(folder)
+        return ORTDiffusionPipeline.from_pretrained(folder, session_options=options, local_files_only=True)
+
+    def time_parts(self) -> None:
+        wrap, pipe = self.stages.wrap, self.pipe
+        wrap(pipe, "encode_prompt", "text")
+        wrap(pipe.unet, "forward", "evaluations")
+        wrap(pipe.scheduler, "step", "update")
+        wrap(pipe.vae, "decode", "decode")
+
+    def evaluate(self, given: dict[str, Any]) -> Any:
+        return self.pipe.unet(given["sample"], given["timestep"][0], given["encoder_hidden_states"])[0].numpy()
+
+
+if __name__ == "__main__":
+    serve(Optimum)
