@@ -1,4 +1,4 @@
-"""`fewstep serve BUNDLE`: images over HTTP, as OpenAI's clients ask for them."""
+"""`fewstep serve BUNDLE`: images over HTTP, as OpenAI's clients ask for them, and live sessions at /live."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ def execute(options: argparse.Namespace) -> int:
     try:
         from ..runtime.serving.http import Metrics, Service, Settings, make_app
         from ..runtime.serving.http.run import JsonLines, allowed_hosts, serve
+        from ..runtime.serving.live.socket import add_live
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "starlette", "serve", purpose="fewstep serve") from error
     token = os.environ.get("FEWSTEP_TOKEN") or None
@@ -63,7 +64,7 @@ def execute(options: argparse.Namespace) -> int:
     service = Service(lambda: _load(options, bundle, metrics))
     say(f"serving {settings.model} on http://{options.host}:{options.port}")
     serve(
-        make_app(service, settings, metrics=metrics),
+        make_app(service, settings, metrics=metrics, routes=add_live(service, settings, metrics)),
         service,
         host=options.host,
         port=options.port,

@@ -18,7 +18,7 @@ from .metrics import Metrics
 from .settings import Settings
 
 log = logging.getLogger("fewstep.serving.http")
-OPEN = ("/health/live", "/health/ready")
+OPEN = ("/health/live", "/health/ready", "/live")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 CLIENT_GONE = 499
 
