@@ -79,7 +79,8 @@ class DevicePipeline(Pipeline):
 
     device: `"cuda"`, `"cuda:1"`, or `"cpu:torch"` for the same code on CPU tensors. mode: `"latency"` does a whole
     request as one piece of work, without progress, previews or cancelling in between; `"shared"` ticks. graphs:
-    capture that work (`None`: on CUDA); `graphs_kept` recordings a set of slots. Other options are those of `Pipeline`.
+    capture that work (`None`: on CUDA); `graphs_kept` recordings a set of slots. engine_options: fields of `RunOptions`
+    (`compile`, `cuda_graph`, ...). Other options are those of `Pipeline`.
     """
 
     def __init__(
@@ -91,13 +92,14 @@ class DevicePipeline(Pipeline):
         graphs: bool | None = None,
         graphs_kept: int = 8,
         most_contexts: int = 4,
+        engine_options: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         if mode not in MODES:
             raise ArgumentError(f"mode is {mode!r}", expected=f"one of {', '.join(MODES)}")
         self.place, self.mode = open_device(device), mode
         self._captures = self.place.type == "cuda" if graphs is None else graphs
-        self._graphs_kept = graphs_kept
+        self._graphs_kept, self._engine_options = graphs_kept, dict(engine_options or {})
         self._on_device: dict[str, Engine] = {}
         super().__init__(bundle, most_contexts=most_contexts, **options)
         self._check_engines()
@@ -176,7 +178,9 @@ class DevicePipeline(Pipeline):
         """Engines on this device; those that are fed from the host get NumPy buffers."""
         run = self._options["run"]
         kind = "cuda" if self.place.type == "cuda" else "cpu"
-        self._options["run"] = dataclasses.replace(run, device=self.place.index or 0, torch_device=kind)
+        self._options["run"] = dataclasses.replace(
+            run, device=self.place.index or 0, torch_device=kind, **self._engine_options
+        )
         opened = super()._open(names)
         self._on_device.update(opened)
         return {n: e if n == "unet" or e.device == "cpu" else HostEngine(e) for n, e in opened.items()}
