@@ -188,6 +188,7 @@ class Pipeline:
                     total=program.evaluations,
                     timestep=float(program.timesteps[i]),
                     x0=x0,
+                    _latents=lambda: np.stack([slots.latent(slot) for slot in held]),
                     _decode=self.vae.decode_unguarded,
                 )
             for slot, into in zip(held, out, strict=True):

@@ -64,6 +64,7 @@ def prepare(bundle: Bundle, text: TextEncoders, vae: Vae, request: Request, imag
         shared=request.shared_stream,
         device=request.seed_device,
         generators=request.generators,
+        first_draws=request.first_draws,
     )
     shape = latent_shape(bundle, request)
     pictures = request.pictures

@@ -15,6 +15,7 @@ import numpy as np
 from ..bundle import Bundle
 from ..errors import ArgumentError
 from ..schedules import NoiseSchedule, Program, compile_program, program_from_diffusers
+from ..schedules.compat import CLASSES
 from ..schedules.names import resolve_schedule
 from .call import Call, make_call, recorded
 from .checks import check_integer as check_integer
@@ -37,7 +38,8 @@ class Request:
 
     `shared_stream` draws all noise from the first seed's generator, as diffusers does for one generator. `sizes` are
     SDXL's. `gaussians` float32 [B, C, h, w], if given, are the noise to start from; `generators` draw instead of the
-    seeds', one an image, or one where the stream is shared. `recorded` are arguments for a
+    seeds', one an image, or one where the stream is shared. With `first_draws` only the first of them draws for the
+    latents of a picture that several images share, as diffusers does in inpainting. `recorded` are arguments for a
     picture's parameters that have no field here.
     """
 
@@ -57,6 +59,7 @@ class Request:
     gaussians: Float32 | None = None
     seed_device: str = "cpu"
     generators: tuple[Gaussians, ...] | None = None
+    first_draws: bool = False
     shared_stream: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     recorded: Mapping[str, Any] = field(default_factory=dict)
@@ -207,9 +210,9 @@ def choose_program(
     explicit = timesteps is not None or sigmas is not None
     if schedule is not None and resolve_schedule(schedule) == "ays_sd" and bundle.family == "sdxl":
         schedule = "ays_sdxl"
-    if sampler is None and schedule is None and not options:
+    if sampler is None and schedule is None and set(options) <= set(step_options(scheduler)):
         return program_from_diffusers(
-            scheduler, steps=None if explicit else steps, timesteps=timesteps, sigmas=sigmas, start=start
+            scheduler, steps=None if explicit else steps, timesteps=timesteps, sigmas=sigmas, start=start, **options
         )
     noise = NoiseSchedule.from_diffusers(scheduler)
     return compile_program(
@@ -223,6 +226,12 @@ def choose_program(
         sigmas=sigmas,
         **options,
     )
+
+
+def step_options(scheduler: Mapping[str, Any]) -> tuple[str, ...]:
+    """The options that a diffusers scheduler's `step` takes."""
+    known = CLASSES.get(str(scheduler.get("_class_name")))
+    return () if known is None else known.step_options
 
 
 def start_step(steps: int, strength: float) -> int:

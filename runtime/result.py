@@ -71,7 +71,14 @@ class Step:
     total: int
     timestep: float
     x0: Float32 | None = None
+    _latents: Callable[[], Float32] | None = field(default=None, repr=False)
     _decode: Callable[[Float32], UInt8] | None = field(default=None, repr=False)
+
+    def latents(self) -> Float32:
+        """The latents after this evaluation, in diffusers' coordinates, float32 [B, C, h, w]; until the next one."""
+        if self._latents is None:
+            raise ArgumentError("this call does not show its latents", remedy="Run it on the CPU.")
+        return self._latents()
 
     def preview(self) -> UInt8:
         if self.x0 is None or self._decode is None:

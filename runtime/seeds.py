@@ -42,6 +42,20 @@ class TorchCpuGenerator:
         self._bits._legacy_seeding(seed & 0xFFFFFFFF)
         self._spare: float | None = None
 
+    @classmethod
+    def at(cls, seed: int, words: npt.NDArray[np.uint32], position: int, kept: float | None) -> TorchCpuGenerator:
+        """The generator in the middle of its stream: the twister's 624 words, how many of them are used, and the
+        normal that is kept for the next call."""
+        made = cls(seed)
+        made._bits.state = {"bit_generator": "MT19937", "state": {"key": words, "pos": position}}
+        made._spare = kept
+        return made
+
+    def position(self) -> tuple[npt.NDArray[np.uint32], int, float | None]:
+        """What `at` takes beside the seed."""
+        inner = self._bits.state["state"]
+        return inner["key"], int(inner["pos"]), self._spare
+
     def randn(self, shape: tuple[int, ...]) -> Float32:
         """Unit noise, float32 of `shape`, as `torch.randn(shape, generator=...)` draws it."""
         count = int(np.prod(shape, dtype=np.int64))
@@ -134,12 +148,17 @@ class RequestNoise:
 
     members: tuple[Gaussians, ...]
     stream: SharedStream | None
+    first_draws: bool = False
 
     def draw_for_pictures(self, count: int, shape: tuple[int, ...]) -> list[Float32]:
         """One unit draw an image for the latents of `count` pictures, as diffusers draws them.
 
-        Images of one stream draw once a picture; images with seeds of their own draw for themselves.
+        Images of one stream draw once a picture; images with seeds of their own draw for themselves, or with
+        `first_draws` the first as many as there are pictures, for the others too.
         """
+        if self.stream is None and self.first_draws:
+            some = [member.randn(shape) for member in self.members[:count]]
+            return [some[i % count] for i in range(len(self.members))]
         if self.stream is None:
             return [member.randn(shape) for member in self.members]
         drawn = self.stream.joint((count, *shape))
@@ -161,11 +180,16 @@ def make_generator(seed: int, device: str = "cpu") -> Gaussians:
 
 
 def request_noise(
-    seeds: Sequence[int], *, shared: bool, device: str = "cpu", generators: Sequence[Gaussians] | None = None
+    seeds: Sequence[int],
+    *,
+    shared: bool,
+    device: str = "cpu",
+    generators: Sequence[Gaussians] | None = None,
+    first_draws: bool = False,
 ) -> RequestNoise:
     """A generator an image, or with `shared` the first one for all; `generators`, if given, instead of the seeds'."""
     found = [make_generator(s, device) for s in seeds] if generators is None else list(generators)
     if shared:
         stream = SharedStream(found[0], len(seeds))
         return RequestNoise(tuple(stream.member(i) for i in range(len(seeds))), stream)
-    return RequestNoise(tuple(found), None)
+    return RequestNoise(tuple(found), None, first_draws)

@@ -132,6 +132,12 @@ class Slots:
                 "the latent holds NaN or infinity", remedy="Try float32, fewer or other steps, or a smaller guidance."
             )
 
+    def latent(self, slot: int) -> Float32:
+        """The state as it is now in the coordinates of diffusers' latents, float32 [C, h, w]."""
+        tenant = self.tenant(slot)
+        latent: Float32 = self._state.latent[slot] * np.float32(tenant.program.state_scale[tenant.row])
+        return latent
+
     def tick(
         self, slots: Sequence[int], previews: Mapping[int, Float32] | None = None, *, rows: int | None = None
     ) -> None:
