@@ -1,21 +1,25 @@
-"""`fewstep verify BUNDLE`: each graph and each engine of this machine against torch's stored reference."""
+"""`fewstep verify BUNDLE`: each graph and each engine of this machine against torch, and the picture they make."""
 
 from __future__ import annotations
 
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from .common import emit, say
+from .common import emit, register_torch, say
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
     from ..engines.gate import GateReport
+    from ..runtime.final_image import ImageVerdict
 
 
 def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help="a bundle folder")
     parser.add_argument("--component", action="append", help="only this component; repeatable")
     parser.add_argument("--bisect", action="store_true", help="name the first node that is wrong in what fails")
+    parser.add_argument(
+        "--no-image", action="store_true", help="do not make the same picture with torch and each backend"
+    )
     parser.add_argument("--polygraphy", action="store_true", help="have Polygraphy's Comparator judge the graphs too")
 
 
@@ -31,6 +35,14 @@ def execute(options: argparse.Namespace) -> int:
         "reports": [{"component": r.component, "subject": r.subject, **r.to_json()} for r in reports],
     }
     lines = [_line(r) for r in reports]
+    if not options.no_image and not options.component:
+        verdicts, why_not = _final_images(bundle)
+        data["images"] = [v.to_json() for v in verdicts]
+        data["passed"] = data["passed"] and all(v.passed for v in verdicts)
+        lines += [_image_line(v) for v in verdicts]
+        if why_not:
+            data["images_not_compared"] = why_not
+            say(f"the final image is not compared: {why_not}")
     if options.polygraphy:
         data["polygraphy"] = {n: _second_opinion(bundle, n) for n in options.component or bundle.components}
         data["passed"] = data["passed"] and all(data["polygraphy"].values())
@@ -47,6 +59,28 @@ def _line(report: GateReport) -> str:
     verdict = "passed" if report.passed else f"FAILED: {worst.reason}"
     errors = f"worst {worst.report.rel_l2:.2e} (limit {worst.limit:.2e})"
     return f"{report.component:15} {report.subject:45} {report.dtype:9} {errors}  {verdict}"
+
+
+def _final_images(bundle: Bundle) -> tuple[list[ImageVerdict], str]:
+    """The verdicts on the final image, and why there are none where torch or its reference is not installed."""
+    from ..engines import default_store
+    from ..engines.verify import engines_here
+    from ..errors import MissingExtraError
+    from ..runtime.final_image import compare_final_images
+
+    register_torch("torch")
+    backends = sorted({e.key.backend for e in engines_here(bundle, "unet", default_store()) if not e.failed})
+    say(f"making one picture with torch in float32, the exported graphs{''.join(f', {b}' for b in backends)}")
+    try:
+        return compare_final_images(bundle, backends), ""
+    except MissingExtraError as error:
+        return [], str(error)
+
+
+def _image_line(verdict: ImageVerdict) -> str:
+    ending = "passed" if verdict.passed else f"FAILED: {verdict.reason}"
+    limit = "for comparison" if verdict.limit == float("-inf") else f"limit {verdict.limit:.1f} dB"
+    return f"{'final image':15} {verdict.subject:45} PSNR {verdict.psnr:.1f} dB ({limit})  {ending}"
 
 
 def _second_opinion(bundle: Bundle, name: str) -> bool:

@@ -13,6 +13,7 @@ OPTIMIZATIONS = ("disabled", "basic", "extended", "all")
 GRAPH_STRATEGIES = ("default", "whole-graph")
 
 TORCH_DEVICES = ("cpu", "cuda")
+TORCH_DTYPES = ("", "float32", "float16", "bfloat16")
 COMPILE_MODES = ("", "default", "max-autotune-no-cudagraphs", "max-autotune", "reduce-overhead")
 
 
@@ -60,8 +61,9 @@ class RunOptions:
     `threads` is the size of ONNX Runtime's pool (0: one per core). `spinning` says whether its threads wait busily:
     while a run lasts (`"run"`), between runs too (`"always"`), or never (`"off"`, for busy machines).
     `device` is the CUDA device's index. `graph_strategy` is TensorRT-RTX's own use of CUDA graphs. `torch_device`,
-    `compile` and `channels_last` are the torch engine's: where it runs, the mode of `torch.compile` (empty: eager), and
-    the layout of its convolutions (`None`: channels last on CUDA).
+    `torch_dtype`, `compile` and `channels_last` are the torch engine's: where it runs, in which precision (empty: the
+    bundle's), the mode of `torch.compile` (empty: eager), and the layout of its convolutions (`None`: channels last on
+    CUDA).
     """
 
     threads: int = 0
@@ -71,6 +73,7 @@ class RunOptions:
     cuda_graph: bool = False
     graph_strategy: str = "default"
     torch_device: str = "cpu"
+    torch_dtype: str = ""
     compile: str = ""
     channels_last: bool | None = None
 
@@ -78,6 +81,7 @@ class RunOptions:
         _one_of("spinning", self.spinning, SPINNING)
         _one_of("graph_strategy", self.graph_strategy, GRAPH_STRATEGIES)
         _one_of("torch_device", self.torch_device, TORCH_DEVICES)
+        _one_of("torch_dtype", self.torch_dtype, TORCH_DTYPES)
         _one_of("compile", self.compile, COMPILE_MODES)
         if self.threads < 0 or self.device < 0:
             raise ArgumentError(f"threads is {self.threads}, device is {self.device}", expected="integers, 0 or more")

@@ -96,7 +96,8 @@ def open_torch_engine(bundle: Bundle, name: str, run: RunOptions) -> TorchEngine
     component = bundle.component(name)
     if run.threads:
         torch.set_num_threads(run.threads)
-    traceable = wrap(name, build_model(name, component.config, component.dtype), component.config, component.dtype)
+    dtype = run.torch_dtype or component.dtype
+    traceable = wrap(name, build_model(name, component.config, dtype), component.config, dtype)
     check_weights(bundle, component, None)
     # What the bundle lacks its graph does not use: the last layer of SDXL's first text encoder, for one.
     result = traceable.module.load_state_dict(load_file(bundle.path(component.weights)), strict=False)
