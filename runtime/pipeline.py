@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 class Pipeline:
     """A loaded bundle. Several threads may call it: engines are shared, each call takes slots from a pool.
 
-    At most `most_contexts` sets of slots are kept between calls, by latent shape and number.
+    At most `most_contexts` sets of slots are kept between calls, by latent shape and number. vae_tiling, vae_slicing:
+    `"auto"`, `True` or `False`, as `Vae` says. keep_text_encoders: `False` opens them when a prompt comes that is not
+    known yet, and closes them once it is encoded, so that their memory is free while images are made.
     """
 
     def __init__(
@@ -46,6 +48,9 @@ class Pipeline:
         build: str = "if_missing",
         threads: int = 0,
         most_contexts: int = 4,
+        vae_tiling: str | bool = "auto",
+        vae_slicing: str | bool = "auto",
+        keep_text_encoders: bool = True,
         progress: Callable[[str, str, float], None] | None = None,
     ) -> None:
         self.bundle = bundle
@@ -59,9 +64,19 @@ class Pipeline:
         }
         self.size = check_size(bundle, size or (bundle.defaults.width, bundle.defaults.height))
         encoders = [n for n in ("text_encoder", "text_encoder_2") if n in bundle.components]
-        self.engines = self._open([*encoders, "unet", "vae_decoder"])
-        self.text = TextEncoders(bundle, self.engines)
-        self.vae = Vae(bundle, self.engines["vae_decoder"], lambda: self._open(["vae_encoder"])["vae_encoder"])
+        self.engines = self._open([*(encoders if keep_text_encoders else ()), "unet", "vae_decoder"])
+        self.text = TextEncoders(
+            bundle,
+            self.engines if keep_text_encoders else lambda: self._open(encoders),
+            keep_engines=keep_text_encoders,
+        )
+        self.vae = Vae(
+            bundle,
+            self.engines["vae_decoder"],
+            lambda: self._open(["vae_encoder"])["vae_encoder"],
+            tiling=vae_tiling,
+            slicing=vae_slicing,
+        )
         self._pool = SlotPool(self.engines["unet"], keep=check_integer("most_contexts", most_contexts, 0, 1024))
 
     def _open(self, names: Sequence[str]) -> dict[str, Any]:

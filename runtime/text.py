@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,12 +98,25 @@ class PromptTokenizer:
 
 
 class TextEncoders:
-    """Tokenises and encodes; keeps the last embeddings. Thread-safe: encoders run one prompt batch at a time."""
+    """Tokenises and encodes; keeps the last embeddings. Thread-safe: encoders run one prompt batch at a time.
 
-    def __init__(self, bundle: Bundle, engines: Mapping[str, Engine], *, keep: int = 64) -> None:
-        names = [n for n in ENCODERS if n in bundle.components]
+    engines: the text encoders by name, or what opens them. With `keep_engines` off they are opened for prompts that
+    are not known and let go of once these are encoded.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        engines: Mapping[str, Engine] | Callable[[], Mapping[str, Engine]],
+        *,
+        keep: int = 64,
+        keep_engines: bool = True,
+    ) -> None:
+        self._names = [n for n in ENCODERS if n in bundle.components]
         self._tokenizers = [PromptTokenizer(bundle, r) for r in bundle.tokenizers]
-        self._engines = [engines[n] for n in names]
+        self._open = engines if callable(engines) else lambda: engines
+        self._keep_engines = keep_engines
+        self._engines: list[Engine] = []
         self._bindings: dict[int, list[Binding]] = {}
         self._kept: OrderedDict[Prompt, Embedding] = OrderedDict()
         self._keep = keep
@@ -126,9 +139,13 @@ class TextEncoders:
             self.misses += len(wanted)
             self.hits += len(asked) - len(wanted)
             made: dict[Prompt, Embedding] = {}
-            for skip in dict.fromkeys(p.clip_skip for p in wanted):
-                together = [p for p in wanted if p.clip_skip == skip]
-                made.update(zip(together, self._run(together, skip), strict=True))
+            try:
+                for skip in dict.fromkeys(p.clip_skip for p in wanted):
+                    together = [p for p in wanted if p.clip_skip == skip]
+                    made.update(zip(together, self._run(together, skip), strict=True))
+            finally:
+                if not self._keep_engines:
+                    self._engines, self._bindings = [], {}
             found = [made.get(p) or self._kept[p] for p in asked]
             self._kept.update(made)
             for p in asked:
@@ -208,6 +225,9 @@ class TextEncoders:
     def _encode_chunks(self, chunks: Sequence[Sequence[Chunk]], clip_skip: int) -> list[Binding]:
         """Bindings of the encoders, run on their chunks."""
         count = len(chunks[0])
+        if not self._engines:
+            opened = self._open()
+            self._engines = [opened[n] for n in self._names]
         bindings = self._bindings.get(count)
         if bindings is None:
             bindings = [e.bind({"prompts": count}) for e in self._engines]
