@@ -34,6 +34,8 @@ from .unchanged import UnchangedFilter
 
 log = logging.getLogger("fewstep.serving")
 GIVE_UP_S = 10.0
+OF_NOISE = frozenset({"seed", "noise", "walk"})
+"""Settings that requests do not hold: a frame draws its own noise."""
 ENDS = (UnavailableError, EngineFailedError)
 
 
@@ -93,7 +95,7 @@ class LiveSession:
         Raises `ArgumentError` for what cannot be made, and leaves everything as it was.
         """
         settings = self._settings.changed(changes)
-        requests = self._compile(settings)
+        requests = self._requests if changes.keys() <= OF_NOISE else self._compile(settings)
         with self._lock:
             self._settings, self._requests = settings, requests
             return self._input()

@@ -123,6 +123,7 @@ class Connection:
         self._numbers: OrderedDict[int, tuple[int, float]] = OrderedDict()
         self._sent: deque[int] = deque()
         self._tokens, self._filled_at = limits.messages_per_s, time.monotonic()
+        self._answer, self._answered = 0, True
         self._heard_at = time.monotonic()
         self._errors = 0
 
@@ -242,7 +243,8 @@ class Connection:
                 if isinstance(changes.get("size"), list):
                     changes["size"] = tuple(changes["size"])
                 self._remember(session.update(**changes), said)
-                self._say(write_set(session.settings, number=said.id))
+                self._answer, self._answered = said.id, False
+                self._wake.set()
 
     def _remember(self, number: int, said: Set | Clear | Picture) -> None:
         self._numbers[number] = (said.id, said.at)
@@ -275,6 +277,9 @@ class Connection:
         while True:
             await self._wake.wait()
             self._wake.clear()
+            if not self._answered:
+                self._answered = True
+                await self._socket.send_text(write_set(session.settings, number=self._answer))
             while self._said:
                 await self._send_event(self._said.popleft())
             if len(self._sent) < self._limits.window and (frame := session.take()) is not None:
