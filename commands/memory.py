@@ -119,8 +119,11 @@ def _measured(options: argparse.Namespace, pixels: tuple[int, int], component: s
 
 
 def _alone(bundle: Bundle, options: argparse.Namespace, pixels: tuple[int, int]) -> tuple[dict[str, Any], str]:
-    """Open, bind and run one component twice; its peak above what the process held before."""
+    """Open, bind and run one component; its peak above what the process held before."""
+    import numpy as np
+
     from ..engines import RunOptions, open_engine
+    from ..engines.gate import engine_function
     from ..engines.memory import dims_for
 
     kind, _, index = options.device.partition(":")
@@ -128,13 +131,9 @@ def _alone(bundle: Bundle, options: argparse.Namespace, pixels: tuple[int, int])
     dims = dims_for(bundle, pixels, options.batch)
     before, free = _begin(), _free_bytes(options.device)
     engine = open_engine(bundle, options.stage, backend=options.backend, dims=dims, run=run)
-    binding = engine.bind(dims)
-    for _ in range(2):
-        binding.enqueue()
+    zeros = {n: np.zeros(spec.resolve(dims), spec.dtype) for n, spec in engine.inputs.items()}
+    engine_function(engine)(zeros, dims)
     if kind == "cuda":
-        import torch
-
-        torch.cuda.synchronize()
         found = max(0, (free or 0) - (_free_bytes(options.device) or 0))
     else:
         found = _peak_rss() - before
