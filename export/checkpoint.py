@@ -26,7 +26,7 @@ PIPELINES = {
 }
 CLASSES = {
     "unet": {"UNet2DConditionModel"},
-    "vae": {"AutoencoderKL"},
+    "vae": {"AutoencoderKL", "AutoencoderTiny"},
     "text_encoder": {"CLIPTextModel"},
     "text_encoder_2": {"CLIPTextModelWithProjection"},
     "tokenizer": {"CLIPTokenizer", "CLIPTokenizerFast"},
@@ -40,6 +40,7 @@ NEEDED = {
     "text_encoder": ("hidden_size", "max_position_embeddings", "vocab_size"),
     "text_encoder_2": ("hidden_size", "max_position_embeddings", "vocab_size", "projection_dim"),
 }
+NEEDED_TINY = ("encoder_block_out_channels", "decoder_block_out_channels", "latent_channels", "in_channels")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -234,7 +235,8 @@ def check_unet(config: Mapping[str, Any]) -> None:
 def read_part(place: Path, name: str, class_name: str, variant: str | None) -> Part:
     """A component from its own folder, which holds its configuration and its weights."""
     config = read_json(place / "config.json")
-    missing = [k for k in NEEDED.get(name, ()) if not isinstance(config.get(k), (int, list, tuple)) or not config[k]]
+    needed = NEEDED_TINY if class_name == "AutoencoderTiny" else NEEDED.get(name, ())
+    missing = [k for k in needed if not isinstance(config.get(k), (int, list, tuple)) or not config[k]]
     if missing:
         raise CorruptError(
             f"{name}/config.json does not state {', '.join(missing)}", remedy="Take the whole checkpoint."

@@ -28,7 +28,8 @@ from .checkpoint import (
     read_json,
     read_part,
 )
-from .singlefile import find_layout, refuse_others, translate
+from .configs import TINY_DEFAULTS
+from .singlefile import TINY_MARK, find_layout, refuse_others, translate
 from .weights import PICKLES, Stored, open_tensors
 
 FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
@@ -69,6 +70,7 @@ def compose_checkpoint(
         parts["unet"] = _replaced(parts["unet"], Path(unet))
     if vae is not None:
         parts["vae"] = _replaced(parts["vae"], Path(vae))
+    _check_vae(parts["vae"], parts["unet"])
     fused = tuple(_lora_file(path, scale) for path, scale in loras)
     given: dict[str, Any] = {
         "variant": variant,
@@ -137,7 +139,30 @@ def _replaced(part: Part, path: Path) -> Part:
             if part.name == "unet"
             else "the weights of an AutoencoderKL, by diffusers' names or the original ones",
         )
-    return replace(part, files=(path,), layout=found[0], prefix=found[1])
+    made = replace(part, files=(path,), layout=found[0], prefix=found[1])
+    if part.name == "vae" and found[1] + TINY_MARK in tensors:
+        config = {"_class_name": "AutoencoderTiny", **TINY_DEFAULTS}
+        made = replace(made, class_name="AutoencoderTiny", config=config)
+    return made
+
+
+def _check_vae(vae: Part, unet: Part) -> None:
+    """Refuse a VAE whose latents are not the UNet's."""
+    theirs, ours = vae.config.get("latent_channels"), unet.config.get("in_channels")
+    if theirs != ours:
+        raise ArgumentError(
+            f"the VAE makes latents of {theirs} channels",
+            expected=f"{ours}, which the UNet takes",
+            remedy="Give a VAE of the same family.",
+        )
+    if vae.class_name == "AutoencoderTiny":
+        blocks = [len(vae.config[f"{half}_block_out_channels"]) for half in ("encoder", "decoder")]
+        if blocks[0] != blocks[1] or vae.config.get("upsampling_scaling_factor", 2) != 2:
+            raise UnsupportedError(
+                f"the tiny autoencoder has {blocks[0]} and {blocks[1]} blocks, and upsamples "
+                f"{vae.config.get('upsampling_scaling_factor', 2)} times",
+                expected="as many blocks on both sides, and 2 times, as TAESD and TAESDXL have",
+            )
 
 
 def _from_folder(part: Part, path: Path) -> Part:

@@ -74,6 +74,23 @@ VAE_DEFAULTS: dict[str, Any] = {
     "use_post_quant_conv": True,
     "use_quant_conv": True,
 }
+TINY_DEFAULTS: dict[str, Any] = {
+    "act_fn": "relu",
+    "decoder_block_out_channels": [64, 64, 64, 64],
+    "encoder_block_out_channels": [64, 64, 64, 64],
+    "in_channels": 3,
+    "latent_channels": 4,
+    "latent_magnitude": 3,
+    "latent_shift": 0.5,
+    "num_decoder_blocks": [3, 3, 3, 1],
+    "num_encoder_blocks": [1, 3, 3, 3],
+    "out_channels": 3,
+    "scaling_factor": 1.0,
+    "shift_factor": 0.0,
+    "upsample_fn": "nearest",
+    "upsampling_scaling_factor": 2,
+}
+"""`AutoencoderTiny`, whose defaults are TAESD's and TAESDXL's own configuration."""
 TEXT_DEFAULTS: dict[str, Any] = {
     "eos_token_id": 49407,
     "hidden_act": "quick_gelu",
@@ -113,8 +130,21 @@ def canonical_config(kind: str, config: Mapping[str, Any], dtype: str) -> dict[s
         if config.get("_class") != "CLIPTextModelWithProjection":
             named = {k: v for k, v in named.items() if k not in _POOLED_ONLY}
         return named | {k: config[k] for k in ("_class", "_layer") if k in config}
-    defaults = UNET_DEFAULTS if kind == "unet" else VAE_DEFAULTS
+    tiny = is_tiny(config)
+    defaults = UNET_DEFAULTS if kind == "unet" else TINY_DEFAULTS if tiny else VAE_DEFAULTS
     kept = {k: list(v) if isinstance(v, tuple) else v for k, v in config.items() if k not in IGNORED and v is not None}
     if dtype == "float32":
         kept.pop("upcast_attention", None)  # there is nothing above float32
-    return {k: v for k, v in kept.items() if k not in defaults or v != defaults[k]}
+    named = {k: v for k, v in kept.items() if k not in defaults or v != defaults[k]}
+    return named | ({"_class": "AutoencoderTiny"} if tiny else {})
+
+
+def is_tiny(config: Mapping[str, Any]) -> bool:
+    """Whether a VAE's configuration is that of a tiny autoencoder."""
+    return config.get("_class_name") == "AutoencoderTiny"
+
+
+def vae_factor(config: Mapping[str, Any]) -> int:
+    """Pixels per latent cell: each block but the last halves."""
+    blocks = config["encoder_block_out_channels" if is_tiny(config) else "block_out_channels"]
+    return 2 ** (len(blocks) - 1)

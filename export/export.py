@@ -20,6 +20,7 @@ from ..bundle import MANIFEST, Bundle, Component, Defaults, Latent, read_default
 from ..errors import ArgumentError, CorruptError, MissingExtraError
 from .checkpoint import Checkpoint
 from .compose import compose_checkpoint, describe_part, names_of, read_tensors
+from .configs import vae_factor
 from .gating import SWITCHED_OFF, run_gate
 from .graphs import Graph, find_graph, keep_graph
 from .lora import Fusion, match_loras
@@ -188,7 +189,7 @@ def _assemble(
             f"the checkpoint has {len(tokenizers)} tokenizers", expected=f"{len(encoders)}, one a text encoder"
         )
     unet, vae = checkpoint.parts["unet"].config, checkpoint.parts["vae"].config
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    factor = vae_factor(vae)
     size = unet.get("sample_size") or 64
     height, width = (size, size) if isinstance(size, int) else size
     return Bundle(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DDIMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -53,7 +54,7 @@ def _has_peft() -> bool:
 
 
 def _plain(checkpoint: Checkpoint, part: Part) -> nn.Module:
-    cls: Any = LOADERS[part.name]
+    cls: Any = AutoencoderTiny if part.class_name == "AutoencoderTiny" else LOADERS[part.name]
     text = part.name.startswith("text_encoder")
     if part.layout == "folder":
         options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ..engines.base import TensorSpec
+from .configs import is_tiny, vae_factor
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LARGEST = {"float32": 3.0e38, "float16": 65504.0, "bfloat16": 3.0e38}
@@ -105,9 +106,9 @@ class TextEncoder(nn.Module):
 class VaeDecoder(nn.Module):
     """`latent [B, C, h, w]` -> `image uint8 [B, H, W, 3]` and `finite bool [B]`, taken before the clamp."""
 
-    def __init__(self, model: AutoencoderKL, *, dtype: str) -> None:
+    def __init__(self, model: AutoencoderKL | AutoencoderTiny, *, dtype: str) -> None:
         super().__init__()
-        self.post_quant_conv = model.post_quant_conv
+        self.post_quant_conv = getattr(model, "post_quant_conv", None)
         self.decoder = model.decoder
         self.scale = float(model.config.scaling_factor)
         self.shift = float(model.config.shift_factor or 0.0)
@@ -144,6 +145,20 @@ class VaeEncoder(nn.Module):
         return (mean - self.shift) * self.scale, std * self.scale
 
 
+class TinyEncoder(nn.Module):
+    """A tiny autoencoder's encoder under the contract of `VaeEncoder`: it gives one latent, so `std` is zero."""
+
+    def __init__(self, model: AutoencoderTiny, *, dtype: str) -> None:
+        super().__init__()
+        self.encoder = model.encoder
+        self.scale = float(model.config.scaling_factor)
+        self.dtype = DTYPES[dtype]
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean = self.encoder(image.to(self.dtype)).float() * self.scale
+        return mean, torch.zeros_like(mean)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traceable:
     """A module with example inputs (batch 2) and the names of its tensors and of their dimensions."""
@@ -169,7 +184,8 @@ def _construct(kind: str, config: Mapping[str, Any]) -> nn.Module:
     if kind == "unet":
         return UNet2DConditionModel.from_config(plain).eval()
     if kind in {"vae_decoder", "vae_encoder"}:
-        return AutoencoderKL.from_config(plain).eval()
+        cls: Any = AutoencoderTiny if is_tiny(config) else AutoencoderKL
+        return cls.from_config(plain).eval()
     made = CLIPTextConfig(
         **{k: v for k, v in plain.items() if k not in {"architectures", "torch_dtype", "dtype", "transformers_version"}}
     )
@@ -201,7 +217,7 @@ def wrap(kind: str, model: nn.Module, config: Mapping[str, Any], dtype: str) -> 
         c, f = config["latent_channels"], vae_factor(config)
         shape = ("batch", c, "height", "width")
         return Traceable(
-            module=VaeEncoder(model, dtype=dtype).eval(),
+            module=(TinyEncoder if is_tiny(config) else VaeEncoder)(model, dtype=dtype).eval(),
             inputs=(
                 TensorSpec(
                     name="image", dtype="float32", shape=("batch", config["in_channels"], f"height*{f}", f"width*{f}")
@@ -255,8 +271,3 @@ def _wrap_unet(model: nn.Module, config: Mapping[str, Any]) -> Traceable:
         outputs=(TensorSpec(name="out", dtype="float32", shape=("rows", config["out_channels"], "height", "width")),),
         example={"rows": 2, "height": 2 * multiple, "width": 3 * multiple, "tokens": 154},
     )
-
-
-def vae_factor(config: Mapping[str, Any]) -> int:
-    """Pixels per latent cell: each block but the last halves."""
-    return 2 ** (len(config["block_out_channels"]) - 1)

@@ -66,7 +66,8 @@ def choose_precisions(
 
 def _read_precisions(text: str, kinds: list[str]) -> tuple[str, dict[str, str]]:
     """The precision for all, and those by component."""
-    general, named = "float32", {}
+    general = "float32"
+    named: dict[str, str] = {}
     for at, item in enumerate(text.split(",")):
         name, equals, value = item.strip().rpartition("=")
         if not equals:

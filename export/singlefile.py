@@ -28,6 +28,9 @@ REFUSED = {
 }
 """Beginnings of names that tell models which are not exported."""
 
+TINY_MARK = "decoder.layers.0.weight"
+"""A tensor that tiny autoencoders have in diffusers' layout."""
+
 _PREFIXES = {
     "unet": ("model.diffusion_model.", "diffusion_model.", "unet.", ""),
     "vae": ("first_stage_model.", "vae.", ""),
@@ -40,7 +43,11 @@ _PREFIXES = {
 }
 _MARKS = {
     "unet": {"input_blocks.0.0.weight": "original", "conv_in.weight": "diffusers"},
-    "vae": {"decoder.mid.block_1.conv1.weight": "original", "decoder.mid_block.resnets.0.conv1.weight": "diffusers"},
+    "vae": {
+        "decoder.mid.block_1.conv1.weight": "original",
+        "decoder.mid_block.resnets.0.conv1.weight": "diffusers",
+        TINY_MARK: "diffusers",
+    },
     "text_encoder": {
         "text_model.embeddings.token_embedding.weight": "diffusers",
         "embeddings.token_embedding.weight": "diffusers",

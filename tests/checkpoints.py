@@ -6,9 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DDIMScheduler,
     EulerDiscreteScheduler,
     PNDMScheduler,
@@ -164,6 +166,25 @@ def make_sdxl(folder: Path) -> Path:
         add_watermarker=False,
     ).save_pretrained(folder)
     return folder
+
+
+def make_tiny_vae(folder: Path) -> Path:
+    """An AutoencoderTiny of two blocks, for the latents of the other tiny checkpoints."""
+    widths, blocks = (8, 8), (1, 1)
+    model = AutoencoderTiny(
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        num_encoder_blocks=blocks,
+        num_decoder_blocks=blocks,
+    )
+    randomise(model, 12).save_pretrained(folder)
+    return folder
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal to noise of two uint8 pictures, in dB."""
+    error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
+    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
 
 
 def copy(checkpoint: Path, target: Path) -> Path:

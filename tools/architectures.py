@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fewstep.export.configs import TEXT_DEFAULTS, UNET_DEFAULTS, VAE_DEFAULTS
+from fewstep.export.configs import TEXT_DEFAULTS, TINY_DEFAULTS, UNET_DEFAULTS, VAE_DEFAULTS, is_tiny
 
 FILE = Path(__file__).with_name("architectures.json")
 CLASSES = {
@@ -28,7 +28,10 @@ def standard_configs(name: str) -> dict[str, dict[str, Any]]:
     data = json.loads(FILE.read_text(encoding="utf-8"))
     family = dict(data["families"][name])
     condition = family.pop("time_cond_proj_dim", None)
-    configs = {part: {**_DEFAULTS[part], **data[part][variant]} for part, variant in family.items()}
+    configs = {}
+    for part, variant in family.items():
+        stated = data[part][variant]
+        configs[part] = {**(TINY_DEFAULTS if is_tiny(stated) else _DEFAULTS[part]), **stated}
     if condition:
         configs["unet"]["time_cond_proj_dim"] = condition
     return configs

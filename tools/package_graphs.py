@@ -23,7 +23,7 @@ from fewstep.export.graphs import find_graph, graph_key, keep_graph
 from fewstep.export.plan import PRECISIONS, component_config, plan_components
 
 PACKAGED = Path(__file__).parents[1] / "export" / "graphs"
-STANDARD = ("sd1", "sd2", "sd21", "sdxl", "sd1-lcm", "sdxl-lcm")
+STANDARD = ("sd1", "sd2", "sd21", "sdxl", "sd1-lcm", "sdxl-lcm", "taesd")
 EMBEDDED = ("base", "student")
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,6 +88,8 @@ def tokenizers(folder: Path, family: str) -> Iterator[str]:
             unk_token=end,
         )
         made.save_pretrained(folder / name)
+        for file in ("vocab.json", "merges.txt"):  # what older libraries read
+            shutil.copyfile(source / file, folder / name / file)
         yield name
 
 

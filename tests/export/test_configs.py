@@ -7,16 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from fewstep.export.configs import IGNORED, TEXT_DEFAULTS, UNET_DEFAULTS, VAE_DEFAULTS, canonical_config
+from fewstep.export.configs import IGNORED, TEXT_DEFAULTS, TINY_DEFAULTS, UNET_DEFAULTS, VAE_DEFAULTS, canonical_config
 from fewstep.export.graphs import graph_key
 from fewstep.export.modules import UpcastAttention
 from transformers import CLIPTextConfig
 
 
 @pytest.mark.parametrize(
-    ("cls", "stated"), [(UNet2DConditionModel, UNET_DEFAULTS), (AutoencoderKL, VAE_DEFAULTS)], ids=["unet", "vae"]
+    ("cls", "stated"),
+    [(UNet2DConditionModel, UNET_DEFAULTS), (AutoencoderKL, VAE_DEFAULTS), (AutoencoderTiny, TINY_DEFAULTS)],
+    ids=["unet", "vae", "tiny"],
 )
 def test_defaults_are_diffusers_own(cls: Any, stated: dict[str, Any]) -> None:
     theirs = {k: p.default for k, p in inspect.signature(cls.__init__).parameters.items() if k != "self"}

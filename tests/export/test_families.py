@@ -27,8 +27,9 @@ from fewstep.export import export_bundle
 from fewstep.export.checkpoint import Checkpoint
 from fewstep.export.compose import compose_checkpoint, read_tensors
 from fewstep.export.lora import match_loras
-from fewstep.export.presets import PRESETS, find_preset, preset_defaults, preset_warnings, recognise_preset
+from fewstep.export.presets import find_preset, preset_defaults, recognise_preset
 from fewstep.export.weights import convert, open_tensors
+from fewstep.presets import PRESETS, preset_warnings
 from fewstep.runtime.request import make_request
 from safetensors.numpy import load_file, save_file
 
@@ -312,12 +313,6 @@ def test_single_files_that_are_something_else(originals: dict[str, Path], tiny_s
     refused(file, target, MissingError, "no vae", base=tiny_sd1)
     save_file({"conditioner.embedders.0.model.ln_final.weight": np.ones(2, np.float32)}, file)
     refused(file, target, UnsupportedError, "refiner", base=tiny_sd1)
-
-
-def test_a_tiny_autoencoder_is_refused_by_name(tiny_sd1: Path, tmp_path: Path) -> None:
-    (tmp_path / "taesd").mkdir()
-    (tmp_path / "taesd" / "config.json").write_text('{"_class_name": "AutoencoderTiny"}')
-    refused(tiny_sd1, tmp_path / "b", UnsupportedError, "AutoencoderTiny", vae=tmp_path / "taesd")
 
 
 @pytest.mark.parametrize(
