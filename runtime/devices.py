@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..bundle import Bundle
+from ..engines import choose_backend
 from ..errors import ArgumentError, CancelledError
 from .call import takes_a_call
 from .pipeline import Pipeline
@@ -20,10 +21,16 @@ from .prepare import Prepared
 from .request import Request
 from .result import Result, Step
 
+ON_CUDA = ("ort-cuda", "tensorrt", "tensorrt-rtx")
+"""The backends that run on CUDA alone."""
 
-def open_pipeline(bundle: Bundle, *, device: str = "cpu", **options: Any) -> Pipeline:
+
+def open_pipeline(bundle: Bundle, *, device: str | None = None, **options: Any) -> Pipeline:
     """A pipeline on a device: `"cpu"` (NumPy), `"cuda"`, `"cuda:1"`, or `"cpu:torch"`, the CUDA device's code on CPU
-    tensors."""
+    tensors; `None` is where the backend runs."""
+    if device is None:
+        name, _ = choose_backend(options.get("backend", "auto"))
+        device = "cuda" if name in ON_CUDA else "cpu"
     if device == "cpu":
         return Pipeline(bundle, **options)
     from .device_pipeline import DevicePipeline

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from ..engines.base import Engine
+from ..errors import MismatchError
 from .slots import Slots, TickTimes
 
 Shape = tuple[int, int, int]
@@ -19,7 +21,7 @@ class SlotPool:
     def __init__(self, engine: Engine, *, keep: int, make: Callable[[Shape, int], Any] | None = None) -> None:
         """`make` gives new slots of a shape and a number; without it they are those of the NumPy device."""
         self._keep = keep
-        self._make = make or (lambda shape, count: Slots(engine, slots=count, shape=shape))
+        self._make = make or functools.partial(_numpy_slots, engine)
         self._free: list[tuple[Shape, Any]] = []
         self._lock = threading.Lock()
 
@@ -45,3 +47,13 @@ class SlotPool:
         finally:
             with self._lock:
                 self._free = [*self._free, (shape, slots)][-self._keep :] if self._keep else []
+
+
+def _numpy_slots(engine: Engine, shape: Shape, count: int) -> Slots:
+    if engine.device != "cpu":
+        raise MismatchError(
+            f"the backend {engine.backend!r} runs on {engine.device}",
+            expected="a backend for the CPU",
+            remedy="Open the bundle with fewstep.load, or name a backend.",
+        )
+    return Slots(engine, slots=count, shape=shape)

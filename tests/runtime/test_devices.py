@@ -17,6 +17,7 @@ from fewstep.errors import ArgumentError, CancelledError, MismatchError, Missing
 from fewstep.runtime.device_memory import guard_memory, out_of_memory
 from fewstep.runtime.device_pipeline import DevicePipeline, HostEngine
 from fewstep.runtime.devices import PipelineGroup
+from fewstep.runtime.pool import SlotPool
 
 CALL: dict[str, Any] = {"steps": 3, "guidance": 3.0, "sampler": "dpmpp_2m", "seed": [4, 9, 2]}
 
@@ -138,6 +139,17 @@ def test_devices_that_are_not_there_are_refused_in_words(bundle: Bundle) -> None
     if not torch.cuda.is_available():
         with pytest.raises(MissingError, match="torch sees no CUDA devices"):
             fewstep.load(bundle, device="cuda:0")
+
+
+def test_a_backend_brings_its_device(bundle: Bundle, pipe: Any) -> None:
+    """On a machine without a GPU nothing else is used in its place, and NumPy slots take no CUDA engine."""
+    if not torch.cuda.is_available():
+        with pytest.raises(MissingError, match="torch sees no CUDA devices"):
+            fewstep.load(bundle, backend="ort-cuda")
+    engine = HostEngine(pipe.engines["unet"])
+    engine.device = "cuda"
+    with pytest.raises(MismatchError, match="runs on cuda"), SlotPool(engine, keep=1).take((4, 8, 8), 1):
+        pass
 
 
 def test_an_engine_of_another_device_is_refused(bundle: Bundle, pipe: Any) -> None:
