@@ -24,6 +24,21 @@ PIPELINES = {
     "StableDiffusionXLImg2ImgPipeline": "sdxl",
     "StableDiffusionXLInpaintPipeline": "sdxl",
 }
+NOT_EXPORTED = {
+    "StableVideoDiffusion": "Stable Video Diffusion",
+    "IF": "DeepFloyd-IF",
+    "StableDiffusion3": "Stable Diffusion 3",
+    "Flux": "Flux",
+    "StableDiffusionControlNet": "a pipeline around a ControlNet",
+    "StableDiffusionXLControlNet": "a pipeline around a ControlNet",
+    "StableDiffusionAdapter": "a pipeline around a T2I adapter",
+    "ControlNet": "a ControlNet",
+    "MultiControlNet": "a ControlNet",
+    "SD3ControlNet": "a ControlNet",
+    "StableDiffusionUpscale": "the SD upscaler",
+    "StableDiffusionDepth2Img": "SD 2's depth-to-image model",
+}
+"""Beginnings of class names (before `Pipeline`, `Model`, `Img2Img` ...) of models that are known and not exported."""
 CLASSES = {
     "unet": {"UNet2DConditionModel"},
     "vae": {"AutoencoderKL", "AutoencoderTiny"},
@@ -173,10 +188,14 @@ def _stem(name: str) -> str:
 
 
 def _from_folder(folder: Path, source: str, *, variant: str | None, revision: str | None) -> Checkpoint:
+    if not (folder / "model_index.json").is_file() and (folder / "config.json").is_file():
+        _refuse_class(str(read_json(folder / "config.json").get("_class_name")))
     index = read_json(folder / "model_index.json", remedy="Give the folder that holds model_index.json.")
     pipeline = str(index.get("_class_name"))
     if pipeline not in PIPELINES:
+        _refuse_class(pipeline)
         raise UnsupportedError(f"the checkpoint is a {pipeline}", expected=f"one of {', '.join(PIPELINES)}")
+    _refuse_refiner(index)
     parts, tokenizers = {}, []
     for name, value in index.items():
         if name.startswith("_") or not isinstance(value, list) or len(value) != 2 or value[1] is None:
@@ -210,6 +229,29 @@ def _from_folder(folder: Path, source: str, *, variant: str | None, revision: st
         licence=licence_of(folder),
         revision=revision,
     )
+
+
+def _refuse_class(name: str) -> None:
+    """`UnsupportedError` for a class that is known by the name of its model."""
+    stem = re.sub(r"(Img2Img|Inpaint\w*|Inpainting|SuperResolution)?(Pipeline|Model)$", "", name)
+    if stem in NOT_EXPORTED:
+        raise UnsupportedError(
+            f"the checkpoint is {NOT_EXPORTED[stem]} ({name})",
+            expected="a model of SD 1.x, SD 2.x or SDXL",
+            remedy="It is not exported.",
+        )
+
+
+def _refuse_refiner(index: Mapping[str, Any]) -> None:
+    """The refiner has SDXL's pipeline class and its second text encoder alone."""
+    first = index.get("text_encoder")
+    absent = not isinstance(first, list) or len(first) != 2 or first[1] is None
+    if PIPELINES[str(index["_class_name"])] == "sdxl" and absent and index.get("text_encoder_2"):
+        raise UnsupportedError(
+            "the checkpoint is the SDXL refiner (it has no first text encoder)",
+            expected="a model of SD 1.x, SD 2.x or SDXL",
+            remedy="Export SDXL's base: the refiner is not exported.",
+        )
 
 
 def _family(pipeline: str, parts: Mapping[str, Part]) -> str:

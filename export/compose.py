@@ -29,11 +29,16 @@ from .checkpoint import (
     read_part,
 )
 from .configs import TINY_DEFAULTS
-from .singlefile import TINY_MARK, find_layout, refuse_others, translate
+from .singlefile import TINY_MARK, find_layout, refuse_others, scheduler_changes, translate
 from .weights import PICKLES, Stored, open_tensors
 
 FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
 """What each width of the text's vectors usually is."""
+_RESCALING = {
+    *("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"),
+    *("EulerAncestralDiscreteScheduler", "UniPCMultistepScheduler", "LCMScheduler", "TCDScheduler"),
+}
+"""diffusers' schedulers that read `rescale_betas_zero_snr`."""
 
 
 def compose_checkpoint(
@@ -64,7 +69,9 @@ def compose_checkpoint(
         base if single and base is not None else source, revision=revision, variant=variant, offline=offline
     )
     parts = dict(opened.parts)
+    scheduler = dict(opened.scheduler)
     if single:
+        scheduler |= _marked(file, scheduler)
         parts |= _single_file_parts(opened, file, skip={"vae"} if vae is not None else set())
     if unet is not None:
         parts["unet"] = _replaced(parts["unet"], Path(unet))
@@ -84,6 +91,7 @@ def compose_checkpoint(
         source=str(source),
         file=file if single else None,
         parts=parts,
+        scheduler=scheduler,
         loras=fused,
         options={k: v for k, v in given.items() if v},
     )
@@ -94,6 +102,14 @@ def read_tensors(part: Part, tensors: Mapping[str, Stored], keys: Iterable[str])
     if part.layout == "folder":
         return tensors
     return translate(part.name, part.layout, part.prefix, part.config, tensors, keys)
+
+
+def _marked(file: Path, scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """The scheduler's changes that the file asks for; one that cannot rescale its betas gives way to Euler's."""
+    changes = scheduler_changes(open_tensors([file]), file.name)
+    if changes.get("rescale_betas_zero_snr") and scheduler.get("_class_name") not in _RESCALING:
+        changes["_class_name"] = "EulerDiscreteScheduler"
+    return changes
 
 
 def _single_file_parts(base: Checkpoint, file: Path, *, skip: set[str]) -> dict[str, Part]:

@@ -9,7 +9,7 @@ OpenCLIP keeps query, key and value in one matrix, and its text projection trans
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,13 @@ REFUSED = {
     "model.diffusion_model.double_blocks.": "Flux",
     "double_blocks.": "Flux",
     "joint_blocks.": "SD 3",
+    "transformer_blocks.0.attn.add_k_proj.": "SD 3 or Flux",
+    "single_transformer_blocks.": "Flux",
     "control_model.": "a ControlNet",
+    "controlnet_cond_embedding.": "a ControlNet",
+    "input_hint_block.": "a ControlNet",
+    "encoder_pooling.": "DeepFloyd-IF",
+    "encoder_hid_proj.": "DeepFloyd-IF or Kandinsky",
     "conditioner.embedders.0.model.": "the SDXL refiner",
     "model.diffusion_model.input_blocks.1.0.time_stack.": "Stable Video Diffusion",
 }
@@ -54,6 +60,12 @@ _MARKS = {
         "token_embedding.weight": "open_clip",
     },
 }
+
+_EDM = {
+    "edm_mean": "Playground v2.5",
+    "edm_vpred.sigma_max": "an EDM model that predicts v",
+}
+"""Tensors by which files say that their model was trained in EDM's formulation."""
 
 _UNET = {
     "conv_in": "input_blocks.0.0",
@@ -112,6 +124,26 @@ def refuse_others(names: Iterable[str], file: str) -> None:
     for beginning, model in REFUSED.items():
         if any(n.startswith(beginning) for n in listed):
             raise UnsupportedError(f"{file} is {model}", expected="a model of SD 1.x, SD 2.x or SDXL")
+
+
+def scheduler_changes(names: Collection[str], file: str) -> dict[str, Any]:
+    """What a single file's marker tensors say of its scheduler, in diffusers' words.
+
+    `v_pred` stands for v-prediction and `ztsnr` for betas rescaled to a zero terminal signal-to-noise ratio, which
+    wants trailing timesteps (Lin et al., arXiv:2305.08891). `UnsupportedError` for EDM's formulation.
+    """
+    for mark, model in _EDM.items():
+        if mark in names:
+            raise UnsupportedError(
+                f"{file} is {model} (it has the tensor {mark!r})",
+                expected="a model that predicts noise or v under the base's noise schedule",
+            )
+    changes: dict[str, Any] = {}
+    if "v_pred" in names:
+        changes["prediction_type"] = "v_prediction"
+    if "ztsnr" in names:
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return changes
 
 
 def original_name(part: str, key: str, config: Mapping[str, Any]) -> str | None:
