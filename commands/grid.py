@@ -6,9 +6,26 @@ import argparse
 from typing import Any
 
 from ..errors import ArgumentError
-from .common import add_engine_options, add_image_options, bar, between, emit, register_torch, sampler_options
+from .asking import (
+    add_memory_options,
+    add_picture_options,
+    add_prompt_options,
+    call_options,
+    memory_options,
+    warnings_shown,
+)
+from .common import add_engine_options, add_image_options, bar, between, emit, register_torch
 
-AXES = {"sampler": str, "schedule": str, "steps": int, "seed": int, "guidance": float, "prompt": str, "strength": float}
+AXES = {
+    "sampler": str,
+    "schedule": str,
+    "steps": int,
+    "seed": int,
+    "guidance": float,
+    "prompt": str,
+    "strength": float,
+    "clip_skip": int,
+}
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -19,13 +36,14 @@ def define(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rows", metavar="AXIS=A,B,...", help="the other axis")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--image", help="start from this picture")
-    parser.add_argument("--strength", type=float, default=0.8)
     parser.add_argument(
         "--cell", type=between(16, 4096), help="pixels a picture is enlarged to (default: at least 128)"
     )
     parser.add_argument("--output", default="grid.png", help="the PNG to write (default: %(default)s)")
     add_image_options(parser)
+    add_prompt_options(parser)
+    add_picture_options(parser, many=False)
+    add_memory_options(parser)
     add_engine_options(parser)
 
 
@@ -40,19 +58,22 @@ def execute(options: argparse.Namespace) -> int:
     if columns[0] == rows[0]:
         raise ArgumentError(f"both axes are {columns[0]!r}", expected="two different axes")
     register_torch(options.backend)
-    pipe = load(options.bundle, backend=options.backend, threads=options.threads, size=options.size)
-    shared = {
-        k: getattr(options, k)
-        for k in ("negative", "steps", "sampler", "schedule", "guidance", "size", "compat", "seed", "image", "strength")
-    }
+    pipe = load(
+        options.bundle,
+        backend=options.backend,
+        threads=options.threads,
+        size=options.size,
+        **memory_options(options),
+    )
+    shared = call_options(options)
     cells: list[list[Any]] = []
     seconds = []
-    with bar(len(columns[1]) * len(rows[1]), "image", "grid") as progress:
+    with warnings_shown(), bar(len(columns[1]) * len(rows[1]), "image", "grid") as progress:
         for down in rows[1]:
             cells.append([])
             for across in columns[1]:
                 given = {**shared, "prompt": options.prompt, columns[0]: across} | ({rows[0]: down} if rows[0] else {})
-                result = pipe(given.pop("prompt"), **given, **sampler_options(options))
+                result = pipe(given.pop("prompt"), **given)
                 cells[-1].append(result.images[0])
                 seconds.append(result.timings["total"] / 1e3)
                 progress.update(1)

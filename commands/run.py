@@ -6,7 +6,15 @@ import argparse
 from dataclasses import replace
 from typing import Any
 
-from .common import add_engine_options, add_image_options, bar, emit, register_torch, sampler_options, say, stage_lines
+from .asking import (
+    add_memory_options,
+    add_picture_options,
+    add_prompt_options,
+    call_options,
+    memory_options,
+    warnings_shown,
+)
+from .common import add_engine_options, add_image_options, bar, emit, register_torch, stage_lines
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -18,10 +26,6 @@ def define(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, action="append", help="repeatable, one image each (default: a random one, printed)"
     )
     parser.add_argument("--images", type=int, default=1, help="images a prompt, with successive seeds")
-    parser.add_argument("--image", help="start from this picture")
-    parser.add_argument(
-        "--strength", type=float, default=0.8, help="how much of --image to change, 0 to 1 (default: %(default)s)"
-    )
     parser.add_argument(
         "--shared-stream",
         action="store_true",
@@ -29,21 +33,26 @@ def define(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", default="image.png", help="the PNG to write (default: %(default)s)")
     add_image_options(parser)
+    add_prompt_options(parser)
+    add_picture_options(parser, many=True)
+    add_memory_options(parser)
     add_engine_options(parser)
 
 
 def execute(options: argparse.Namespace) -> int:
-    from ..export.presets import preset_warnings
     from ..runtime import load
     from ..runtime.images import check_output
 
     check_output(options.output)
     register_torch(options.backend)
-    pipe = load(options.bundle, backend=options.backend, threads=options.threads, size=options.size)
-    for warning in preset_warnings(pipe.bundle, vars(options)):
-        say(f"warning: {warning}")
-    seed: Any = options.seed[0] if options.seed and len(options.seed) == 1 else options.seed
-    with bar(None, "it", "denoise") as progress:
+    pipe = load(
+        options.bundle,
+        backend=options.backend,
+        threads=options.threads,
+        size=options.size,
+        **memory_options(options),
+    )
+    with warnings_shown(), bar(None, "it", "denoise") as progress:
 
         def on_step(step: Any) -> None:
             progress.total = step.total
@@ -51,26 +60,17 @@ def execute(options: argparse.Namespace) -> int:
 
         result = pipe(
             options.prompt[0] if len(options.prompt) == 1 else options.prompt,
-            negative=options.negative,
-            steps=options.steps,
-            sampler=options.sampler,
-            schedule=options.schedule,
-            guidance=options.guidance,
-            seed=seed,
-            size=options.size,
             images_per_prompt=options.images,
-            image=options.image,
-            strength=options.strength,
-            compat=options.compat,
             shared_stream=options.shared_stream,
             on_step=on_step,
-            **sampler_options(options),
+            **call_options(options),
         )
     named = tuple({**p, "bundle": options.bundle} for p in result.parameters)
     files = replace(result, parameters=named).save(options.output)
     data = {
         "files": files,
         "seeds": list(result.seeds),
+        "truncated": list(result.truncated),
         "timings_ms": dict(result.timings),
         "parameters": [dict(p) for p in named],
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -27,6 +28,8 @@ from .vae import Vae
 
 if TYPE_CHECKING:
     from .devices import PipelineGroup
+
+log = logging.getLogger("fewstep.runtime")
 
 
 class Pipeline:
@@ -54,6 +57,7 @@ class Pipeline:
         progress: Callable[[str, str, float], None] | None = None,
     ) -> None:
         self.bundle = bundle
+        self._warned: set[str] = set()
         self.batch = check_integer("batch", batch, 1, MOST_IMAGES)
         self._options: dict[str, Any] = {
             "backend": backend,
@@ -126,7 +130,11 @@ class Pipeline:
     @takes_a_call
     def request(self, prompt: str | Sequence[str] | None = None, **given: Any) -> Request:
         """A checked `Request` for this bundle; takes what a call takes, pictures included."""
-        return make_request(self.bundle, prompt, default_size=self.size, **given)
+        request = make_request(self.bundle, prompt, default_size=self.size, **given)
+        for warning in set(request.warnings) - self._warned:
+            log.warning("%s", warning)
+        self._warned.update(request.warnings)
+        return request
 
     def stream(self, request: Request, *, image: Any = None, previews: bool = False) -> Generator[Step, None, Result]:
         """A generator of `Step`s that returns the `Result`; closing it ends the request between two evaluations."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..bundle import Bundle
 from ..errors import ArgumentError
+from ..presets import preset_warnings
 from ..schedules import NoiseSchedule, Program, compile_program, program_from_diffusers
 from ..schedules.compat import CLASSES
 from ..schedules.names import resolve_schedule
@@ -30,6 +31,7 @@ from .wording import Wording, as_float32, read_wording
 MOST_IMAGES = 1024
 LARGEST_SIDE = 16_384
 MOST_STEPS = 1000
+PRESET_ARGUMENTS = ("steps", "guidance", "sampler", "schedule", "size")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -39,8 +41,8 @@ class Request:
     `shared_stream` draws all noise from the first seed's generator, as diffusers does for one generator. `sizes` are
     SDXL's. `gaussians` float32 [B, C, h, w], if given, are the noise to start from; `generators` draw instead of the
     seeds', one an image, or one where the stream is shared. With `first_draws` only the first of them draws for the
-    latents of a picture that several images share, as diffusers does in inpainting. `recorded` are arguments for a
-    picture's parameters that have no field here.
+    latents of a picture that several images share, as diffusers does in inpainting. `warnings` say what goes against
+    the bundle's preset. `recorded` are arguments for a picture's parameters that have no field here.
     """
 
     wording: Wording
@@ -61,6 +63,7 @@ class Request:
     generators: tuple[Gaussians, ...] | None = None
     first_draws: bool = False
     shared_stream: bool = False
+    warnings: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     recorded: Mapping[str, Any] = field(default_factory=dict)
 
@@ -150,6 +153,7 @@ def make_request(
         gaussians=_gaussians(bundle, call, (len(seeds), height, width), program),
         seed_device=call.seed_device,
         shared_stream=call.shared_stream,
+        warnings=tuple(preset_warnings(bundle, {k: getattr(call, k) for k in PRESET_ARGUMENTS})),
         options={**call.options, **levels},
         recorded={**recorded(call), **_names(call)},
     )

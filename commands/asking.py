@@ -1,0 +1,143 @@
+"""The options of verbs that make pictures: how prompts are read, what a picture starts from, what memory is spared."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from .common import between, sampler_options, say, size
+
+SIZES = ("original_size", "target_size", "negative_original_size", "negative_target_size")
+CROPS = ("crop_top_left", "negative_crop_top_left")
+ASKED = (
+    "negative",
+    "negative_2",
+    "prompt_2",
+    "prompt_syntax",
+    "long_prompts",
+    "clip_skip",
+    "steps",
+    "sampler",
+    "schedule",
+    "guidance",
+    "compat",
+    "seed",
+    "seed_device",
+    "size",
+    *SIZES,
+    *CROPS,
+    "image",
+    "strength",
+    "fit",
+    "mask",
+)
+"""Options that are arguments of a call by the same name, where they were given."""
+SPARING = {"auto": "auto", "on": True, "off": False}
+
+
+def pair(text: str) -> tuple[int, int]:
+    """`16,0` as (top, left)."""
+    first, comma, second = text.partition(",")
+    try:
+        return (int(first), int(second)) if comma else (int(""), 0)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not TOP,LEFT, like 16,0") from error
+
+
+def threshold(text: str) -> float | str:
+    """A number, or `none`."""
+    try:
+        return "none" if text.lower() == "none" else float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor none") from error
+
+
+def add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompt-2", help="what SDXL's second text encoder reads instead")
+    parser.add_argument("--negative-2", help="negative prompt for SDXL's second text encoder")
+    parser.add_argument(
+        "--prompt-syntax", choices=("plain", "a1111"), help="a1111: (word:1.3), [word] and BREAK (default: plain)"
+    )
+    parser.add_argument(
+        "--long-prompts",
+        choices=("truncate", "chunk"),
+        help="what one pass does not take: cut, as diffusers does, or in chunks (default: cut; a1111: in chunks)",
+    )
+    parser.add_argument("--clip-skip", type=between(0, 64), metavar="N", help="leave out the last N text layers")
+    for name in SIZES:
+        words = name.replace("_", " ")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=size, metavar="WxH", help=f"SDXL's {words}")
+    for name in CROPS:
+        words = name.replace("_", " ")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=pair, metavar="T,L", help=f"SDXL's {words}")
+
+
+def add_picture_options(parser: argparse.ArgumentParser, *, many: bool) -> None:
+    again: dict[str, Any] = {"action": "append"} if many else {}
+    parser.add_argument(
+        "--image", **again, help="start from this picture" + ("; repeatable, one an image" if many else "")
+    )
+    parser.add_argument("--mask", **again, help="a picture of the same: white is made anew, black stays")
+    parser.add_argument(
+        "--mask-threshold",
+        type=threshold,
+        metavar="N",
+        help="grey from which on a mask is white, or none (default: 0.5)",
+    )
+    parser.add_argument(
+        "--strength", type=float, help="how much of --image to change, 0 to 1 (default: 0.8, with a mask 1)"
+    )
+    parser.add_argument(
+        "--fit",
+        choices=("stretch", "cover", "contain", "diffusers"),
+        help="what becomes of a picture of another size; diffusers: take its own, rounded down (default: stretch)",
+    )
+    parser.add_argument(
+        "--seed-device", metavar="cpu|cuda", help="whose noise: torch's on the CPU or on CUDA (default: cpu)"
+    )
+
+
+def add_memory_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--vae-tiling", choices=SPARING, default="auto", help="large pictures in tiles (default: auto)")
+    parser.add_argument("--vae-slicing", choices=SPARING, default="auto", help="one picture at a time (default: auto)")
+    parser.add_argument(
+        "--drop-text-encoders", action="store_true", help="let go of the text encoders once prompts are encoded"
+    )
+
+
+def memory_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What `fewstep.load` is told of memory."""
+    return {
+        "vae_tiling": SPARING[options.vae_tiling],
+        "vae_slicing": SPARING[options.vae_slicing],
+        "keep_text_encoders": not options.drop_text_encoders,
+    }
+
+
+def call_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of a call that were given; of lists with one entry, the entry."""
+    given = {k: v for k in ASKED if (v := getattr(options, k, None)) is not None}
+    given = {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in given.items()}
+    grey = getattr(options, "mask_threshold", None)
+    if grey is not None:
+        given["mask_threshold"] = None if grey == "none" else grey
+    return {**given, **sampler_options(options)}
+
+
+class _Said(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(f"{record.levelname.lower()}: {record.getMessage()}")
+
+
+@contextmanager
+def warnings_shown() -> Iterator[None]:
+    """Show the library's warnings on stderr, a line each."""
+    handler, logger = _Said(logging.WARNING), logging.getLogger("fewstep")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
