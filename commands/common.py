@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-BACKENDS = ("auto", "ort-cpu", "ort-cuda", "tensorrt", "tensorrt-rtx", "torch")
+BACKENDS = ("auto", "ort-cpu", "ort-openvino", "ort-openvino-bf16", "ort-cuda", "tensorrt", "tensorrt-rtx", "torch")
 
 
 def size(text: str) -> tuple[int, int]:

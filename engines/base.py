@@ -79,7 +79,7 @@ class Engine(Protocol):
 
     @property
     def backend(self) -> str:
-        """`"ort-cpu"`, `"ort-cuda"`, `"tensorrt"`, `"tensorrt-rtx"` or `"torch"`."""
+        """One of `registry.BACKENDS`: `"ort-cpu"`, `"tensorrt"`, ..."""
 
     @property
     def device(self) -> str:

@@ -17,7 +17,7 @@ from .base import Engine
 from .key import Difference, EngineKey, differences
 from .options import BuildOptions, RunOptions, relevant
 from .profile import Profile, dimension_names, profiles_for
-from .registry import Backend, BuildJob, OpenJob, Progress, choose_backend, load_backend, registered
+from .registry import ON_CPU, Backend, BuildJob, OpenJob, Progress, choose_backend, load_backend, registered
 from .store import Entry, Store, default_store, now
 
 if TYPE_CHECKING:
@@ -349,7 +349,7 @@ def _stored(store: Store, key: EngineKey) -> Entry | None:
 
 def _runs_here(kind: Backend) -> bool:
     """Whether engines of this kind can be run on this machine, and not only built."""
-    return kind.name == "ort-cpu" or machine.has_gpu_driver()
+    return kind.name in ON_CPU or machine.has_gpu_driver()
 
 
 def _quiet(component: str, stage: str, fraction: float) -> None:

@@ -19,7 +19,18 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 ALIGNMENT = 64
-PROVIDERS = {"ort-cpu": "CPUExecutionProvider", "ort-cuda": "CUDAExecutionProvider"}
+PROVIDERS = {
+    "ort-cpu": "CPUExecutionProvider",
+    "ort-openvino": "OpenVINOExecutionProvider",
+    "ort-openvino-bf16": "OpenVINOExecutionProvider",
+    "ort-cuda": "CUDAExecutionProvider",
+}
+_PACKAGES = {
+    "ort-cpu": ("onnxruntime", "cpu"),
+    "ort-openvino": ("onnxruntime-openvino", "openvino"),
+    "ort-openvino-bf16": ("onnxruntime-openvino", "openvino"),
+    "ort-cuda": ("onnxruntime-gpu", "cuda"),
+}
 _ONNX_TYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -33,13 +44,13 @@ _ONNX_TYPES = {
 
 def import_onnxruntime(backend: str) -> ModuleType:
     """The module `onnxruntime`, able to run this backend; `MissingExtraError` if it is not installed."""
-    extra = "cuda" if backend == "ort-cuda" else "cpu"
+    package, extra = _PACKAGES[backend]
     try:
         import onnxruntime
     except ImportError as error:
-        raise MissingExtraError("onnxruntime", extra, purpose=f"the backend {backend!r}") from error
+        raise MissingExtraError(package, extra, purpose=f"the backend {backend!r}") from error
     if PROVIDERS[backend] not in onnxruntime.get_available_providers():
-        raise MissingExtraError("onnxruntime-gpu", extra, purpose=f"the backend {backend!r}")
+        raise MissingExtraError(package, extra, purpose=f"the backend {backend!r}")
     return onnxruntime  # type: ignore[no-any-return]
 
 
@@ -66,10 +77,17 @@ def session_options(onnxruntime: ModuleType, run: RunOptions, optimization: str)
 
 
 def providers(backend: str, run: RunOptions, stream: int | None = None) -> list[tuple[str, dict[str, str]]]:
-    """The providers to ask for, with explicit options; CUDA is followed by the CPU, for shape arithmetic only."""
+    """The providers to ask for, with explicit options; CUDA is followed by the CPU, for shape arithmetic only.
+
+    OpenVINO is followed by the CPU too.
+    """
     cpu: tuple[str, dict[str, str]] = ("CPUExecutionProvider", {})
     if backend == "ort-cpu":
         return [cpu]
+    if backend != "ort-cuda":
+        from .ort_openvino import provider_options
+
+        return [("OpenVINOExecutionProvider", provider_options(backend, run)), cpu]
     cuda = {
         "device_id": str(run.device),
         "arena_extend_strategy": "kSameAsRequested",
@@ -103,6 +121,8 @@ def open_session(
     """
     onnxruntime = import_onnxruntime(backend)
     options = session_options(onnxruntime, run, optimization)
+    if PROVIDERS[backend] == "OpenVINOExecutionProvider":
+        onnxruntime.set_default_logger_severity(3)  # it warns of each constant that it folds
     if external:
         names = list(external)
         options.add_external_initializers_from_files_in_memory(
@@ -251,7 +271,7 @@ class OrtEngine:
     def bind(self, dims: Mapping[str, int]) -> Binding:
         """Buffers for these dimensions: NumPy arrays on the CPU, torch tensors on CUDA."""
         check_dims((*self.inputs.values(), *self.outputs.values()), dims)
-        if self.backend == "ort-cpu":
+        if self.backend != "ort-cuda":
             return OrtBinding(self._session, self.inputs, self.outputs, dims)
         from .ort_cuda import OrtCudaBinding
 
@@ -259,8 +279,8 @@ class OrtEngine:
 
 
 def engine_stream(backend: str, run: RunOptions) -> Any:
-    """The CUDA stream of a session on CUDA, made before it; `None` on the CPU."""
-    if backend == "ort-cpu":
+    """The CUDA stream of a session on CUDA, made before it; `None` elsewhere."""
+    if backend != "ort-cuda":
         return None
     from .ort_cuda import make_stream
 

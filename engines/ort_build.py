@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ..errors import CancelledError, UnsupportedError
@@ -18,6 +19,7 @@ from .base import Engine
 from .options import BuildOptions, RunOptions
 from .ort import OrtEngine, engine_stream, import_onnxruntime, open_session
 from .ort_float16 import convert_saved
+from .ort_openvino import PRECISION_HINTS, decompose_attention
 from .registry import BuildJob, OpenJob
 from .weights import check_data, check_graph, check_weights, read_weights
 
@@ -28,17 +30,17 @@ class OrtBackend:
     """Builds and loads engines of ONNX Runtime for one provider."""
 
     suffix = "onnx"
-    heeds = ("optimization", "float16")
     uses_profiles = False
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.heeds = () if name in PRECISION_HINTS else ("optimization", "float16")
 
     def version(self) -> str:
         return str(import_onnxruntime(self.name).__version__)
 
     def target(self, options: BuildOptions | None) -> tuple[str, str]:
-        if self.name == "ort-cpu":
+        if self.name != "ort-cuda":
             return machine.cpu_identity()
         gpu = machine.gpu()
         return gpu.name, gpu.compute_capability
@@ -55,6 +57,8 @@ class OrtBackend:
         job.progress(job.name, "optimising", 0.0)
         source = check_graph(job.bundle, job.component)
         check_weights(job.bundle, job.component, None)
+        if self.name in PRECISION_HINTS:
+            return self._write_plain(job, source)
         weights = job.bundle.path(job.component.weights)
         beside = job.options.float16 or weights.stat().st_size > INLINE_BYTES
 
@@ -98,6 +102,12 @@ class OrtBackend:
             "operators": dict(sorted(found.items())),
             "fused": fused,
         }
+
+    def _write_plain(self, job: BuildJob, source: Path) -> Mapping[str, Any]:
+        """The graph as OpenVINO reads it, pointing at the bundle's weights: it compiles when it is opened."""
+        graph = decompose_attention(source)
+        job.target.write_bytes(graph)
+        return {"weights": "shared with the bundle", "operators": dict(sorted(count_operators(graph).items()))}
 
     def open(self, job: OpenJob) -> Engine:
         """Load a saved graph with the weights it points to; nothing is optimised again."""

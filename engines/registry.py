@@ -21,9 +21,12 @@ if TYPE_CHECKING:
     from ..bundle import Bundle, Component
     from .store import Entry, Store
 
-BACKENDS = ("ort-cpu", "ort-cuda", "tensorrt", "tensorrt-rtx", "torch")
+BACKENDS = ("ort-cpu", "ort-openvino", "ort-openvino-bf16", "ort-cuda", "tensorrt", "tensorrt-rtx", "torch")
+ON_CPU = ("ort-cpu", "ort-openvino", "ort-openvino-bf16")
 _MODULES = {
     "ort-cpu": "ort_build",
+    "ort-openvino": "ort_build",
+    "ort-openvino-bf16": "ort_build",
     "ort-cuda": "ort_build",
     "tensorrt": "tensorrt_build",
     "tensorrt-rtx": "tensorrt_build",

@@ -45,6 +45,8 @@ def verify_entry(
     )
     engine = load_backend(entry.key.backend).open(job)
     dtype = "float16" if entry.key.options.get("float16") else part.dtype
+    if entry.key.backend.endswith("-bf16"):
+        dtype = "bfloat16"
     report = gate_engine(engine, cases, component=name, dtype=dtype, name=f"the engine {entry.name}", check=False)
     if not store.read_only:
         store.record_gate(entry, report.to_json())

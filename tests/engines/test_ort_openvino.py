@@ -1,0 +1,84 @@
+"""OpenVINO as a provider: decomposed attention is attention, and what cannot be had is said in words.
+
+The wheel takes the place of the tested onnxruntime, so the provider itself runs in the bench's own environment.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from fewstep.bundle import Bundle
+from fewstep.engines import RunOptions, Store, build_engines
+from fewstep.engines.accounting import count_operators
+from fewstep.engines.ort_openvino import decompose_attention, provider_options
+from fewstep.errors import MissingExtraError, UnsupportedError
+from onnx import TensorProto, helper, numpy_helper
+
+
+def attention(path: Path, *, mask: int | None = None, **attributes: object) -> Path:
+    """A graph of one Attention over [batch, 2 heads, length, 4], float32; `mask` is its element type."""
+    shape = ["batch", 2, "length", 4]
+    inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n in "qkv"]
+    if mask is not None:
+        inputs.append(helper.make_tensor_value_info("mask", mask, ["length", "length"]))
+    names = [i.name for i in inputs]
+    node = helper.make_node("Attention", names, ["y"], **attributes)
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)
+    model = helper.make_model(
+        helper.make_graph([node], "attention", inputs, [output], [numpy_helper.from_array(np.zeros(1), "unused")]),
+        opset_imports=[helper.make_opsetid("", 23)],
+        ir_version=10,
+    )
+    onnx.save(model, str(path))
+    return path
+
+
+def run(model: bytes, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, inputs)[0])
+
+
+@pytest.mark.parametrize(
+    ("mask", "attributes"),
+    [(None, {}), (None, {"scale": 0.3}), (TensorProto.FLOAT, {}), (TensorProto.BOOL, {})],
+    ids=["plain", "scaled", "added mask", "boolean mask"],
+)
+def test_decomposed_attention_is_attention(tmp_path: Path, mask: int | None, attributes: dict[str, float]) -> None:
+    path = attention(tmp_path / "a.onnx", mask=mask, **attributes)
+    rng = np.random.default_rng(5)
+    inputs = {n: rng.standard_normal((3, 2, 7, 4)).astype(np.float32) for n in "qkv"}
+    if mask == TensorProto.FLOAT:
+        inputs["mask"] = rng.standard_normal((7, 7)).astype(np.float32)
+    elif mask == TensorProto.BOOL:
+        inputs["mask"] = np.tril(np.ones((7, 7), bool))
+    decomposed = decompose_attention(path)
+    assert "Attention" not in count_operators(decomposed)
+    expected = run(path.read_bytes(), inputs)
+    np.testing.assert_allclose(run(decomposed, inputs), expected, rtol=1e-5, atol=1e-6)
+    unmasked = {n: inputs[n] for n in "qkv"}
+    if mask is not None:  # the mask must have mattered
+        assert np.abs(run(attention(tmp_path / "b.onnx").read_bytes(), unmasked) - expected).max() > 0.01
+
+
+def test_attention_of_another_form_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="causal"):
+        decompose_attention(attention(tmp_path / "a.onnx", is_causal=1))
+
+
+@pytest.mark.parametrize(("backend", "hint"), [("ort-openvino", "f32"), ("ort-openvino-bf16", "bf16")])
+def test_precision_and_threads_are_said_explicitly(backend: str, hint: str) -> None:
+    config = json.loads(provider_options(backend, RunOptions(threads=3))["load_config"])["CPU"]
+    assert config["INFERENCE_PRECISION_HINT"] == hint
+    assert config["INFERENCE_NUM_THREADS"] == "3"
+
+
+def test_without_its_wheel_the_backend_names_it(bundle: Bundle, store: Store) -> None:
+    if "OpenVINOExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("onnxruntime-openvino is installed")
+    with pytest.raises(MissingExtraError, match="onnxruntime-openvino"):
+        build_engines(bundle, backend="ort-openvino", store=store)
