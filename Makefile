@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 CORE := $(VENV)/.core
 FULL := $(VENV)/.full
 
-.PHONY: bench-export demo test lint parity bench bindings-check install-check model clean
+.PHONY: bench-export demo test lint parity bench bindings-check install-check ray-test live-bench model clean
 
 demo: $(CORE)
 	$(BIN)/fewstep demo
@@ -48,6 +48,15 @@ bindings-check: $(FULL)
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest build/bindings tensorrt-cu12-bindings==10.16.1.11
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest build/bindings tensorrt-cu12-bindings==10.12.0.36
 	$(BIN)/python -m pytest tests/engines/test_bindings.py
+
+# Two replicas on Ray Serve, one of which is killed. Ray is large (80 MB) and slow to start (20 s), so it has a target of its own.
+ray-test: $(FULL)
+	$(PIP) --editable '.[serve,ray]'
+	FEWSTEP_RAY=1 $(BIN)/python -m pytest tests/serving/test_ray.py
+
+# In the browser, against a server of its own: needs Debian's chromium and chromium-driver.
+live-bench: $(FULL)
+	$(BIN)/python bench/live.py
 
 install-check: $(FULL)
 	$(BIN)/python tools/check_install.py
