@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import fewstep
 import numpy as np
 import pytest
 import torch
-from fewstep.errors import ArgumentError, FewstepError, UnknownNameError
-from fewstep.runtime.prompts import Chunk, Part, lay_out, parse_a1111
+from fewstep.errors import ArgumentError, FewstepError, UnknownNameError, UnsupportedError
+from fewstep.runtime.prompts import Chunk, Part, check_clip_skip, lay_out, parse_a1111
 from peers import LEAST_PSNR, generators, pipelines, pixels, psnr
 
 LONG = ", ".join(f"a red circle number {i} beside a green square" for i in range(14))
@@ -244,6 +245,37 @@ def test_embeddings_instead_of_prompts(both: dict[str, Any]) -> None:
     if big:
         with pytest.raises(ArgumentError, match="without pooled_prompt_embeds"):
             both["ours"](prompt_embeds=arrays["prompt_embeds"])
+
+
+@pytest.mark.parametrize("skip", [1, 2])
+def test_clip_skip(both: dict[str, Any], skip: int) -> None:
+    """diffusers' rule in torch: an earlier layer, through the last norm but in SDXL; the negative prompt keeps its."""
+    pipe, big = both["text"], both["name"] == "sdxl"
+    encoders = [(pipe.tokenizer, pipe.text_encoder)]
+    if big:
+        encoders.append((pipe.tokenizer_2, pipe.text_encoder_2))
+    hidden = []
+    for tokenizer, model in encoders:
+        ids = tokenizer("a red circle", padding="max_length", max_length=77, return_tensors="pt").input_ids
+        with torch.no_grad():
+            states = model(ids, output_hidden_states=True).hidden_states
+            norm = getattr(model, "text_model", model).final_layer_norm
+            hidden.append(states[-(skip + 2)] if big else norm(states[-(skip + 1)]))
+    positive = encode_in_torch(pipe, plain_chunks(pipe, "a red circle"))
+    negative = encode_in_torch(pipe, plain_chunks(pipe, "grey"))
+    expected = theirs(pipe, {**positive, "prompt_embeds": torch.cat(hidden, dim=-1)}, negative, 5)
+    result = both["ours"]("a red circle", negative="grey", clip_skip=skip, seed=5, **CALL)
+    assert psnr(result.images, expected) >= LEAST_PSNR
+    assert psnr(both["ours"]("a red circle", negative="grey", seed=5, **CALL).images, expected) < LEAST_PSNR
+
+
+def test_clip_skip_needs_a_graph_that_has_it(sd1_bundle: Any) -> None:
+    encoder = sd1_bundle.components["text_encoder"]
+    older = replace(encoder, inputs=tuple(s for s in encoder.inputs if s.name != "clip_skip"))
+    bundle = replace(sd1_bundle, components={**sd1_bundle.components, "text_encoder": older})
+    assert check_clip_skip(bundle, 0) == 0
+    with pytest.raises(UnsupportedError, match="Export the checkpoint again"):
+        check_clip_skip(bundle, 1)
 
 
 @pytest.fixture(scope="module")
