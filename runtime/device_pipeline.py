@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Generator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,17 @@ import torch
 
 from ..bundle import Bundle
 from ..engines.base import Binding, Engine, TensorSpec
-from ..errors import ArgumentError, MismatchError, MissingError, OutOfMemoryError
+from ..errors import (
+    ArgumentError,
+    BlackImageError,
+    MismatchError,
+    MissingError,
+    NonFiniteError,
+    OutOfMemoryError,
+)
 from .device_memory import as_tensor
 from .device_slots import DeviceSlots
+from .device_tables import share_evaluations
 from .graphs import CudaRunner, GraphCache, TapeRunner
 from .pipeline import Pipeline
 from .pool import SlotPool
@@ -28,6 +37,8 @@ from .result import Result, Step
 from .vae import MOST_PIXELS, check_images
 
 MODES = ("latency", "shared")
+MOST_ROWS = 64
+"""Rows of one evaluation; requests of more are done in ticks of several."""
 CHECK_DEVICE = "cpu:torch"
 """The device's own code on CPU tensors: slower than the NumPy device, and there to be compared with it."""
 
@@ -119,10 +130,12 @@ class DevicePipeline(Pipeline):
 
     def stream(self, request: Request, *, image: Any = None, previews: bool = False) -> Generator[Step, None, Result]:
         """As `Pipeline.stream`. In latency mode without previews the only step comes when all is done."""
-        if self.mode == "shared" or previews or not self._whole(request):
+        if self.mode == "shared" or previews:
             return (yield from super().stream(request, image=image, previews=previews))
         began = time.perf_counter()
         prepared = self.prepare(request, image=image)
+        if not self.is_whole(prepared):
+            return (yield from super().stream(request, image=image))
         made = self.make(prepared)
         program = request.program
         last = program.evaluations - 1
@@ -200,11 +213,35 @@ class DevicePipeline(Pipeline):
         if self._captures and self.engines["unet"].capture == "whole_request":
             runner = CudaRunner(self.place) if self.place.type == "cuda" else TapeRunner()
             graphs = GraphCache(runner, most=self._graphs_kept)
-        return DeviceSlots(self.engines["unet"], slots=count, shape=shape, device=self.place, graphs=graphs)
+        return DeviceSlots(
+            self.engines["unet"], slots=count, shape=shape, device=self.place, most_rows=MOST_ROWS, graphs=graphs
+        )
 
-    def _whole(self, request: Request) -> bool:
-        """Whether the decoder takes all of the request's images at once."""
-        return request.images == 1 or request.images * request.width * request.height <= MOST_PIXELS
+    def is_whole(self, prepared: Prepared) -> bool:
+        """Whether a request is done as one piece of work: by the mode, and if an evaluation and a decoding take it."""
+        if self.mode != "latency":
+            return False
+        count, request = len(prepared.tenants), prepared.request
+        shared = share_evaluations(dict(enumerate(prepared.tenants)), MOST_ROWS)
+        return len(shared) == 1 and (count == 1 or count * request.width * request.height <= MOST_PIXELS)
+
+    def warm_up(
+        self,
+        *,
+        size: tuple[int, int] | None = None,
+        batch: int | None = None,
+        image: bool = False,
+        steps: Sequence[int] | None = None,
+    ) -> None:
+        """See `Pipeline.warm_up`. Recordings are made for requests of so many steps (`None`: the bundle's own)."""
+        super().warm_up(size=size, batch=batch, image=image)
+        if self.mode != "latency" or not self._captures:
+            return
+        count = batch or self.batch
+        for number in (self.bundle.defaults.steps,) if steps is None else steps:
+            with suppress(BlackImageError, NonFiniteError):
+                self([f"warm-up {i}" for i in range(count)], steps=number, seed=list(range(count)), size=size)
+        self.text.forget()
 
     def _run(self, slots: Any, held: Sequence[int]) -> tuple[Binding, torch.Tensor]:
         decoder = self._on_device["vae_decoder"]

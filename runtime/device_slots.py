@@ -185,7 +185,9 @@ class DeviceSlots:
                 latent.copy_(finished)
                 decoder.enqueue()
 
-            self._do("request", bucket, count, body, (decoder,))
+            own = self._decoder is not None and self._decoder[1] is decoder and self._decoder[0]
+            capturable = not own or own.capture == "whole_request"
+            self._do("request", bucket, count, body, (decoder,), capturable=capturable)
         for tenant in tenants:
             tenant.row = count
         return bucket.finite
@@ -208,9 +210,10 @@ class DeviceSlots:
         owners: tuple[object, ...],
         *,
         previews: bool = False,
+        capturable: bool = True,
     ) -> None:
-        """Run work eagerly, or captured where there is a cache and the engine admits a caller's graph."""
-        if self.graphs is None or self._engine.capture != "whole_request":
+        """Run work eagerly, or captured where there is a cache and the engines admit a caller's graph."""
+        if self.graphs is None or not capturable or self._engine.capture != "whole_request":
             with torch.no_grad(), guard_memory(self.device, kind):
                 body()
             return

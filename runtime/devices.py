@@ -144,7 +144,8 @@ def _make(
     on_step: Callable[[Step], None] | None,
 ) -> tuple[Any, Any, dict[str, float]]:
     """Images, latents and milliseconds of one device's part."""
-    if getattr(pipeline, "mode", "shared") == "latency":
+    whole = getattr(pipeline, "is_whole", None)
+    if whole is not None and whole(prepared):
         made = pipeline.make(prepared)  # type: ignore[attr-defined]
         return made.images, made.latents, {"denoise": made.denoise_ms, "decode": made.decode_ms}
     began = time.perf_counter()

@@ -67,6 +67,36 @@ def test_whole_requests_are_recorded_once(captured: DevicePipeline, pipe: Any) -
     assert captured.memory_bytes > 0
 
 
+def test_requests_that_are_too_large_for_one_evaluation_tick(captured: DevicePipeline, pipe: Any) -> None:
+    call = {"steps": 1, "sampler": "euler", "guidance": 2.0, "seed": list(range(33))}
+    found, expected = captured("a star", **call), pipe("a star", **call)
+    assert np.abs(found.images.astype(int) - expected.images).max() <= 1
+    assert len(found.timings["evaluations"]) == 2  # 66 rows are two evaluations, and no whole request
+
+
+def test_warming_up_records_the_steps_that_are_asked_for(bundle: Bundle) -> None:
+    device = fewstep.load(bundle, backend="torch", device="cpu:torch", graphs=True)
+    assert isinstance(device, DevicePipeline)
+    device.warm_up(steps=[2])
+    before = device.graph_counts["captures"]
+    device("a star", steps=2, seed=1)
+    assert device.graph_counts["captures"] == before
+    device("a star", steps=3, seed=1)
+    assert device.graph_counts["captures"] == before + 1
+
+
+def test_an_engine_that_admits_no_recording_is_run_without(bundle: Bundle) -> None:
+    """Either engine may say so: the UNet's or the decoder's."""
+    for name in ("unet", "vae_decoder"):
+        device = fewstep.load(bundle, backend="torch", device="cpu:torch", graphs=True)
+        assert isinstance(device, DevicePipeline)
+        engine = device._on_device[name]
+        engine._owns_graph = True  # type: ignore[attr-defined]
+        assert engine.capture == "own_graph"
+        assert device("a star", steps=1, seed=1).images.any()
+        assert device.graph_counts["captures"] == 0
+
+
 def test_several_threads_take_slots_of_their_own(captured: DevicePipeline) -> None:
     seeds = list(range(6))
     expected = [captured("a star", steps=2, seed=s).images for s in seeds]
