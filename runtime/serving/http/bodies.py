@@ -76,7 +76,7 @@ async def read_form(request: Request, limit: int) -> tuple[dict[str, Any], list[
 
 
 def open_picture(data: bytes, most_pixels: int) -> Image:
-    """An RGB picture from a PNG, JPEG or WebP file's bytes: first frame, no metadata. Errors are `HttpError` 400."""
+    """An RGB picture from a PNG, JPEG or WebP file's bytes: first frame, no metadata. Errors are `HttpError` 422."""
     from PIL import Image as pillow
 
     try:
@@ -85,12 +85,12 @@ def open_picture(data: bytes, most_pixels: int) -> Image:
             with pillow.open(io.BytesIO(data), formats=FORMATS) as image:
                 if image.width * image.height > most_pixels:
                     raise HttpError(
-                        400, "invalid_image", f"the image has {image.width}x{image.height} pixels; at most "
+                        422, "invalid_image", f"the image has {image.width}x{image.height} pixels; at most "
                         f"{most_pixels} are taken"
                     )  # fmt: skip
                 return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError, pillow.DecompressionBombWarning) as error:
-        raise HttpError(400, "invalid_image", "the image is no whole PNG, JPEG or WebP file") from error
+        raise HttpError(422, "invalid_image", "the image is no whole PNG, JPEG or WebP file") from error
 
 
 def encode_picture(pixels: Any, kind: str, quality: int | None) -> bytes:

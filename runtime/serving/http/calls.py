@@ -31,7 +31,7 @@ class Calls:
     def generation_from(self, body: bytes) -> Any:
         """Decode JSON; `HttpError` 400 says where it is not as it should be."""
         try:
-            return msgspec.json.decode(body, type=self.generation)
+            return msgspec.convert(_whole(msgspec.json.decode(body)), type=self.generation)
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             raise HttpError(400, "invalid_request", _words(error)) from error
 
@@ -86,7 +86,7 @@ def _fields(settings: Settings, sizes: list[str]) -> list[Any]:
         ("negative_prompt", text(settings.prompt_characters, "what it should not show") | None, None),
         ("sampler", NAME | None, None),
         ("schedule", NAME | None, None),
-        ("deadline_s", Annotated[float, Meta(gt=0.0, le=settings.deadline_s)] | None, None),
+        ("deadline_s", number(1.0, settings.deadline_s, "seconds after which it is given up"), None),
     ]
 
 
@@ -106,6 +106,13 @@ def arguments(call: Any) -> dict[str, Any]:
         width, _, height = call.size.partition("x")
         options["size"] = int(width), int(height)
     return options
+
+
+def _whole(data: Any) -> Any:
+    """The object with 2.0 as 2, since JSON Schema's integers include it; other floats stay floats, bools bools."""
+    if not isinstance(data, dict):
+        return data
+    return {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in data.items()}
 
 
 def _words(error: Exception) -> str:

@@ -27,7 +27,7 @@ STATUS: tuple[tuple[type[FewstepError], int, str], ...] = (
     (EngineFailedError, 503, "engine_failed"),
     (UnavailableError, 503, "unavailable"),
     (ArgumentError, 422, "invalid_combination"),
-    (CorruptError, 400, "invalid_image"),
+    (CorruptError, 422, "invalid_image"),
     (NonFiniteError, 422, "not_finite"),
     (BlackImageError, 422, "black_image"),
     (CancelledError, 499, "cancelled"),
