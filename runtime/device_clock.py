@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections import deque
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from .slots import TickTimes
+
+MOST_MARKS = 8192
+"""Of a clock that nobody reads, the oldest marks go."""
 
 
 class DeviceClock:
@@ -15,7 +20,7 @@ class DeviceClock:
 
     def __init__(self, device: torch.device) -> None:
         self._on_cuda = device.type == "cuda"
-        self._marks: list[tuple[str, Any]] = []
+        self._marks: deque[tuple[str, Any]] = deque(maxlen=MOST_MARKS)
         self._suspended = 0
 
     def mark(self, stage: str) -> None:
@@ -42,7 +47,7 @@ class DeviceClock:
         if self._on_cuda and self._marks:
             self._marks[-1][1].synchronize()
         times = TickTimes()
-        for (stage, began), (following, ended) in zip(self._marks, self._marks[1:], strict=False):
+        for (stage, began), (following, ended) in pairwise(self._marks):
             spent = began.elapsed_time(ended) if self._on_cuda else 1e3 * (ended - began)
             if stage == "graph":
                 count = int(following.removeprefix("/"))

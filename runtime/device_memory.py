@@ -28,28 +28,25 @@ def upload(target: torch.Tensor, values: npt.NDArray[Any]) -> None:
 
 
 @contextmanager
-def guard_memory(device: torch.device, doing: str, *, fits: str = "") -> Iterator[None]:
-    """Turn torch's out-of-memory error into `OutOfMemoryError`, with what is free and what would fit.
-
-    A CPU allocator's refusal is recognised too.
-    """
+def guard_memory(device: torch.device, doing: str) -> Iterator[None]:
+    """Turn torch's out-of-memory error, or its CPU allocator's refusal, into `OutOfMemoryError`."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (0, 0)
-        raise out_of_memory(doing, free, total, fits) from error
+        raise out_of_memory(doing, free, total) from error
     except RuntimeError as error:
         if "DefaultCPUAllocator" not in str(error):
             raise
-        raise out_of_memory(doing, 0, 0, fits) from error
+        raise out_of_memory(doing, 0, 0) from error
 
 
-def out_of_memory(doing: str, free: int, total: int, fits: str) -> OutOfMemoryError:
+def out_of_memory(doing: str, free: int, total: int) -> OutOfMemoryError:
     found = f"the device's memory does not suffice for {doing}"
     if total:
         found += f": {free / 2**30:.1f} of {total / 2**30:.1f} GiB are free"
     return OutOfMemoryError(
         found,
-        expected=fits,
+        expected="less at once",
         remedy="Ask for fewer images or a smaller size at once; `fewstep memory BUNDLE` says what fits.",
     )

@@ -25,7 +25,7 @@ from ..errors import (
     NonFiniteError,
     OutOfMemoryError,
 )
-from .device_memory import as_tensor
+from .device_memory import as_tensor, guard_memory
 from .device_slots import DeviceSlots
 from .device_tables import share_evaluations
 from .graphs import CudaRunner, GraphCache, TapeRunner
@@ -143,16 +143,29 @@ class DevicePipeline(Pipeline):
         return self.result(prepared, made, began, image)
 
     def make(self, prepared: Prepared) -> Made:
-        """The pictures of a prepared request, or of a part of one, as one piece of work."""
+        """The pictures of a prepared request, or of a part of one, as one piece of work.
+
+        Raises `OutOfMemoryError` with the number of images that would fit, `NonFiniteError`, `BlackImageError`.
+        """
+        count, request = len(prepared.tenants), prepared.request
+        doing = f"{count} image{'s' * (count > 1)} of {request.width}x{request.height}"
+        try:
+            with guard_memory(self.place, doing):
+                return self._make(prepared)
+        except OutOfMemoryError as error:
+            fits = self._would_fit((request.width, request.height), count)
+            raise OutOfMemoryError(error.found, expected=fits, remedy=error.remedy) from error
+
+    def _make(self, prepared: Prepared) -> Made:
         started = time.perf_counter()
-        count = len(prepared.tenants)
-        with self._pool.take(prepared.shape, count) as slots:
+        with self._pool.take(prepared.shape, len(prepared.tenants)) as slots:
             held: list[int] = []
             try:
                 for i, tenant in enumerate(prepared.tenants):
                     latent = None if prepared.latents is None else prepared.latents[i]
                     held.append(slots.admit(tenant, prepared.gaussians[i], latent))
-                binding, finite = self._run(slots, held)
+                binding = slots.decoder(self._on_device["vae_decoder"])
+                finite = slots.run(held, binding)
                 slots.wait()
                 tensor = as_tensor(binding.outputs["image"]).clone()
                 images, flags = tensor.cpu().numpy(), as_tensor(binding.outputs["finite"]).cpu().numpy()
@@ -194,7 +207,8 @@ class DevicePipeline(Pipeline):
         self._options["run"] = dataclasses.replace(
             run, device=self.place.index or 0, torch_device=kind, **self._engine_options
         )
-        opened = super()._open(names)
+        with guard_memory(self.place, "the engines"):
+            opened = super()._open(names)
         self._on_device.update(opened)
         return {n: e if n == "unet" or e.device == "cpu" else HostEngine(e) for n, e in opened.items()}
 
@@ -243,24 +257,17 @@ class DevicePipeline(Pipeline):
                 self([f"warm-up {i}" for i in range(count)], steps=number, seed=list(range(count)), size=size)
         self.text.forget()
 
-    def _run(self, slots: Any, held: Sequence[int]) -> tuple[Binding, torch.Tensor]:
-        decoder = self._on_device["vae_decoder"]
-        try:
-            binding: Binding = slots.decoder(decoder)
-            return binding, slots.run(held, binding)
-        except OutOfMemoryError as error:
-            raise OutOfMemoryError(
-                error.found, expected=error.expected or self._would_fit(len(held)), remedy=error.remedy
-            ) from error
-
-    def _would_fit(self, count: int) -> str:
+    def _would_fit(self, size: tuple[int, int], count: int) -> str:
+        """How many images of this size the free memory takes, in words."""
         from ..engines.memory import largest_batch
+        from ..engines.plan import available_memory
 
-        if self.place.type != "cuda":
-            return ""
-        free, _ = torch.cuda.mem_get_info(self.place)
-        most = largest_batch(self.bundle, self.size, free_bytes=int(free), loaded=True, on_cpu=False)
-        return f"at most about {min(most, max(1, count - 1))} images of {self.size[0]}x{self.size[1]} at once"
+        on_cuda = self.place.type == "cuda"
+        free = int(torch.cuda.mem_get_info(self.place)[0]) if on_cuda else available_memory() or 0
+        most = min(largest_batch(self.bundle, size, free_bytes=free, loaded=True, on_cpu=not on_cuda), count - 1)
+        if most < 1:
+            return "a smaller size"
+        return f"at most about {most} image{'s' * (most > 1)} of {size[0]}x{size[1]} at once"
 
 
 def open_device(name: str) -> torch.device:
