@@ -106,7 +106,8 @@ class Defaults:
     """What a request without options gets; `None` for sampler and schedule means the checkpoint's own scheduler.
 
     `timesteps` are fed for as many steps where no others are asked for; `prediction`, if given, replaces what the
-    scheduler's configuration says the network returns.
+    scheduler's configuration says the network returns. `options` are the sampler's, like `{"eta": 1.0}` for TCD; what
+    a request asks for goes before them.
     """
 
     width: int
@@ -118,6 +119,7 @@ class Defaults:
     preset: str | None = None
     timesteps: tuple[int, ...] | None = None
     prediction: str | None = None
+    options: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("width", "height", "steps"):
@@ -127,6 +129,10 @@ class Defaults:
         for name in ("sampler", "schedule", "preset"):
             if getattr(self, name) is not None:
                 _text(f"the default {name}", getattr(self, name))
+        _require(isinstance(self.options, Mapping), "the default options", self.options, "an object")
+        for name, value in self.options.items():
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            _require(number, f"the sampler's default {name}", value, "a finite number")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

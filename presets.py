@@ -7,7 +7,7 @@ where a checkpoint is made for one number of steps only.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .bundle import Bundle, Defaults
@@ -37,6 +37,7 @@ class Preset:
     side: int | None = None
     timesteps: tuple[int, ...] | None = None
     prediction: str | None = None
+    options: Mapping[str, float] = field(default_factory=dict)
     families: tuple[str, ...] = ("sd1", "sd2", "sdxl")
 
 
@@ -125,6 +126,7 @@ PRESETS: tuple[Preset, ...] = (
         pattern=r"hyper-sd.*(?<!\d)1-?step-lora",
         source=f"{_HUB}ByteDance/Hyper-SD",
         sampler="tcd",
+        options={"eta": 1.0},
         steps=4,
         most_steps=8,
         families=("sd1", "sdxl"),

@@ -243,17 +243,30 @@ def _lora_file(path: str | Path, scale: float) -> LoraFile:
 def names_of(checkpoint: Checkpoint) -> list[str]:
     """The names that may tell what a checkpoint was distilled for, the nearest to its weights first.
 
-    A file's own name comes before its folder's, and what replaces a part before the part's checkpoint; a repository
-    in the hub's cache has its name three folders up.
+    A file's own name comes before what its metadata calls it, that before its folder's, and what replaces a part
+    before the part's checkpoint; a repository in the hub's cache has its name three folders up.
     """
     paths = [lora.path for lora in checkpoint.loras]
     paths += [Path(p) for p in (checkpoint.options.get("unet"),) if p]
+    paths += [checkpoint.file] if checkpoint.file else []
     found = []
     for path in paths:
         resolved = path.absolute()
-        found += [path.name, resolved.parent.name]
+        found += [path.name, *_titles(path)]
+        if path == checkpoint.file:
+            continue
+        found += [resolved.parent.name]
         found += [p.name for p in resolved.parents if p.name.startswith("models--")][:1]
     return [*found, checkpoint.source if checkpoint.revision else Path(checkpoint.source).name]
+
+
+def _titles(path: Path) -> list[str]:
+    """What a safetensors file's metadata calls the model: by the model specification, or by kohya's trainer."""
+    if not path.is_file():
+        return []
+    with safe_open(path, framework="np") as file:
+        metadata = file.metadata() or {}
+    return [metadata[k] for k in ("modelspec.title", "ss_output_name") if metadata.get(k)]
 
 
 def describe_part(part: Part, loras: Iterable[LoraFile]) -> dict[str, Any]:

@@ -46,4 +46,5 @@ def preset_defaults(preset: Preset, width: int, height: int) -> dict[str, Any]:
         "preset": preset.name,
         "timesteps": preset.timesteps,
         "prediction": preset.prediction,
+        "options": dict(preset.options),
     }

@@ -211,6 +211,8 @@ def choose_program(
     if timesteps is None and sigmas is None and own.timesteps is not None:
         asked = (sampler, schedule, steps)
         timesteps = own.timesteps if asked == (own.sampler, own.schedule, len(own.timesteps)) else None
+    if own.options and sampler == own.sampler:
+        options = {**own.options, **options}
     explicit = timesteps is not None or sigmas is not None
     if schedule is not None and resolve_schedule(schedule) == "ays_sd" and bundle.family == "sdxl":
         schedule = "ays_sdxl"
