@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from ..bundle import Defaults
 from ..errors import ArgumentError, UnsupportedError
 from .pipeline import Pipeline, load
 from .request import Request, make_request, step_options
@@ -87,9 +88,11 @@ class DiffusersPipeline:
                 expected="the class whose name has XL" if not self.BIG else "the class whose name has no XL",
             )
         self.pipeline = pipeline
-        self._bundle = replace(
-            pipeline.bundle, defaults=replace(pipeline.bundle.defaults, sampler=None, schedule=None, timesteps=None)
+        own = pipeline.bundle.defaults
+        plain = Defaults(
+            width=own.width, height=own.height, steps=own.steps, guidance=own.guidance, prediction=own.prediction
         )
+        self._bundle = replace(pipeline.bundle, defaults=plain)
 
     @classmethod
     def from_pretrained(cls, bundle: Any, **options: Any) -> DiffusersPipeline:

@@ -11,12 +11,13 @@ import numpy as np
 from ..bundle import Bundle
 from ..errors import ArgumentError, UnknownNameError
 from .call import Call
-from .images import Float32, open_image, to_unit
+from .images import MOST_PIXELS, Float32, open_image, to_unit
 from .inpaint import open_mask, to_latent_mask
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+MOST_PICTURES = 1024
 FITS = ("stretch", "cover", "contain", "diffusers")
 
 
@@ -67,7 +68,10 @@ def open_pictures(call: Call) -> tuple[list[Image], list[Image]]:
 
 
 def _listed(given: Any) -> Sequence[Any]:
-    return given if isinstance(given, (list, tuple)) else [given]
+    listed = given if isinstance(given, (list, tuple)) else [given]
+    if len(listed) > MOST_PICTURES:
+        raise ArgumentError(f"{len(listed)} pictures", expected=f"at most {MOST_PICTURES}")
+    return listed
 
 
 def size_of(bundle: Bundle, picture: Image) -> tuple[int, int]:
@@ -110,6 +114,10 @@ def fit_picture(picture: Image, width: int, height: int, fit: str) -> Image:
         inner = max(1, picture.width * height // picture.height), height
     else:
         inner = width, max(1, picture.height * width // picture.width)
+    if inner[0] * inner[1] > MOST_PIXELS:
+        raise ArgumentError(
+            f"a picture of {picture.width}x{picture.height} for {width}x{height}", expected="proportions nearer to it"
+        )
     resized = picture.resize(inner, pillow.Resampling.LANCZOS)
     left, top = width // 2 - inner[0] // 2, height // 2 - inner[1] // 2
     if fit == "cover":

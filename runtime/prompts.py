@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..bundle import Bundle
 from ..errors import ArgumentError, UnknownNameError, UnsupportedError
 
@@ -109,31 +111,36 @@ def parse_a1111(text: str) -> list[Part]:
     that is never closed reaches to the end, `\\(` is a bracket meant as such, and BREAK begins a new chunk.
     """
     parts: list[Part] = []
-    opened: list[tuple[str, int]] = []
-
-    def scale(first: int, factor: float) -> None:
-        parts[first:] = [Part(p.text, p.weight * factor, p.ends_chunk) for p in parts[first:]]
-
-    def close(bracket: str, factor: float | None) -> bool:
-        places = [i for i, (which, _) in enumerate(opened) if which == bracket and factor is not None]
-        if places and factor is not None:
-            scale(opened.pop(places[-1])[1], factor)
-        return bool(places)
-
+    opened: dict[str, list[int]] = {"(": [], "[": []}
+    spans: list[tuple[int, int, float]] = []
     at = 0
     for mark in _MARK.finditer(text):
         parts += _plain_parts(text[at : mark.start()])
         at = mark.end()
+        bracket, factor = _closing(mark)
         if mark["open"]:
-            opened.append((mark["open"], len(parts)))
+            opened[mark["open"]].append(len(parts))
         elif mark["escaped"] is not None:
             parts.append(Part(mark["escaped"]))
-        elif not close(*_closing(mark)):
+        elif factor is not None and opened[bracket]:
+            spans.append((opened[bracket].pop(), len(parts), factor))
+        else:
             parts.append(Part(mark.group()))
     parts += _plain_parts(text[at:])
-    for bracket, first in opened:
-        scale(first, _STRONGER if bracket == "(" else _WEAKER)
-    return _joined(parts) or [Part("")]
+    spans += [(first, len(parts), _STRONGER) for first in opened["("]]
+    spans += [(first, len(parts), _WEAKER) for first in opened["["]]
+    return _joined(_weighted(parts, spans)) or [Part("")]
+
+
+def _weighted(parts: Sequence[Part], spans: Sequence[tuple[int, int, float]]) -> list[Part]:
+    """Parts with the product of the factors of all spans (first, last + 1, factor) that they are in."""
+    weights = np.ones(len(parts))
+    with np.errstate(over="ignore", invalid="ignore"):
+        for first, end, factor in spans:
+            weights[first:end] *= factor
+    if not (np.abs(weights) <= MOST_WEIGHT).all():
+        raise ArgumentError("a prompt weighs words too much", expected=f"at most {MOST_WEIGHT} times")
+    return [Part(p.text, float(w), p.ends_chunk) for p, w in zip(parts, weights, strict=True)]
 
 
 def _plain_parts(text: str) -> list[Part]:
@@ -146,16 +153,13 @@ def _plain_parts(text: str) -> list[Part]:
 
 
 def _closing(mark: re.Match[str]) -> tuple[str, float | None]:
-    """The bracket that a mark closes, and by what it weighs; `None` where the number is none."""
+    """The bracket that a mark closes, and by what it weighs; `None` where it closes none or states no number."""
     if mark["close"]:
         return ("(", _STRONGER) if mark["close"] == ")" else ("[", _WEAKER)
     try:
-        weight = float(mark["weight"])
-    except ValueError:
+        return "(", float(mark["weight"])
+    except (TypeError, ValueError):
         return "(", None
-    if not abs(weight) <= MOST_WEIGHT:
-        raise ArgumentError(f"a prompt weighs words by {weight:g}", expected=f"at most {MOST_WEIGHT}")
-    return "(", weight
 
 
 def _joined(parts: Sequence[Part]) -> list[Part]:

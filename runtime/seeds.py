@@ -172,9 +172,9 @@ def make_generator(seed: int, device: str = "cpu") -> Gaussians:
     """
     if device == "cpu":
         return TorchCpuGenerator(seed)
-    kind, _, threads = device.partition(":")
+    kind, _, threads = str(device).partition(":")
     if kind != "cuda" or (threads and not threads.isdigit()):
-        raise UnknownNameError("seed device", device, ("cpu", "cuda", "cuda:THREADS"))
+        raise UnknownNameError("seed device", str(device), ("cpu", "cuda", "cuda:THREADS"))
     count = check_integer("threads", int(threads), 256, 2**31) if threads else THREADS
     return TorchCudaGenerator(seed, threads=count)
 

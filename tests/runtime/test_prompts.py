@@ -184,8 +184,12 @@ def test_odd_marks_are_words() -> None:
     assert parse_a1111("one BREAK two BREAKFAST")[1].ends_chunk
     assert [p.text for p in parse_a1111("one BREAK two BREAKFAST")] == ["one", "", "two BREAKFAST"]
     assert parse_a1111("(a:1.2.3)") == [Part("a:1.2.3)", 1.1)]
-    with pytest.raises(ArgumentError, match="at most 1000"):
-        parse_a1111("(a:1000000)")
+    assert parse_a1111("(a:0)[b:1]") == [Part("a", 0.0), Part("b:1", 1 / 1.1)]
+    for heavy in ("(a:1000000)", "(" * 80 + "a", "(a" * 5000, "((a:1000):1000)", "(a:1" + "0" * 400 + ")"):
+        with pytest.raises(ArgumentError, match="at most 1000"):
+            parse_a1111(heavy)
+    hostile = "[a" * 5000 + "]" * 5000 + "BREAK [" * 100
+    assert len(parse_a1111(hostile)) > 100
 
 
 def test_chunks_end_at_a_comma_that_is_near() -> None:

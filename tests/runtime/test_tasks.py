@@ -267,6 +267,8 @@ BAD: list[tuple[dict[str, Any], type[FewstepError], str]] = [
     ({"image": drawing(), "fit": "squeeze"}, UnknownNameError, "squeeze"),
     ({"image": drawing(), "mask": [disc(), disc()]}, ArgumentError, "2 masks for 1 images"),
     ({"image": drawing(40, 30), "mask": disc(), "fit": "cover"}, ArgumentError, "mask is 32x32 and the picture 40x30"),
+    ({"image": drawing(1, 30_000), "fit": "cover", "size": (64, 64)}, ArgumentError, "picture of 1x30000 for 64x64"),
+    ({"image": [drawing(4, 4)] * 1025}, ArgumentError, "1025 pictures"),
     ({"image": drawing(3, 3), "fit": "diffusers"}, ArgumentError, "at least 4x4"),
     ({"image": drawing(), "latents": np.zeros((1, 4, 16, 16))}, ArgumentError, "latents beside an image"),
     ({"latents": np.zeros((1, 4, 16, 15))}, ArgumentError, "latents has shape"),
@@ -279,7 +281,7 @@ def test_what_does_not_fit_is_refused(
     sd1_bundle: Any, given: dict[str, Any], kind: type[FewstepError], words: str
 ) -> None:
     with pytest.raises(kind, match=words):
-        fewstep.load(sd1_bundle).request("x", size=None, **given)
+        fewstep.load(sd1_bundle).request("x", **given)
 
 
 def test_a_request_holds_its_pictures(both: dict[str, Any]) -> None:
