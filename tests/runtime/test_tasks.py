@@ -296,3 +296,22 @@ def test_a_request_holds_its_pictures(both: dict[str, Any]) -> None:
             images = stop.value.images
             break
     np.testing.assert_array_equal(images, pipe("x", image=drawing(), mask=disc(), steps=2, seed=0).images)
+
+
+def test_a_server_inpaints_and_takes_long_prompts(sd1_bundle: Any) -> None:
+    """Requests of every kind share its evaluations and come out as they do alone."""
+    from fewstep.runtime.serving import Server
+
+    pipe = fewstep.load(sd1_bundle, size=(SIZE, SIZE))
+    plain = {"steps": 4, "guidance": 3.0, "sampler": "dpmpp_2m"}
+    asked: list[dict[str, Any]] = [
+        {"prompt": "a", "seed": 1, "image": drawing(), "mask": disc(), "strength": 0.9},
+        {"prompt": "a (red:1.3) BREAK circle", "seed": 2, "prompt_syntax": "a1111"},
+        {"prompt": "b", "seed": 3, "image": drawing(), "strength": 0.5, "seed_device": "cuda"},
+    ]
+    alone = [pipe(**a, **plain) for a in asked]
+    with Server(pipe, most_slots=4, most_rows=8, queue=16) as server:
+        tickets = [server.submit(**a, **plain) for a in asked]
+        results = [t.result(timeout=60) for t in tickets]
+    for mine, expected in zip(results, alone, strict=True):
+        assert psnr(mine.images, expected.images) >= LEAST_PSNR
