@@ -93,6 +93,8 @@ class Replicas:
             "initial_replicas": self.least,
             "max_replicas": self.most,
             "target_ongoing_requests": self.target,
+            "metrics_interval_s": min(10.0, self.upscale_delay_s / 2),
+            "look_back_period_s": max(1.0, self.upscale_delay_s),
             "upscale_delay_s": self.upscale_delay_s,
             "downscale_delay_s": self.downscale_delay_s,
         }
@@ -225,6 +227,17 @@ class Pending:
 
     def __init__(self, response: Any) -> None:
         self._response = response
+
+    @property
+    def done(self) -> bool:
+        """Whether `result` will not wait."""
+        try:
+            self._response.result(timeout_s=0)
+        except TimeoutError:
+            return False
+        except Exception:  # how it ended is for `result` to say
+            return True
+        return True
 
     def result(self, timeout_s: float | None = None) -> Answer:
         """The answer. Raises what went wrong with the request, `UnavailableError` when its replica died, and

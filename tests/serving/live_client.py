@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -91,26 +89,3 @@ class Client:
             message = self.next()
             if message["type"] == kind and (message["id"] or 0) >= number:
                 return message
-
-
-@contextmanager
-def browser() -> Iterator[Any]:
-    """Headless Chromium with a profile of its own (Debian's packages chromium and chromium-driver)."""
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service as Driver
-
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --window-size=1200,900"
-    )
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(shutil.which("chromium"))
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        for flag in (*flags.split(), f"--user-data-dir={profile}"):
-            options.add_argument(flag)
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        driver = webdriver.Chrome(service=Driver(str(shutil.which("chromedriver"))), options=options)
-        try:
-            yield driver
-        finally:
-            driver.quit()

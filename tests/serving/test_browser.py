@@ -13,8 +13,9 @@ from typing import Any
 import fewstep
 import numpy as np
 import pytest
+from fewstep.bench.live import browser
 from fewstep.runtime.serving import Server
-from live_client import browser, running
+from live_client import running
 
 pytestmark = pytest.mark.skipif(
     shutil.which("chromium") is None or shutil.which("chromedriver") is None,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -342,6 +344,12 @@ def test_the_meter_counts_over_a_window() -> None:
     assert meter.percentile_ms(99) == pytest.approx(99)
     now[0] = 100.0
     assert meter.fps == 0.0
+
+
+def test_sessions_need_no_http() -> None:
+    code = "import sys, fewstep.runtime.serving.live as live; live.LiveSession; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"starlette", "uvicorn", "msgspec", "prometheus_client", "websockets", "torch"} & set(loaded)
 
 
 def test_settings_are_data() -> None:

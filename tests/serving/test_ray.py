@@ -156,6 +156,31 @@ def test_the_death_of_a_replica_costs_its_own_requests_and_no_others(
 
 
 @with_ray
+def test_a_second_replica_comes_when_requests_pile_up(deployed: Deployed, student: fewstep.Pipeline) -> None:
+    from ray import serve
+
+    application = make_deployment(
+        student.bundle.folder,
+        replicas=Replicas(least=1, most=2, target=2, cpus=0.1, upscale_delay_s=1.0),
+        server={"most_slots": 4, "most_rows": 4, "threads": 1},
+        name="elastic",
+    )
+    elastic = Deployed(serve.run(application, name="elastic", route_prefix="/elastic"))
+    first = {elastic.figures()["pid"] for _ in range(8)}
+    assert len(first) == 1
+    pending: list[Pending] = []
+    seen = set(first)
+    until = time.monotonic() + 90
+    while len(seen) < 2:
+        assert time.monotonic() < until, "no second replica came"
+        pending = [p for p in pending if not p.done] + [elastic.submit(PROMPT, steps=30) for _ in range(8)]
+        pending[0].result(60)
+        seen.add(elastic.figures()["pid"])
+    assert all(p.result(60).images is not None for p in pending), "nobody lost anything over it"
+    serve.delete("elastic")
+
+
+@with_ray
 def test_what_waits_beyond_the_bound_is_refused(cluster: None, student: fewstep.Pipeline) -> None:
     from ray import serve
 
