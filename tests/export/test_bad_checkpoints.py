@@ -1,0 +1,139 @@
+"""Damaged and hostile checkpoints, one test a malformation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import copy
+from fewstep.errors import (
+    CorruptError,
+    FewstepError,
+    MissingError,
+    UnsafeFileError,
+    UnsupportedError,
+)
+from fewstep.export import export_bundle
+from safetensors.numpy import load_file, save_file
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+def refused(source: Path | str, target: Path, kind: type[FewstepError], words: str, **options: Any) -> None:
+    with pytest.raises(kind, match=words) as caught:
+        export_bundle(source, target, **options)
+    assert caught.value.remedy or caught.value.expected
+    assert not target.exists()
+    assert not list(target.parent.glob(f".{target.name}*")), "something half-written stayed"
+
+
+def edit(path: Path, **changes: Any) -> None:
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({**data, **changes}))
+
+
+def test_no_such_folder(tmp_path: Path) -> None:
+    refused(tmp_path / "nothing", tmp_path / "b", MissingError, "no folder")
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".bin"])
+def test_a_pickle_is_refused(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / f"model{suffix}").write_bytes(b"\x80\x04.")
+    refused(tmp_path / f"model{suffix}", tmp_path / "b", UnsafeFileError, "pickle")
+
+
+def test_pickled_weights_in_a_folder_are_refused(tiny_sd1: Path, tmp_path: Path) -> None:
+    bad = copy(tiny_sd1, tmp_path / "bad")
+    (bad / UNET).rename(bad / "unet" / "diffusion_pytorch_model.bin")
+    refused(bad, tmp_path / "b", UnsafeFileError, "pickles only")
+
+
+def test_a_folder_without_an_index(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", tmp_path / "b", MissingError, "model_index.json")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "[" * 5000], ids=["empty", "cut", "list", "deep"])
+def test_an_index_that_is_not_an_object(tiny_sd1: Path, tmp_path: Path, content: str) -> None:
+    bad = copy(tiny_sd1, tmp_path / "bad")
+    (bad / "model_index.json").write_text(content)
+    refused(bad, tmp_path / "b", CorruptError, "model_index.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("_class_name", "StableDiffusion3Pipeline", "StableDiffusion3Pipeline"),
+        ("unet", ["os", "system"], "'system'"),
+        ("controlnet", ["diffusers", "ControlNetModel"], "controlnet"),
+    ],
+)
+def test_classes_go_through_an_allow_list(tiny_sd1: Path, tmp_path: Path, name: str, value: Any, words: str) -> None:
+    bad = copy(tiny_sd1, tmp_path / "bad")
+    edit(bad / "model_index.json", **{name: value})
+    refused(bad, tmp_path / "b", UnsupportedError, words)
+
+
+def damage(kind: str, path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    names = [n for n in header if n != "__metadata__"]
+    if kind == "truncated":
+        data = data[: len(data) // 2]
+    elif kind == "empty":
+        data = bytearray()
+    elif kind == "oversize header":
+        data[:8] = (2**40).to_bytes(8, "little")
+    else:
+        if kind == "overlap":
+            header[names[1]]["data_offsets"] = header[names[0]]["data_offsets"]
+        elif kind == "bad offset":
+            header[names[0]]["data_offsets"] = [10**9, 10**9 + 4]
+        elif kind == "unknown dtype":
+            header[names[0]]["dtype"] = "Q7"
+        text = json.dumps(header).encode()
+        data = bytearray(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "empty", "oversize header", "overlap", "bad offset", "unknown dtype"])
+def test_damaged_safetensors(tiny_sd1: Path, tmp_path: Path, kind: str) -> None:
+    bad = copy(tiny_sd1, tmp_path / "bad")
+    damage(kind, bad / UNET)
+    refused(bad, tmp_path / "b", CorruptError, "not a valid safetensors file", gate=False)
+
+
+def test_weights_that_are_not_finite(tiny_sd1: Path, tmp_path: Path) -> None:
+    bad = copy(tiny_sd1, tmp_path / "bad")
+    weights = load_file(bad / UNET)
+    weights["conv_in.bias"] = np.full_like(weights["conv_in.bias"], np.nan)
+    save_file(weights, bad / UNET)
+    refused(bad, tmp_path / "b", CorruptError, "NaN or infinity", gate=False)
+
+
+def test_missing_and_misshapen_weights(tiny_sd1: Path, tmp_path: Path) -> None:
+    bad = copy(tiny_sd1, tmp_path / "bad")
+    weights = load_file(bad / UNET)
+    gone = weights.pop("conv_in.bias")
+    save_file(weights, bad / UNET)
+    refused(bad, tmp_path / "b", CorruptError, "lacks 1 weights.*conv_in.bias", gate=False)
+    save_file({**weights, "conv_in.bias": np.concatenate([gone, gone])}, bad / UNET)
+    refused(bad, tmp_path / "b", CorruptError, "has shape", gate=False)
+
+
+def test_a_variant_that_is_not_there(tiny_sd1: Path, tmp_path: Path) -> None:
+    refused(tiny_sd1, tmp_path / "b", MissingError, "fp16", variant="fp16")
+
+
+@pytest.mark.parametrize(("part", "key"), [("unet", "block_out_channels"), ("vae", "latent_channels")])
+def test_configurations_that_lack_a_factor(tiny_sd1: Path, tmp_path: Path, part: str, key: str) -> None:
+    bad = copy(tiny_sd1, tmp_path / "bad")
+    edit(bad / part / "config.json", **{key: None})
+    refused(bad, tmp_path / "b", CorruptError, f"does not state.*{key}")
+    bad = copy(tiny_sd1, tmp_path / "worse")
+    (bad / "fewstep.json").write_text('{"defaults": {"bogus": 1}}')
+    refused(bad, tmp_path / "b", CorruptError, "bogus|defaults", gate=False)

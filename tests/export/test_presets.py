@@ -1,0 +1,140 @@
+"""What presets say of distilled checkpoints, and what goes against them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import make_lora, write_lora
+from fewstep.bundle import Bundle, read_bundle, read_defaults, write_manifest
+from fewstep.errors import (
+    ArgumentError,
+    FewstepError,
+    UnknownNameError,
+)
+from fewstep.export import export_bundle
+from fewstep.export.presets import find_preset, preset_defaults, recognise_preset
+from fewstep.presets import PRESETS, preset_warnings
+from fewstep.runtime.request import make_request
+
+
+def refused(source: Path, target: Path, kind: type[FewstepError], words: str, **options: Any) -> None:
+    with pytest.raises(kind, match=words) as caught:
+        export_bundle(source, target, gate=False, **options)
+    assert caught.value.remedy or caught.value.expected
+    assert not target.exists()
+    assert not list(target.parent.glob(f".{target.name}*")), "something half-written stayed"
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "preset"),
+    [
+        ("sdxl_lightning_4step_unet.safetensors", "sdxl", "sdxl-lightning-4"),
+        ("sdxl_lightning_1step_unet_x0.safetensors", "sdxl", "sdxl-lightning-1"),
+        ("sdxl_lightning_8step_lora.safetensors", "sdxl", "sdxl-lightning-8"),
+        ("stabilityai/sdxl-turbo", "sdxl", "sdxl-turbo"),
+        ("sd_xl_turbo_1.0_fp16.safetensors", "sdxl", "sdxl-turbo"),
+        ("stabilityai/sd-turbo", "sd2", "sd-turbo"),
+        ("models--latent-consistency--lcm-lora-sdv1-5", "sd1", "lcm-lora"),
+        ("SimianLuo/LCM_Dreamshaper_v7", "sd1", "lcm"),
+        ("h1t/TCD-SDXL-LoRA", "sdxl", "tcd-lora"),
+        ("Hyper-SDXL-4steps-lora.safetensors", "sdxl", "hyper-sd-4"),
+        ("Hyper-SDXL-12steps-CFG-lora.safetensors", "sdxl", None),
+        ("Hyper-SDXL-1step-lora.safetensors", "sdxl", "hyper-sd-unified"),
+        ("Hyper-SDXL-1step-Unet.safetensors", "sdxl", "hyper-sdxl-1-unet"),
+        ("dmd2_sdxl_4step_lora_fp16.safetensors", "sdxl", "dmd2-4"),
+        ("dmd2_sdxl_1step_unet_fp16.safetensors", "sdxl", "dmd2-1"),
+        ("sdxl_lightning_4step_unet.safetensors", "sd1", None),
+        ("stabilityai/stable-diffusion-xl-base-1.0", "sdxl", None),
+    ],
+)
+def test_presets_are_told_by_names(name: str, family: str, preset: str | None) -> None:
+    found = recognise_preset([name], family)
+    assert (found and found.name) == preset
+
+
+TIMESTEPS = {
+    "sdxl-lightning-1": [999],
+    "sdxl-lightning-2": [999, 499],
+    "sdxl-lightning-4": [999, 749, 499, 249],
+    "sdxl-lightning-8": [999, 874, 749, 624, 499, 374, 249, 124],
+    "sdxl-turbo": [999],
+    "sd-turbo": [999],
+    "lcm-lora": [999, 759, 499, 259],
+    "lcm": [999, 759, 499, 259],
+    "tcd-lora": [999, 759, 499, 259],
+    "hyper-sd-2": [999, 499],
+    "hyper-sd-4": [999, 749, 499, 249],
+    "hyper-sd-8": [999, 874, 749, 624, 499, 374, 249, 124],
+    "hyper-sd-unified": [999, 759, 499, 259],
+    "hyper-sdxl-1-unet": [800],
+    "dmd2-4": [999, 749, 499, 249],
+    "dmd2-1": [399],
+}
+
+
+def preset_bundle(tiny: Any, name: str) -> Bundle:
+    chosen = next(p for p in PRESETS if p.name == name)
+    return replace(tiny, defaults=read_defaults(preset_defaults(chosen, 1024, 1024)))
+
+
+@pytest.fixture(scope="module")
+def leading(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle whose own scheduler has leading spacing, as SDXL's base has."""
+    return export_bundle(tiny_sd1, tmp_path_factory.mktemp("leading") / "b", gate=False)
+
+
+def test_every_preset_runs_its_published_timesteps(leading: Bundle) -> None:
+    assert leading.scheduler.get("timestep_spacing", "leading") == "leading"
+    assert set(TIMESTEPS) == {p.name for p in PRESETS}
+    for name, timesteps in TIMESTEPS.items():
+        request = make_request(preset_bundle(leading, name), "a red circle", seed=0, size=(32, 32))
+        assert [float(t) for t in request.program.timesteps] == timesteps, name
+        assert request.guidance == next(p.guidance for p in PRESETS if p.name == name)
+
+
+def test_a_presets_prediction_replaces_the_schedulers(leading: Bundle) -> None:
+    """A network that returns the image itself gives just that image after one step, noise or not."""
+    request = make_request(preset_bundle(leading, "sdxl-lightning-1"), "a", seed=0, size=(32, 32))
+    image = np.full((1, 4, 2, 2), 0.25)
+    made = request.program.run(lambda x, t: image, np.ones_like(image), lambda: np.zeros_like(image))
+    np.testing.assert_allclose(made, image, atol=1e-12)
+
+
+def test_a_bundle_keeps_its_preset(tiny_sd1: Path, tmp_path: Path) -> None:
+    file = write_lora(make_lora(tiny_sd1, text=False), tmp_path / "lcm-lora-sdv1-5.safetensors", "kohya")
+    bundle = export_bundle(tiny_sd1, tmp_path / "b", loras=[(file, 1.0)], gate=False)
+    assert read_bundle(tmp_path / "b").defaults == bundle.defaults
+    assert (bundle.defaults.preset, bundle.defaults.sampler, bundle.defaults.steps) == ("lcm-lora", "lcm", 4)
+    chosen = replace(bundle, defaults=read_defaults(preset_defaults(find_preset("dmd2-4", "sdxl"), 64, 64)))
+    write_manifest(chosen)
+    assert read_bundle(tmp_path / "b").defaults == chosen.defaults
+    refused(tiny_sd1, tmp_path / "c", UnknownNameError, "lcm-lora", preset="lcm-lara")
+    refused(tiny_sd1, tmp_path / "c", ArgumentError, "family sd1", preset="sdxl-turbo")
+
+
+@pytest.mark.parametrize(
+    ("preset", "asked", "words"),
+    [
+        ("sdxl-turbo", {"guidance": 7.5}, "without guidance"),
+        ("sdxl-turbo", {"steps": 20}, "at most 4 steps"),
+        ("sdxl-turbo", {"size": (1024, 1024)}, "512x512"),
+        ("sdxl-lightning-4", {"steps": 8}, "4 steps, not 8"),
+        ("sdxl-lightning-4", {"schedule": "leading"}, "trailing"),
+        ("sdxl-lightning-4", {"sampler": "Euler Karras"}, "karras"),
+        ("lcm-lora", {"guidance": 7.0}, "at most 2"),
+        ("sdxl-turbo", {"steps": 4, "guidance": 0.0, "size": (512, 512)}, None),
+        ("sdxl-lightning-4", {"steps": 4, "sampler": "euler", "schedule": None}, None),
+        ("lcm", {"guidance": 8.0}, None),
+    ],
+)
+def test_what_goes_against_a_preset_is_said(
+    leading: Bundle, preset: str, asked: dict[str, Any], words: str | None
+) -> None:
+    found = preset_warnings(preset_bundle(leading, preset), asked)
+    assert len(found) == (words is not None)
+    assert words is None or words in found[0]
+    assert preset_warnings(leading, asked) == []
