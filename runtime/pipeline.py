@@ -171,6 +171,10 @@ class Pipeline:
         """The request with prompts and picture encoded and noise drawn, ready for slots."""
         return prepare(self.bundle, self.text, self.vae, request, image)
 
+    def make_slots(self, shape: tuple[int, int, int], count: int) -> Any:
+        """Slots of a latent shape (C, h, w) on this pipeline's device, for callers that tick themselves."""
+        return self._pool.make(shape, count)
+
     def warm_up(self, *, size: tuple[int, int] | None = None, batch: int | None = None, image: bool = False) -> None:
         """Run requests of this shape once, with guidance and without, so that no later one pays for first-time work.
 

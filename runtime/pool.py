@@ -33,6 +33,10 @@ class SlotPool:
         with self._lock:
             return [slots for _, slots in self._free]
 
+    def make(self, shape: Shape, count: int) -> Any:
+        """New slots that the pool knows nothing of, for who keeps them."""
+        return self._make(shape, count)
+
     @contextmanager
     def take(self, shape: Shape, count: int) -> Iterator[Any]:
         """Slots of this shape and number for one call; they come back when it ends, however it ends."""

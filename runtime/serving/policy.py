@@ -42,6 +42,11 @@ class Candidate:
         soft = self.arrival + stretch * self.alone_s
         return soft if self.deadline is None else min(soft, self.deadline)
 
+    @property
+    def pressing(self) -> bool:
+        """Whether it has a deadline before the time it would be due anyway."""
+        return self.deadline is not None and self.deadline < self.arrival + STRETCHES[-1] * self.alone_s
+
     def ends(self, now: float, bucket: int) -> float:
         """When it would be finished if each tick from now on took a full bucket and served it."""
         ticks = -(-self.images * self.rows // max(bucket, self.rows))
@@ -58,7 +63,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """With ticks of `bucket` rows these end in time, in the order of their due times; `hard` of them by deadlines."""
+    """With ticks of `bucket` rows these end in time, in the order of their due times; `hard` of them pressing."""
 
     bucket: int
     kept: tuple[Candidate, ...]
@@ -96,15 +101,19 @@ def _plan(ordered: Sequence[Candidate], now: float) -> _Plan:
             return plan
     plans = [_in_time(ordered, b, STRETCHES[-1], now) for b in buckets.rows]
     crowded = max(len(p.kept) for p in plans) < len(ordered)
-    speed = (lambda b: b / buckets.cost_ms(b)) if crowded else (lambda b: -b)
-    return max(plans, key=lambda p: (p.hard, len(p.kept), speed(p.bucket)))
+
+    def worth(plan: _Plan) -> tuple[int, int, float]:
+        speed = plan.bucket / buckets.cost_ms(plan.bucket)
+        return plan.hard, len(plan.kept), speed if crowded else -plan.bucket
+
+    return max(plans, key=worth)
 
 
 def _in_time(ordered: Sequence[Candidate], bucket: int, stretch: float, now: float) -> _Plan:
     """Which of the candidates to keep so that the most are in time when every tick serves `bucket` rows.
 
     Moore and Hodgson's algorithm (J. M. Moore 1968): earliest due first, and whenever one would be late the longest
-    so far is given up; one without a deadline of its own before one with.
+    so far is given up; one with a pressing deadline last.
     """
     given_up: set[Candidate] = set()
     heap: list[tuple[bool, float, int, Candidate]] = []
@@ -115,14 +124,14 @@ def _in_time(ordered: Sequence[Candidate], bucket: int, stretch: float, now: flo
             given_up.add(c)
             continue
         work = 1e-3 * c.remaining * c.images * c.rows * c.buckets.cost_ms(rows) / rows
-        heapq.heappush(heap, (c.deadline is not None, -work, i, c))
+        heapq.heappush(heap, (c.pressing, -work, i, c))
         busy += work
         if busy + c.tail_s > due:
             _, less, _, longest = heapq.heappop(heap)
             busy += less
             given_up.add(longest)
     kept = tuple(c for c in ordered if c not in given_up)
-    return _Plan(bucket, kept, sum(c.deadline is not None for c in kept))
+    return _Plan(bucket, kept, sum(c.pressing for c in kept))
 
 
 def _fill(queue: Sequence[Candidate], limit: int) -> Choice:

@@ -149,6 +149,7 @@ class Scheduler:
         slots.times = TickTimes()
         self._tick_began = began = time.monotonic()
         slots.tick(held, previews or None, rows=choice.bucket)
+        times = slots.times  # on a GPU this waits for the evaluation
         self._tick_began = None
         took_ms = 1e3 * (time.monotonic() - began)
         self._ticks += 1
@@ -157,7 +158,7 @@ class Scheduler:
             buckets.observe(choice.bucket, took_ms)
         self._observer.tick(took_ms, rows=rows, bucket=max(rows, choice.bucket), slots=len(held))
         for job, _ in chosen:
-            self._account(job, slots.times)
+            self._account(job, times)
             job.report(self._pipeline.vae.decode_unguarded)
             if job.done:
                 self._collect(job, slots)

@@ -56,7 +56,9 @@ class Server:
     ) -> None:
         if isinstance(pipeline, Pipeline) and options:
             raise ArgumentError(f"{', '.join(options)} given beside a pipeline", expected="them given to fewstep.load")
-        self.pipeline = pipeline if isinstance(pipeline, Pipeline) else load(pipeline, **options)
+        if "devices" in options:
+            raise ArgumentError("a server was asked for several devices", expected="a server for each")
+        self.pipeline: Pipeline = pipeline if isinstance(pipeline, Pipeline) else load(pipeline, **options)
         self.most_slots = check_integer("most_slots", most_slots, 1, 4096)
         self._queue = check_integer("queue", queue, 0, 1_000_000)
         self._most_work_s, self._hung_s = _positive("most_work_s", most_work_s), _positive("hung_s", hung_s)

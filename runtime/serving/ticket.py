@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 from ...errors import CancelledError, DeadlineError, FewstepError
@@ -163,7 +164,7 @@ class Ticket:
 
 def _waker(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> Callable[[], None]:
     def wake() -> None:
-        if not loop.is_closed():
+        with suppress(RuntimeError):  # the loop was closed: nobody reads any more
             loop.call_soon_threadsafe(event.set)
 
     return wake

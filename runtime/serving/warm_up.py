@@ -40,7 +40,7 @@ def make_pools(
                 expected="a profile for at least one",
                 remedy="Build the engine for the sizes and batches to serve: fewstep build BUNDLE --help",
             )
-        pool = Slots(pipeline.engines["unet"], slots=slots, shape=prepared.shape, most_rows=max(admitted))
+        pool: Slots = pipeline.make_slots(prepared.shape, slots)
         buckets = _measure(pool, prepared, admitted, fixed=fixed)
         pools[prepared.shape] = pool, buckets
         decode_ms[prepared.shape] = _decode_ms(pipeline, prepared)
@@ -67,6 +67,7 @@ def _measure(slots: Slots, prepared: Prepared, rows: Sequence[int], *, fixed: bo
         slot = slots.admit(tenant, prepared.gaussians[0], None if prepared.latents is None else prepared.latents[0])
         try:
             slots.tick([slot], rows=count)
+            _ = slots.times  # on a GPU this waits for the evaluation
         finally:
             slots.release(slot)
 

@@ -20,6 +20,7 @@ from fewstep.errors import (
     QueueFullError,
     UnavailableError,
 )
+from fewstep.runtime.pool import SlotPool
 from fewstep.runtime.serving import Server
 
 MIXED: list[dict[str, Any]] = [
@@ -217,6 +218,15 @@ def test_draining_finishes_what_was_accepted_and_closing_does_not(student: fewst
         server.submit("a ring")
 
 
+def test_slots_of_a_torch_device_are_served_alike(student: fewstep.Pipeline, psnr) -> None:
+    """The GPU's slots on CPU tensors: the same requests give the images of the NumPy slots."""
+    pipeline = fewstep.load(student.bundle, device="cpu:torch", mode="shared", threads=1)
+    with Server(pipeline, most_slots=4, most_rows=4) as server:
+        calls = [{"prompt": "a ring", "seed": i, **kind} for i, kind in enumerate(MIXED[:5])]
+        for call, ticket in [(call, server.submit(**call)) for call in calls]:
+            assert psnr(ticket.result(60).images, student(**call).images) >= 50.0, call
+
+
 class Breaking:
     """A UNet's engine that can be made to raise or to hang inside an evaluation, as a lost device does."""
 
@@ -243,11 +253,11 @@ class Breaking:
 
 
 @pytest.fixture
-def breaking(student: fewstep.Pipeline) -> Any:
-    whole = student.engines["unet"]
-    student.engines["unet"] = Breaking(whole)
-    yield student.engines["unet"]
-    student.engines["unet"] = whole
+def breaking(student: fewstep.Pipeline, monkeypatch: pytest.MonkeyPatch) -> Breaking:
+    engine = Breaking(student.engines["unet"])
+    monkeypatch.setitem(student.engines, "unet", engine)
+    monkeypatch.setattr(student, "_pool", SlotPool(engine, keep=1))  # type: ignore[arg-type]
+    return engine
 
 
 def test_an_engine_that_raises_ends_everything_and_the_server_says_so(
