@@ -1,0 +1,98 @@
+"""Graphs of the standard architectures travel with the package, so that exporting such a checkpoint needs no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fewstep.export.embedded import embedded_checkpoint
+from fewstep.export.graphs import find_graph, graph_key
+from fewstep.export.layout import plan_layout
+from fewstep.export.plan import PRECISIONS
+
+TOOLS = Path(__file__).parents[2] / "tools"
+sys.path.insert(0, str(TOOLS))
+from architectures import CLASSES, standard_configs  # noqa: E402
+from package_graphs import PACKAGED, STANDARD, standard_components  # noqa: E402
+from random_checkpoint import shapes_of  # noqa: E402
+
+EXPORT = """
+import sys, json
+from fewstep.export import export_bundle
+bundle = export_bundle(sys.argv[1], sys.argv[2], dtype=sys.argv[3], gate=False)
+heavy = sorted({"torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir"} & set(sys.modules))
+import resource
+print(json.dumps({"heavy": heavy, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+"""
+
+
+def export_apart(checkpoint: Path, folder: Path, dtype: str) -> dict:
+    """Export in a process of its own, with an empty cache; what it says of itself."""
+    done = subprocess.run(
+        [sys.executable, "-c", EXPORT, str(checkpoint), str(folder), dtype],
+        env={**os.environ, "FEWSTEP_CACHE_DIR": str(folder.parent / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize("name", STANDARD)
+def test_every_component_in_every_precision(name: str) -> None:
+    for dtype in PRECISIONS:
+        for kind, config in standard_components(name):
+            graph = find_graph(graph_key(kind, {**config, "sample_size": 1}, dtype))
+            assert graph is not None, f"run tools/package_graphs.py --standard {name}"
+            assert (graph.kind, graph.dtype) == (kind, dtype)
+            assert {p.dtype for p in graph.parameters} <= {dtype, "int64"}
+            layout = plan_layout([(p.name, p.dtype, p.shape) for p in graph.parameters])
+            assert layout.sha256 == graph.header_sha256
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", "sd1-lcm"])
+def test_graphs_ask_for_the_weights_that_diffusers_has(name: str) -> None:
+    """A UNet's and a VAE's graphs use every weight of the library's own class, under its name and in its shape."""
+    theirs = {part: shapes_of(part, config) for part, config in standard_configs(name).items()}
+    for part in CLASSES:
+        kinds = ("vae_decoder", "vae_encoder") if part == "vae" else (part,)
+        configs = dict(standard_components(name))
+        if part not in theirs:
+            continue
+        found: dict[str, tuple[int, ...]] = {}
+        for kind in kinds:
+            graph = find_graph(graph_key(kind, configs[kind], "float16"))
+            assert graph is not None
+            found |= {p.key.removeprefix("text_model."): p.shape for p in graph.parameters}
+        expected = {k.removeprefix("text_model."): s for k, s in theirs[part].items()}
+        for key, shape in found.items():
+            assert [d for d in expected[key] if d != 1] == [d for d in shape if d != 1], key
+        assert part.startswith("text") or set(found) == set(expected)
+
+
+def test_they_are_small() -> None:
+    sizes = {p.name: p.stat().st_size for p in PACKAGED.glob("*.graph")}
+    assert max(sizes.values()) < 120_000
+    assert sum(sizes.values()) < 2_000_000
+
+
+def test_an_export_from_packaged_graphs_imports_no_torch(tmp_path: Path) -> None:
+    said = export_apart(embedded_checkpoint("base"), tmp_path / "b", "float32")
+    assert said["heavy"] == []
+    assert not (tmp_path / "cache" / "graphs").exists(), "something was traced"
+
+
+@pytest.mark.skipif(not os.environ.get("FEWSTEP_FULL_SIZE"), reason="set FEWSTEP_FULL_SIZE to an architecture, as sd1")
+def test_a_checkpoint_of_full_size(tmp_path: Path) -> None:
+    """4 to 14 GB of random weights, and as much again: within 4 GiB of memory, and without torch."""
+    from random_checkpoint import write_checkpoint
+
+    write_checkpoint(os.environ["FEWSTEP_FULL_SIZE"], tmp_path / "checkpoint", "float16")
+    said = export_apart(tmp_path / "checkpoint", tmp_path / "b", "float16")
+    assert said["heavy"] == []
+    assert said["peak"] < 4 * 2**30
