@@ -71,9 +71,9 @@ setTimeout(() => { clearInterval(timer); live.onframe = null; done({ latencies, 
 
 @contextmanager
 def serving(*options: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """`fewstep serve embedded-student` until it is ready; its address and process."""
+    """`fewstep serve student` until it is ready; its address and process."""
     port = 8600 + os.getpid() % 1000
-    command = [sys.executable, "-m", "fewstep", "serve", "embedded-student", "--port", str(port), *options]
+    command = [sys.executable, "-m", "fewstep", "serve", "student", "--port", str(port), *options]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
         address = f"http://127.0.0.1:{port}"

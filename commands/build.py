@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
-from .common import BACKENDS, bar, emit, size
+from .common import BACKENDS, BUNDLE_HELP, bar, emit, open_bundle, size
 
 if TYPE_CHECKING:
     from ..engines import Span
 
 
 def define(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", help="a bundle folder")
+    parser.add_argument("bundle", help=BUNDLE_HELP)
     parser.add_argument("--backend", choices=BACKENDS, default="auto")
     parser.add_argument("--component", action="append", help="only this component; repeatable")
     parser.add_argument(
@@ -54,11 +54,10 @@ def define(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
-    from ..bundle import read_bundle
     from ..engines import BuildOptions, build_engines, default_store, profiles_for
     from ..engines.plan import check_resources, plan_build
 
-    bundle = read_bundle(options.bundle)
+    bundle = open_bundle(options.bundle)
     chosen = BuildOptions(
         optimization_level=options.optimization_level,
         workspace_bytes=None if options.workspace is None else options.workspace * 2**20,

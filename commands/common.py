@@ -7,9 +7,26 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..bundle import Bundle
 
 BACKENDS = ("auto", "ort-cpu", "ort-openvino", "ort-openvino-bf16", "ort-cuda", "tensorrt", "tensorrt-rtx", "torch")
+EMBEDDED = ("student", "base")
+BUNDLE_HELP = "a bundle folder, or student or base: the embedded models"
+
+
+def open_bundle(name: str) -> Bundle:
+    """The bundle in a folder; `student` and `base` are the embedded models where no folder of that name lies here."""
+    if name in EMBEDDED and not Path(name).exists():
+        from ..export.embedded import embedded_bundle
+
+        return embedded_bundle(name)[0]
+    from ..bundle import read_bundle
+
+    return read_bundle(name)
 
 
 def size(text: str) -> tuple[int, int]:

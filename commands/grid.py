@@ -14,7 +14,7 @@ from .asking import (
     memory_options,
     warnings_shown,
 )
-from .common import add_engine_options, add_image_options, bar, between, emit, register_torch
+from .common import BUNDLE_HELP, add_engine_options, add_image_options, bar, between, emit, open_bundle, register_torch
 
 AXES = {
     "sampler": str,
@@ -29,10 +29,13 @@ AXES = {
 
 
 def define(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", help="a bundle folder")
-    parser.add_argument("--prompt", required=True)
+    parser.add_argument("bundle", help=BUNDLE_HELP)
+    parser.add_argument("--prompt", help="may be left out where it is an axis")
     parser.add_argument(
-        "--columns", required=True, metavar="AXIS=A,B,...", help=f"one of {', '.join(AXES)}, and its values"
+        "--columns",
+        required=True,
+        metavar="AXIS=A,B,...",
+        help=f"one of {', '.join(AXES)}, and its values, by | where they hold commas",
     )
     parser.add_argument("--rows", metavar="AXIS=A,B,...", help="the other axis")
     parser.add_argument("--seed", type=int, default=0)
@@ -57,9 +60,11 @@ def execute(options: argparse.Namespace) -> int:
     rows = parse_axis(options.rows) if options.rows else ("", [None])
     if columns[0] == rows[0]:
         raise ArgumentError(f"both axes are {columns[0]!r}", expected="two different axes")
+    if options.prompt is None and "prompt" not in (columns[0], rows[0]):
+        raise ArgumentError("no prompt was given", expected="--prompt, or an axis of prompts")
     register_torch(options.backend)
     pipe = load(
-        options.bundle,
+        open_bundle(options.bundle),
         backend=options.backend,
         threads=options.threads,
         size=options.size,
@@ -77,20 +82,27 @@ def execute(options: argparse.Namespace) -> int:
                 cells[-1].append(result.images[0])
                 seconds.append(result.timings["total"] / 1e3)
                 progress.update(1)
-    heads = [f"{columns[0]} {v}" for v in columns[1]]
-    sides = [f"{rows[0]} {v}" if rows[0] else "" for v in rows[1]]
-    draw_sheet(cells, heads, sides, title=options.prompt, cell=options.cell).save(target)
+    heads, sides = labels(*columns), labels(*rows)
+    title = "" if "prompt" in (columns[0], rows[0]) else options.prompt
+    draw_sheet(cells, heads, sides, title=title, cell=options.cell).save(target)
     data = {"file": options.output, "columns": heads, "rows": sides, "seconds": [round(s, 4) for s in seconds]}
     emit(options, data, f"{options.output}: {len(heads)} x {len(sides)} pictures")
     return 0
 
 
+def labels(axis: str, values: list[Any]) -> list[str]:
+    """What stands beside the pictures: `steps 4`, but a prompt, a sampler or a schedule by itself."""
+    if axis in ("", "prompt", "sampler", "schedule"):
+        return ["" if v is None else str(v) for v in values]
+    return [f"{axis} {v}" for v in values]
+
+
 def parse_axis(text: str) -> tuple[str, list[Any]]:
-    """`steps=2,4,8` as the axis and its values."""
+    """`steps=2,4,8` as the axis and its values; `prompt=a cat, asleep|a dog` where values hold commas."""
     name, _, values = text.partition("=")
     if name not in AXES or not values:
         raise ArgumentError(f"the axis is {text!r}", expected=f"AXIS=A,B,... with AXIS one of {', '.join(AXES)}")
     try:
-        return name, [AXES[name](v.strip()) for v in values.split(",")]
+        return name, [AXES[name](v.strip()) for v in values.split("|" if "|" in values else ",")]
     except ValueError as error:
         raise ArgumentError(f"the axis {text!r} has a value that is no {AXES[name].__name__}") from error

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .common import emit
+from .common import BUNDLE_HELP, emit, open_bundle
 
 
 def define(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", help="a bundle folder, an engine's folder, or a PNG that fewstep made")
+    parser.add_argument("path", help=f"{BUNDLE_HELP}; an engine's folder; or a PNG that fewstep made")
 
 
 def execute(options: argparse.Namespace) -> int:
@@ -17,7 +17,7 @@ def execute(options: argparse.Namespace) -> int:
     if path.is_dir() and (path / "manifest.json").is_file():
         return _engine(options, path)
     if path.is_dir() or not path.exists():
-        return _bundle(options, path)
+        return _bundle(options)
     return _picture(options, path)
 
 
@@ -46,10 +46,8 @@ def _picture(options: argparse.Namespace, path: Path) -> int:
     return 0
 
 
-def _bundle(options: argparse.Namespace, path: Path) -> int:
-    from ..bundle import read_bundle
-
-    bundle = read_bundle(path)
+def _bundle(options: argparse.Namespace) -> int:
+    bundle = open_bundle(options.path)
     d, latent = bundle.defaults, bundle.latent
     origin = f"from {bundle.source.get('checkpoint')}, licence {bundle.licence or 'not stated'}"
     unit = latent.factor * latent.multiple

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import FewstepError, MissingError
-from .common import BACKENDS, between, emit, register_torch, say, size
+from .common import BACKENDS, BUNDLE_HELP, between, emit, open_bundle, register_torch, say, size
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
@@ -22,7 +22,7 @@ MEASURED = (1, 2)
 
 
 def define(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", help="a bundle folder")
+    parser.add_argument("bundle", help=BUNDLE_HELP)
     parser.add_argument("--backend", choices=BACKENDS, default="auto")
     parser.add_argument("--size", type=size, metavar="WxH", help="pixels (default: the bundle's)")
     parser.add_argument("--batch", type=between(1, 1024), default=1, help="images at once (default: %(default)s)")
@@ -32,11 +32,10 @@ def define(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
-    from ..bundle import read_bundle
     from ..engines.memory import predict
 
     register_torch(options.backend)
-    bundle = read_bundle(options.bundle)
+    bundle = open_bundle(options.bundle)
     pixels = options.size or (bundle.defaults.width, bundle.defaults.height)
     if options.stage:
         emit(options, *_alone(bundle, options, pixels))

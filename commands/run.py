@@ -14,11 +14,20 @@ from .asking import (
     memory_options,
     warnings_shown,
 )
-from .common import add_engine_options, add_image_options, bar, emit, register_torch, stage_lines
+from .common import (
+    BUNDLE_HELP,
+    add_engine_options,
+    add_image_options,
+    bar,
+    emit,
+    open_bundle,
+    register_torch,
+    stage_lines,
+)
 
 
 def define(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", help="a bundle folder")
+    parser.add_argument("bundle", help=BUNDLE_HELP)
     parser.add_argument(
         "--prompt", required=True, action="append", help="what the image shows; repeatable, one image each"
     )
@@ -46,7 +55,7 @@ def execute(options: argparse.Namespace) -> int:
     check_output(options.output)
     register_torch(options.backend)
     pipe = load(
-        options.bundle,
+        open_bundle(options.bundle),
         backend=options.backend,
         threads=options.threads,
         size=options.size,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .common import emit
+from .common import emit, open_bundle
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -34,10 +34,9 @@ def kind_of(preset: str | None) -> str | None:
 
 
 def _suiting(options: argparse.Namespace) -> int:
-    from ..bundle import read_bundle
     from ..schedules import NoiseSchedule, listing
 
-    bundle = read_bundle(options.bundle)
+    bundle = open_bundle(options.bundle)
     verdicts = listing.samplers_for(
         NoiseSchedule.from_diffusers(bundle.scheduler), family=kind_of(bundle.defaults.preset)
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .common import emit
+from .common import emit, open_bundle
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -30,9 +30,7 @@ def execute(options: argparse.Namespace) -> int:
 
     noise = NoiseSchedule.scaled_linear()
     if options.bundle:
-        from ..bundle import read_bundle
-
-        noise = NoiseSchedule.from_diffusers(read_bundle(options.bundle).scheduler)
+        noise = NoiseSchedule.from_diffusers(open_bundle(options.bundle).scheduler)
     programs = [
         compile_program(
             options.sampler,

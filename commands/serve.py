@@ -9,13 +9,11 @@ import sys
 from typing import Any
 
 from ..errors import MissingExtraError
-from .common import add_engine_options, between, register_torch, say, size
-
-EMBEDDED = ("embedded-student", "embedded-base")
+from .common import BUNDLE_HELP, add_engine_options, between, open_bundle, register_torch, say, size
 
 
 def define(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", help=f"a bundle folder, or one of {', '.join(EMBEDDED)}")
+    parser.add_argument("bundle", help=BUNDLE_HELP)
     parser.add_argument("--host", default="127.0.0.1", help="beyond loopback FEWSTEP_TOKEN must be set (%(default)s)")
     parser.add_argument("--port", type=between(0, 65535), default=8000, help="(default: %(default)s)")
     parser.add_argument("--name", help="what requests call the model (default: the bundle's name)")
@@ -46,7 +44,7 @@ def execute(options: argparse.Namespace) -> int:
         raise MissingExtraError(error.name or "starlette", "serve", purpose="fewstep serve") from error
     token = os.environ.get("FEWSTEP_TOKEN") or None
     hosts = allowed_hosts(options.host, token)
-    bundle = _bundle(options.bundle)
+    bundle = open_bundle(options.bundle)
     settings = Settings(
         model=options.name or bundle.name,
         aliases=tuple(options.alias),
@@ -73,16 +71,6 @@ def execute(options: argparse.Namespace) -> int:
     if service.error is not None:
         raise service.error
     return 0
-
-
-def _bundle(name: str) -> Any:
-    from ..bundle import read_bundle
-
-    if name in EMBEDDED:
-        from ..export.embedded import embedded_bundle
-
-        return embedded_bundle(name.removeprefix("embedded-"))[0]
-    return read_bundle(name)
 
 
 def _load(options: argparse.Namespace, bundle: Any, metrics: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from .common import emit, register_torch, say
+from .common import BUNDLE_HELP, emit, open_bundle, register_torch, say
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def define(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", help="a bundle folder")
+    parser.add_argument("bundle", help=BUNDLE_HELP)
     parser.add_argument("--component", action="append", help="only this component; repeatable")
     parser.add_argument("--bisect", action="store_true", help="name the first node that is wrong in what fails")
     parser.add_argument(
@@ -24,11 +24,10 @@ def define(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
-    from ..bundle import read_bundle
     from ..engines import default_store
     from ..engines.verify import verify_bundle
 
-    bundle = read_bundle(options.bundle)
+    bundle = open_bundle(options.bundle)
     reports = verify_bundle(bundle, store=default_store(), components=options.component, check=False)
     data: dict[str, Any] = {
         "passed": all(r.passed for r in reports),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from .images import UInt8
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 GAP = 6
 LABEL = 20
 SMALLEST = 128
+MOST_LINES = 3
 
 
 def draw_sheet(
@@ -33,13 +34,17 @@ def draw_sheet(
     wide = max(wide, 16)
     side = max((round(font.getlength(s)) for s in sides), default=0)
     side = side + 2 * GAP if side else GAP
-    top = GAP + (LABEL if title else 0) + LABEL
+    lines = [_wrap(head, wide, font.getlength) for head in heads]
+    most = max(len(line) for line in lines)
+    top = GAP + (LABEL if title else 0) + LABEL * most
     sheet = Image.new("RGB", (side + len(heads) * (wide + GAP), top + len(sides) * (high + GAP)), "white")
     draw = ImageDraw.Draw(sheet)
     if title:
         draw.text((GAP, GAP), _fit(title, sheet.width - 2 * GAP, font.getlength), fill="black", font=font)
-    for c, head in enumerate(heads):
-        draw.text((side + c * (wide + GAP), top - LABEL + 2), _fit(head, wide, font.getlength), fill="black", font=font)
+    for c, words in enumerate(lines):
+        for i, line in enumerate(words):
+            at = side + c * (wide + GAP), top - LABEL * (len(words) - i) + 2
+            draw.text(at, line, fill="black", font=font)
     sampling = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
     for r, row in enumerate(cells):
         draw.text((GAP, top + r * (high + GAP) + high // 2 - 8), sides[r], fill="black", font=font)
@@ -51,9 +56,22 @@ def draw_sheet(
     return sheet
 
 
-def _fit(text: str, width: float, measure: object) -> str:
+def _wrap(text: str, width: float, measure: Callable[[str], float]) -> list[str]:
+    """The text in lines of at most `width` pixels, `MOST_LINES` of them; what is longer is cut."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and measure(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    if len(lines) > MOST_LINES:
+        lines[MOST_LINES - 1 :] = [" ".join(lines[MOST_LINES - 1 :])]
+    return [_fit(line, width, measure) for line in lines or [""]]
+
+
+def _fit(text: str, width: float, measure: Callable[[str], float]) -> str:
     """The text, cut with an ellipsis where it is wider than `width` pixels."""
-    if not callable(measure) or measure(text) <= width:
+    if measure(text) <= width:
         return text
     while text and measure(text + "…") > width:
         text = text[:-1]

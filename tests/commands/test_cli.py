@@ -166,6 +166,17 @@ def test_a_grid(capsys: pytest.CaptureFixture[str], sd1_bundle: Any, tmp_path: P
     assert call(capsys, "grid", str(sd1_bundle.folder), "--prompt", "x", "--columns", "colour=red")[0] == 2
 
 
+def test_a_grid_over_prompts_that_hold_commas(
+    capsys: pytest.CaptureFixture[str], sd1_bundle: Any, tmp_path: Path
+) -> None:
+    folder, target = str(sd1_bundle.folder), tmp_path / "grid.png"
+    asked = ("--columns", "prompt=a cat, asleep|a dog", "--steps", "1", "--json", "--output", str(target))
+    code, out, _ = call(capsys, "grid", folder, *asked)
+    assert (code, json.loads(out)["columns"]) == (0, ["a cat, asleep", "a dog"])
+    code, _, err = call(capsys, "grid", folder, "--columns", "steps=1,2")
+    assert (code, "no prompt was given" in err) == (2, True)
+
+
 def test_exit_codes(capsys: pytest.CaptureFixture[str], sd1_bundle: Any, tiny_sd1: Path, tmp_path: Path) -> None:
     bundle = str(sd1_bundle.folder)
     assert call(capsys)[0] == 2

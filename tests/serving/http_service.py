@@ -56,9 +56,9 @@ def wait_until(condition: Any, timeout: float = 60.0) -> None:
 
 @contextmanager
 def serve_process(*arguments: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """`fewstep serve embedded-student` as a process, once it is ready."""
+    """`fewstep serve student` as a process, once it is ready."""
     port = free_port()
-    command = [sys.executable, "-m", "fewstep", "serve", "embedded-student", "--port", str(port), "--threads", "1"]
+    command = [sys.executable, "-m", "fewstep", "serve", "student", "--port", str(port), "--threads", "1"]
     process = subprocess.Popen(
         [*command, "--rows", "4", *arguments], stderr=subprocess.PIPE, text=True, env={**os.environ}
     )

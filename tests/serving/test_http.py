@@ -335,7 +335,7 @@ def test_serving_beyond_loopback_without_a_token_is_refused() -> None:
     import sys
 
     done = subprocess.run(
-        [sys.executable, "-m", "fewstep", "serve", "embedded-student", "--host", "0.0.0.0", "--json"],
+        [sys.executable, "-m", "fewstep", "serve", "student", "--host", "0.0.0.0", "--json"],
         capture_output=True,
         text=True,
         env={"PATH": "/usr/bin"},
