@@ -214,7 +214,7 @@ class DeviceSlots:
     ) -> None:
         """Run work eagerly, or captured where there is a cache and the engines admit a caller's graph."""
         if self.graphs is None or not capturable or self._engine.capture != "whole_request":
-            with torch.no_grad(), guard_memory(self.device, kind):
+            with torch.no_grad(), guard_memory(self.device, f"a {kind}"):
                 body()
             return
         held = (bucket.binding, *owners)
@@ -232,7 +232,7 @@ class DeviceSlots:
         buffers = (*self._state.buffers, *conditioning.tensors, *bucket.tensors)
         self.clock.suspend()
         try:
-            with torch.no_grad(), guard_memory(self.device, kind):
+            with torch.no_grad(), guard_memory(self.device, f"a {kind}"):
                 self.graphs.run(key, body, owners=(self._engine, *held), buffers=buffers, restore=self._state.tensors)
         finally:
             self.clock.resume(evaluations)

@@ -65,11 +65,12 @@ def make_app(
     )
 
 
-def _refuse(request: Request, error: Exception) -> Response:
+# Starlette runs handlers that are not coroutines in a thread each, forty at most: a cost just when there is no time.
+async def _refuse(request: Request, error: Exception) -> Response:
     return respond(error)
 
 
-def _refuse_plain(request: Request, error: HTTPException) -> Response:
+async def _refuse_plain(request: Request, error: HTTPException) -> Response:
     """404 and 405, in the same words as everything else."""
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "refused")
     headers = {k.lower(): v for k, v in (error.headers or {}).items()}
