@@ -28,10 +28,12 @@ class Contender:
     precisions: tuple[str, ...] = ("float32", "bfloat16")
 
 
+OPENVINO = "fewstep on OpenVINO"
 CONTENDERS = {
     c.name: c
     for c in (
         Contender(name="fewstep", script="ours.py", environment=None),
+        Contender(name=OPENVINO, script="ours.py", environment="fewstep-openvino"),
         Contender(name="diffusers", script="eager.py", environment="torch"),
         Contender(name="compile", script="compiled.py", environment="torch"),
         Contender(name="optimum", script="optimum_onnx.py", environment="optimum", precisions=("float32",)),

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ArgumentError, MissingError
+from ..errors import ArgumentError, MissingError, UnknownNameError
 from .common import BACKENDS, between, emit, say, size
 
 if TYPE_CHECKING:
@@ -37,6 +37,12 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairwise", action="store_true", help="meet the peers one at a time: less memory")
     parser.add_argument("--keep-prompts", action="store_true", help="let fewstep keep the prompt's embedding")
     parser.add_argument("--backend", choices=BACKENDS, default="auto")
+    parser.add_argument(
+        "--also",
+        default="",
+        metavar="BACKENDS",
+        help="fewstep on other backends too; ort-openvino runs in the environment fewstep-openvino",
+    )
     parser.add_argument("--threads", type=between(0, 1024), default=0, help="for all contenders (default: one a core)")
     parser.add_argument("--environments", type=Path, default=Path("build/bench"), help="where the peers' are")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures as JSON")
@@ -75,7 +81,7 @@ def _subject(name: str, checkpoint: str | None) -> tuple[Bundle, Path | None]:
 
 def _plan(options: argparse.Namespace, bundle: Bundle, checkpoint: Path | None) -> tuple[Any, dict[str, Any]]:
     from ..bench.measure import OURS, Plan
-    from ..bench.workers import contender
+    from ..bench.workers import OPENVINO, contender, interpreter
 
     peers = tuple(p for p in options.against.split(",") if p)
     for peer in peers:
@@ -113,12 +119,18 @@ def _plan(options: argparse.Namespace, bundle: Bundle, checkpoint: Path | None) 
         "steps": list(steps),
         "keep_prompts": options.keep_prompts,
     }
+    backends = {OURS: options.backend} | {f"{OURS} {b}": b for b in options.also.split(",") if b}
+    for backend in backends.values():
+        if backend not in BACKENDS:
+            raise UnknownNameError("backend", backend, BACKENDS)
+    elsewhere = {n for n, b in backends.items() if "openvino" in b}
     plan = Plan(
         load=load,
         request=request,
         steps=(1,) if options.unet else steps,
         against=peers,
-        variants={OURS: {"backend": options.backend}},
+        variants={n: {"backend": b} for n, b in backends.items()},
+        python={n: interpreter(contender(OPENVINO), options.environments) for n in elsewhere},
         precisions=tuple(options.precision.split(",")),
         repeat=options.repeat,
         warm_up=options.warm_up,
