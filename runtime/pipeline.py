@@ -56,7 +56,7 @@ class Pipeline:
         keep_text_encoders: bool = True,
         progress: Callable[[str, str, float], None] | None = None,
     ) -> None:
-        self.bundle = bundle
+        self.bundle, self.threads = bundle, threads
         self._warned: set[str] = set()
         self.batch = check_integer("batch", batch, 1, MOST_IMAGES)
         self._options: dict[str, Any] = {

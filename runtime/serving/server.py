@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...bundle import Bundle
+from ...engines.base import Engine
 from ...errors import ArgumentError, EngineFailedError, FewstepError, QueueFullError, UnavailableError
 from ..pipeline import Pipeline, load
 from ..prepare import Prepared, latent_shape
@@ -17,6 +18,7 @@ from ..request import Request, check_integer, check_size
 from ..result import Result
 from .job import Job, check_prepared
 from .observe import Counters, Observer, ServerStats
+from .parallel import ParallelEngine
 from .scheduler import Scheduler
 from .ticket import Ticket
 from .warm_up import make_pools
@@ -32,9 +34,10 @@ class Server:
     pipeline: a `Pipeline`, or a bundle folder (then `options` are `fewstep.load`'s). sizes: (width, height) in pixels
     that requests may ask for; the pipeline's own by default. most_slots: images in progress by size. buckets: row
     counts to evaluate with (default: those of 1, 2, 3, 4, 6, 8, 12, 16 up to `most_rows` that the engine admits and
-    that are worth it, measured); a single one makes an image's bits independent of its company. queue: images
-    accepted beyond the slots. most_work_s: seconds of work accepted ahead of a request. hung_s: after a tick of that
-    length the engine counts as failed. image: warm the VAE's encoder too.
+    that are worth it, measured); a single one makes an image's bits independent of its company. row_threads: threads
+    among which the rows of an evaluation are split, on a CPU; one a core when the pipeline was loaded with
+    `threads=1`, else one. queue: images accepted beyond the slots. most_work_s: seconds of work accepted ahead of a
+    request. hung_s: after a tick of that length the engine counts as failed. image: warm the VAE's encoder too.
 
     Everything is warm when the constructor returns. Thread-safe. A context manager: leaving it drains and closes.
     """
@@ -47,6 +50,7 @@ class Server:
         most_slots: int = 32,
         most_rows: int = 16,
         buckets: Sequence[int] | None = None,
+        row_threads: int | None = None,
         queue: int = 64,
         most_work_s: float = 60.0,
         hung_s: float = 60.0,
@@ -64,8 +68,10 @@ class Server:
         self._most_work_s, self._hung_s = _positive("most_work_s", most_work_s), _positive("hung_s", hung_s)
         self.sizes = tuple(dict.fromkeys(check_size(self.pipeline.bundle, s) for s in sizes or [self.pipeline.size]))
         self._counters = Counters(observer)
+        self._unet = _in_parallel(self.pipeline, row_threads)
         self._pools, self._estimates = make_pools(
             self.pipeline,
+            self._unet,
             self.sizes,
             slots=self.most_slots,
             rows=_candidates(buckets, check_integer("most_rows", most_rows, 1, 1024)),
@@ -211,6 +217,8 @@ class Server:
         self._encoder.close(timeout=self._hung_s)
         self._decoder.close(timeout=self._hung_s)
         self._watch.join()
+        if isinstance(self._unet, ParallelEngine):
+            self._unet.close()
 
     def __enter__(self) -> Server:
         return self
@@ -344,6 +352,15 @@ class Server:
             if age_s > self._hung_s and self._state in {"ready", "draining"}:
                 log.error("a tick has been running for %.1f s: the engine is taken out of service", age_s)
                 self._engine_failed(EngineFailedError(f"an evaluation has been running for {age_s:.1f} s"))
+
+
+def _in_parallel(pipeline: Pipeline, ways: int | None) -> Engine:
+    """The pipeline's UNet, with its rows in so many parts at once; by default one a core for engines of one thread."""
+    unet: Engine = pipeline.engines["unet"]
+    if ways is None:
+        alone = unet.backend == "ort-cpu" and pipeline.threads == 1
+        ways = (os.cpu_count() or 1) if alone else 1
+    return unet if check_integer("row_threads", ways, 1, 1024) == 1 else ParallelEngine(unet, ways=ways)
 
 
 def _candidates(buckets: Sequence[int] | None, most_rows: int) -> list[int]:

@@ -8,21 +8,31 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ...engines.base import Engine
 from ...errors import MismatchError
 from ..pipeline import Pipeline
 from ..prepare import Prepared
 from ..slots import Slots
 from .buckets import Buckets, admitted_rows, measure
 from .estimates import Estimates
+from .parallel import ParallelEngine
 
 Shape = tuple[int, int, int]
 
 
 def make_pools(
-    pipeline: Pipeline, sizes: Sequence[tuple[int, int]], *, slots: int, rows: Sequence[int], fixed: bool, image: bool
+    pipeline: Pipeline,
+    unet: Engine,
+    sizes: Sequence[tuple[int, int]],
+    *,
+    slots: int,
+    rows: Sequence[int],
+    fixed: bool,
+    image: bool,
 ) -> tuple[dict[Shape, tuple[Slots, Buckets]], Estimates]:
     """Slots and measured buckets for each size (width, height in pixels), and what the other stages take.
 
+    `unet` is the pipeline's own, or the same with its rows in parallel.
     `rows` are the buckets to consider, or with `fixed` to use, as far as the engine admits them (`MismatchError` if
     it admits none). `image` runs the VAE's encoder too.
     """
@@ -33,19 +43,26 @@ def make_pools(
         text_ms = _prepare(pipeline, size, image=image).text_ms
         _, height, width = prepared.shape
         dims = {"height": height, "width": width, "tokens": len(prepared.tenants[0].positive.hidden)}
-        admitted = admitted_rows(pipeline.engines["unet"], dims, rows)
+        admitted = admitted_rows(unet, dims, rows)
         if not admitted:
             raise MismatchError(
                 f"the UNet's engine admits none of {', '.join(map(str, rows))} rows at {size[0]}x{size[1]}",
                 expected="a profile for at least one",
                 remedy="Build the engine for the sizes and batches to serve: fewstep build BUNDLE --help",
             )
-        pool: Slots = pipeline.make_slots(prepared.shape, slots)
+        pool = _slots(pipeline, unet, prepared.shape, slots)
         buckets = _measure(pool, prepared, admitted, fixed=fixed)
         pools[prepared.shape] = pool, buckets
         decode_ms[prepared.shape] = _decode_ms(pipeline, prepared)
     pipeline.text.forget()
     return pools, Estimates({s: b for s, (_, b) in pools.items()}, text_ms=text_ms, decode_ms=decode_ms)
+
+
+def _slots(pipeline: Pipeline, unet: Engine, shape: Shape, count: int) -> Slots:
+    if isinstance(unet, ParallelEngine):
+        return Slots(unet, slots=count, shape=shape)
+    made: Slots = pipeline.make_slots(shape, count)
+    return made
 
 
 def _prepare(pipeline: Pipeline, size: tuple[int, int], *, image: bool) -> Prepared:

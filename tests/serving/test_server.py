@@ -52,8 +52,9 @@ def test_every_image_made_under_load_is_the_one_made_alone(server: Server, stude
     assert server.stats().utilisation > 0.5
 
 
-def test_images_are_bit_identical_on_the_same_bucket(student: fewstep.Pipeline) -> None:
-    with Server(student, buckets=[4], most_slots=16, queue=100) as server:
+@pytest.mark.parametrize("row_threads", [1, 2])
+def test_images_are_bit_identical_on_the_same_bucket(student: fewstep.Pipeline, row_threads: int) -> None:
+    with Server(student, buckets=[4], row_threads=row_threads, most_slots=16, queue=100) as server:
         assert server.stats().buckets["64x64"].keys() == {4}
         together = submit_mixed(server)
         for call, result in together:
