@@ -139,7 +139,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=["sd1", "sd21", "sdxl"])
     parser.add_argument("--dtypes", nargs="*", default=["fp32", "fp16", "bf16"], choices=list(LONG))
-    parser.add_argument("--optimum", nargs="*", default=["fp32", "fp16"], help="what optimum is asked for")
+    parser.add_argument(
+        "--optimum", nargs="*", default=["fp32"], help="what optimum is asked for; half precision takes it far longer"
+    )
     parser.add_argument("--limit-gb", type=float, default=14.0)
     parser.add_argument("--limit-s", type=float, default=1200.0)
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "bench", help="a disk with 30 GB of room")
