@@ -10,7 +10,7 @@ import onnx
 import pytest
 from fewstep.bundle import Bundle
 from fewstep.engines import BuildOptions, Store, build_engines
-from fewstep.engines.accounting import check_fusion, count_operators
+from fewstep.engines.accounting import FUSED_ON_CPU, check_fusion, count_operators
 from fewstep.errors import CorruptError, MismatchError
 from onnx import helper
 from small_bundle import SPECS
@@ -47,10 +47,28 @@ def test_a_field_of_no_known_type_is_refused() -> None:
         count_operators(b"\xff" * 20)
 
 
-def test_attention_comes_through_onnx_runtime_fused(bundle: Bundle, store: Store) -> None:
+def test_everything_that_can_be_fused_comes_through_onnx_runtime_fused(bundle: Bundle, store: Store) -> None:
     facts = build_engines(bundle, backend="ort-cpu", components=["unet"], store=store)["unet"].entry.facts
-    assert facts["fused"] == {"Attention": 1}
-    assert facts["operators"]["Attention"] == 1
+    assert facts["fused"] == {
+        "Attention": 1,
+        "GroupNormalization": 1,
+        "LayerNormalization": 0,
+        "Gelu": 0,
+        "Sigmoid": 1,
+    }
+    assert facts["operators"]["QuickGelu"] == 1
+
+
+@pytest.mark.parametrize("operator", list(FUSED_ON_CPU))
+def test_a_build_for_the_cpu_fails_when_a_fusion_is_lost(bundle: Bundle, store: Store, operator: str) -> None:
+    part = bundle.component("unet")
+    more = replace(part, operators={**part.operators, operator: part.operators.get(operator, 0) + 1})
+    stated = replace(bundle, components={**bundle.components, "unet": more})
+    with pytest.raises(MismatchError, match=f"of . {operator} operators of 'unet'"):
+        build_engines(stated, backend="ort-cpu", components=["unet"], store=store)
+    assert not list(store.entries("unet"))
+    plain = BuildOptions(optimization="basic")  # nothing is fused then, as asked
+    assert build_engines(stated, backend="ort-cpu", components=["unet"], store=store, options=plain)
 
 
 def test_a_lost_fusion_is_an_error_or_a_warning(caplog: pytest.LogCaptureFixture) -> None:
