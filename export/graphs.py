@@ -23,7 +23,7 @@ from ..engines.base import TensorSpec
 from ..errors import CorruptError
 from .configs import canonical_config
 
-RECIPE = 4
+RECIPE = 5
 """Raised whenever the modules, the tracing or the layout change what a graph is."""
 
 

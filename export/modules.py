@@ -40,7 +40,8 @@ class UNet(nn.Module):
         dtype = self.model.conv_in.weight.dtype
         added = None
         if text_embeds is not None and time_ids is not None:
-            added = {"text_embeds": text_embeds.to(dtype), "time_ids": time_ids}
+            # float32 both: torch's `concat` promotes, ONNX's takes one type; the model casts what comes of it
+            added = {"text_embeds": text_embeds, "time_ids": time_ids}
         out = self.model(
             sample.to(dtype),
             timestep,

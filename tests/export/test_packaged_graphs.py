@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
 from fewstep.export.embedded import embedded_checkpoint
 from fewstep.export.graphs import find_graph, graph_key
@@ -53,6 +54,15 @@ def test_every_component_in_every_precision(name: str) -> None:
             assert {p.dtype for p in graph.parameters} <= {dtype, "int64"}
             layout = plan_layout([(p.name, p.dtype, p.shape) for p in graph.parameters])
             assert layout.sha256 == graph.header_sha256
+
+
+def test_every_graph_is_sound_onnx() -> None:
+    """Types agree at every node: a runtime refuses a graph where float16 meets float32, and tracing does not."""
+    for path in PACKAGED.glob("*.graph"):
+        graph = find_graph(path.stem)
+        assert graph is not None
+        model = onnx.load_from_string(graph.onnx)
+        onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", "sd1-lcm"])

@@ -39,6 +39,13 @@ def test_a_precision_by_component(tiny_sdxl: Path) -> None:
     assert chosen(tiny_sdxl, "fp16,vae_decoder=fp32")["vae_encoder"] == "float32", "its own policy still holds"
 
 
+def test_sdxl_in_half_precision_passes_the_gate(tiny_sdxl: Path, sdxl_bundle: Any, tmp_path: Path) -> None:
+    """Its time ids are float32 beside a pooled vector that once was cast: ONNX has no `Concat` of two types."""
+    bundle = export_bundle(tiny_sdxl, tmp_path / "b", dtype="unet=fp16", quick_gate=True)
+    assert bundle.components["unet"].dtype == "float16"
+    assert bundle.gate["components"]["unet"]["status"] == "passed"
+
+
 def test_upcast_attention_is_recorded(tiny_sd2: Path) -> None:
     checkpoint = open_checkpoint(tiny_sd2)
     assert "attention in float32" in choose_precisions(checkpoint, "fp16")["unet"].why
