@@ -1,12 +1,15 @@
-"""Open-loop load: Poisson arrivals of mixed requests, on continuous batching and on three ways to do without it.
+"""Open-loop load: Poisson arrivals of mixed requests, on continuous batching and on four ways to do without it.
 
     python bench/load.py [--seconds N] [--rates F,F,...] [--json FILE] [--plot FILE]
+    python bench/load.py --bundle FOLDER --sizes 256x256 --steps 1,2,4 --guided 0 --threads 2 --without diffusers
 
-Requests mix samplers, 1 to 30 steps, guidance and sizes. Arrivals do not wait for answers. A request counts towards
-goodput when it ends within three times its time alone: the median, on an idle machine, of a pipeline's own call, with
-as many threads as make it fastest; for diffusers its own call. Rates are multiples of what one request at a time
-sustains. At each rate all subjects get the same arrivals, one subject after the other. What has not ended two seconds
-after the last arrival is given up and counts as late.
+Requests mix samplers, steps, guidance and sizes. Arrivals do not wait for answers. A request counts towards goodput
+when it ends within three times its time alone: the median, on an idle machine, of a pipeline's own call, with as many
+threads as make that fastest; for diffusers its own call, which takes longer. Rates are multiples of what one request
+at a time sustains. At each rate all subjects get the same arrivals, one subject after the other, and each runs with
+the threads that suit it best. One at a time goes in order of arrival, and once more in that of due times, where those
+that can be in time no more come last. What has not ended when the slowest request could have is given up and counts
+as late.
 """
 
 from __future__ import annotations
@@ -14,18 +17,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import fewstep
 import numpy as np
+from fewstep.bench.load_mix import Alone, Mix
 from fewstep.bench.load_subjects import (
     OUTSTANDING,
     STATIC_BATCH,
@@ -36,71 +38,19 @@ from fewstep.bench.load_subjects import (
     diffusers_maker,
     pipeline_maker,
 )
+from fewstep.bench.machine import describe
 
-SAMPLERS = ("euler", "dpmpp_2m", "euler_ancestral", "unipc")
-STEPS = ((1, 0.2), (2, 0.2), (4, 0.3), (8, 0.15), (15, 0.1), (30, 0.05))
-GUIDED = 0.2
-SIZES = (((64, 64), 0.8), ((96, 96), 0.2))
 STRETCH = 3.0
-GRACE_S = 2.0
 
 
-def draw(rng: random.Random, number: int) -> Ask:
-    """One request of the mix."""
-    steps = rng.choices([s for s, _ in STEPS], [w for _, w in STEPS])[0]
-    return Ask(
-        prompt=f"a {rng.choice(['red', 'green', 'blue'])} {rng.choice(['circle', 'ring', 'star'])}",
-        seed=number,
-        steps=steps,
-        sampler=rng.choice(SAMPLERS),
-        guidance=2.0 if rng.random() < GUIDED else 1.0,
-        size=rng.choices([s for s, _ in SIZES], [w for _, w in SIZES])[0],
-    )
-
-
-class Alone:
-    """Seconds a request takes with nobody else there, measured once for each (steps, guidance, size)."""
-
-    def __init__(self, make: Callable[[list[Ask]], None]) -> None:
-        self._cost: dict[tuple[float, tuple[int, int]], tuple[float, float]] = {}
-        for guidance in (1.0, 2.0):
-            for size, _ in SIZES:
-                few, many = (self._time(make, steps, guidance, size) for steps in (1, 9))
-                self._cost[guidance, size] = few, (many - few) / 8
-
-    def __call__(self, ask: Ask) -> float:
-        first, each = self._cost[ask.guidance, ask.size]
-        return first + (ask.steps - 1) * each
-
-    @staticmethod
-    def _time(make: Callable[[list[Ask]], None], steps: int, guidance: float, size: tuple[int, int]) -> float:
-        ask = Ask(prompt="a red circle", seed=0, steps=steps, sampler="euler", guidance=guidance, size=size)
-        times = []
-        for _ in range(6):
-            began = time.perf_counter()
-            make([ask])
-            times.append(time.perf_counter() - began)
-        return statistics.median(times[1:])
-
-    def mean(self) -> float:
-        rng = random.Random(0)
-        return statistics.mean(self(draw(rng, i)) for i in range(4000))
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            f"guidance {g:g}, {w}x{h}": {"first_step_ms": round(1e3 * a, 2), "further_step_ms": round(1e3 * b, 2)}
-            for (g, (w, h)), (a, b) in self._cost.items()
-        }
-
-
-def load(subject: Subject, rate: float, seconds: float, alone: Alone) -> dict[str, Any]:
+def load(subject: Subject, mix: Mix, rate: float, seconds: float, alone: Alone) -> dict[str, Any]:
     """Put one rate of arrivals on a subject and count."""
     rng, lock = random.Random(7), threading.Lock()
     ended: list[tuple[Ask, float]] = []
     before, refused, sent, at = subject.figures(), 0, 0, 0.0
     began = time.perf_counter()
     while (at := at + rng.expovariate(rate)) < seconds:
-        ask = draw(rng, sent)
+        ask = mix.draw(rng, sent)
         time.sleep(max(0.0, began + at - time.perf_counter()))
         arrival = began + at  # lateness of this loop is the subject's: it holds the interpreter
 
@@ -111,7 +61,7 @@ def load(subject: Subject, rate: float, seconds: float, alone: Alone) -> dict[st
 
         refused += not subject.submit(ask, done)
         sent += 1
-    deadline = began + seconds + GRACE_S
+    deadline = began + seconds + STRETCH * alone.longest()
     while len(ended) + refused < sent and time.perf_counter() < deadline:
         time.sleep(0.01)
     with lock:
@@ -141,26 +91,30 @@ def percentiles(values: list[float]) -> dict[str, float]:
     return {f"p{q}": round(float(np.percentile(values, q)), 2) for q in (50, 90, 99)}
 
 
-def behind_a_long_one(subject: Continuous, repeats: int) -> list[dict[str, Any]]:
-    """Short requests alone, and sent while one of 30 steps runs; a tick is the median one while both do."""
+def behind_a_long_one(subject: Continuous, mix: Mix, *, steps: int, repeats: int) -> list[dict[str, Any]]:
+    """Short requests alone, and sent while one of many steps runs; a tick is the median one while both do."""
     rows = []
     server = subject.server
-    for steps in (1, 2, 4):
-        for guidance in (1.0, 2.0):
+    for short in sorted({s for s, _ in mix.steps if s <= 4}):
+        for guidance in mix.guidances:
             alone, behind, ticks = [], [], []
             for i in range(repeats):
-                alone.append(_seconds(server, steps, i))
-                long = server.submit("a ring", steps=30, guidance=guidance, sampler="dpmpp_2m", seed=i)
-                time.sleep(0.02 + 0.002 * (i % 7))
+                alone.append(_seconds(server, short, i))
+                long = server.submit("a ring", steps=steps, guidance=guidance, sampler="dpmpp_2m", seed=i)
+                next(long.steps())
+                time.sleep(alone[-1] * (i % 7) / 7)
                 before = server.stats()
-                behind.append(_seconds(server, steps, i))
+                behind.append(_seconds(server, short, i))
                 after = server.stats()
                 ticks.append((after.tick_s - before.tick_s) / max(1, after.ticks - before.ticks))
-                long.result(60)
+                if long.done:
+                    raise SystemExit("the long request ended before the short one: give it more steps")
+                long.cancel()
             a, b, tick = (statistics.median(v) for v in (alone, behind, ticks))
             rows.append(
                 {
-                    "steps": steps,
+                    "steps": short,
+                    "long_steps": steps,
                     "long_guidance": guidance,
                     "alone_ms": round(1e3 * a, 2),
                     "behind_ms": round(1e3 * b, 2),
@@ -175,17 +129,8 @@ def behind_a_long_one(subject: Continuous, repeats: int) -> list[dict[str, Any]]
 
 def _seconds(server: fewstep.Server, steps: int, seed: int) -> float:
     began = time.perf_counter()
-    server.generate("a red circle", steps=steps, seed=seed)
+    server.generate("a red circle", steps=steps, seed=seed, guidance=1.0, sampler="euler")
     return time.perf_counter() - began
-
-
-def fastest_threads(bundle: Any) -> tuple[fewstep.Pipeline, int, Alone]:
-    """The pipeline that is quickest one request at a time, of those with one thread and with one a core."""
-    found = []
-    for threads in sorted({1, os.cpu_count() or 1}):
-        pipeline = fewstep.load(bundle, threads=threads)
-        found.append((pipeline, threads, Alone(pipeline_maker(pipeline))))
-    return min(found, key=lambda f: f[2].mean())
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -200,8 +145,27 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "at_rate_per_s": best["rate_per_s"],
             "rate_with_90_percent_good_per_s": max(sustained, default=0.0),
         }
-    ours, one = found["continuous"], found["one at a time"]
-    found["goodput against one at a time"] = round(ours["best_goodput_per_s"] / one["best_goodput_per_s"], 2)
+    ours = found["continuous"]["best_goodput_per_s"]
+    against = {n: round(ours / f["best_goodput_per_s"], 2) for n, f in found.items() if n != "continuous"}
+    return {**found, "best goodput of continuous batching against": against}
+
+
+def gains(buckets: dict[str, dict[int, float]], alone: Alone) -> dict[str, Any]:
+    """Rows a second of the largest bucket over those of lone evaluations, by size.
+
+    Against the server's own evaluation of one row, and against a further step of a lone request, which has the
+    threads that make it fastest.
+    """
+    found = {}
+    for size, costs in buckets.items():
+        width, _, height = size.partition("x")
+        lone_ms = 1e3 * alone.step_s(1.0, (int(width), int(height)))
+        rows, cost_ms = max(costs.items())
+        found[size] = {
+            "rows": rows,
+            "over_one_row": round(costs[min(costs)] / min(costs) * rows / cost_ms, 2),
+            "over_a_lone_step": round(lone_ms * rows / cost_ms, 2),
+        }
     return found
 
 
@@ -231,61 +195,121 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main() -> int:
+def subjects_of(
+    options: argparse.Namespace, mix: Mix, bundle: Any
+) -> tuple[list[tuple[Subject, Alone]], dict[str, int]]:
+    """What to load, each with the time alone that its requests are held to, and the threads each uses."""
+    counts = [options.threads] if options.threads else sorted({1, os.cpu_count() or 1})
+    pipelines = {n: fewstep.load(bundle, threads=n, size=mix.sizes[0][0]) for n in counts}
+    timing = {"repeats": options.timings, "more_steps": 2 * options.timings - 2}
+    times = {n: Alone(mix, pipeline_maker(p), **timing) for n, p in pipelines.items()}
+    lone = min(counts, key=lambda n: times[n].mean())
+    servers = {n: Continuous(p, [s for s, _ in mix.sizes], rows=options.rows) for n, p in pipelines.items()}
+    shared = min(counts, key=lambda n: row_ms(servers[n].server))
+    for n in counts:
+        if n != shared:
+            servers[n].close()
+    alone, make = times[lone], pipeline_maker(pipelines[lone])
+
+    def times_of(ask: Ask) -> tuple[float, float]:
+        return (STRETCH - 1) * alone(ask), STRETCH * alone(ask)
+
+    subjects: list[tuple[Subject, Alone]] = [
+        (servers[shared], alone),
+        (Queued("one at a time", make), alone),
+        (Queued("one at a time, due first", make, times=times_of), alone),
+        (Queued("static batches", pipeline_maker(pipelines[max(counts)]), batch=STATIC_BATCH), alone),
+    ]
+    threads = {"continuous": shared, "one at a time": lone, "static batches": max(counts)}
+    if "diffusers" not in options.without:
+        from fewstep.export.embedded import embedded_checkpoint
+
+        plain = diffusers_maker(str(embedded_checkpoint(options.model)), max(counts), mix.samplers)
+        subjects.append((Queued("diffusers", plain), Alone(mix, plain, **timing)))
+        threads["diffusers"] = max(counts)
+    return [s for s in subjects if s[0].name not in options.without], threads
+
+
+def row_ms(server: fewstep.Server) -> float:
+    """Milliseconds of a row in the best bucket, summed over sizes."""
+    return sum(min(ms / rows for rows, ms in costs.items()) for costs in server.stats().buckets.values())
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="student", choices=("student", "base"))
+    parser.add_argument("--bundle", type=Path, help="a bundle in place of an embedded model")
+    parser.add_argument("--sizes", default="", help="WxH,..., equally often (default: 64x64 and, a fifth, 96x96)")
+    parser.add_argument("--steps", default="", help="N,..., equally often (default: 1 to 30)")
+    parser.add_argument("--guided", type=float, default=0.2, help="share of requests (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="of all subjects (default: what suits each)")
+    parser.add_argument("--rows", type=int, default=8, help="most UNet rows a tick (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=12.0, help="of arrivals at each rate")
-    parser.add_argument("--rates", default="0.5,0.8,1.1,1.5,2,3", help="multiples of what one at a time sustains")
+    parser.add_argument("--rates", default="0.3,0.5,0.7,1,1.5,2,3", help="multiples of what one at a time sustains")
     parser.add_argument("--without", default="", help="subjects to leave out, by comma")
+    parser.add_argument("--timings", type=int, default=5, help="repeats of a request alone (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=21, help="of short requests behind a long one")
+    parser.add_argument("--long", type=int, default=30, help="steps of the long one (default: %(default)s)")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
-    from fewstep.export.embedded import embedded_bundle, embedded_checkpoint
+    options.without = [n.strip() for n in options.without.split(",")] + (["diffusers"] if options.bundle else [])
+    return options
 
-    bundle, _ = embedded_bundle(options.model)
-    pipeline, threads, alone = fastest_threads(bundle)
-    cores = os.cpu_count() or 1
-    shared = fewstep.load(bundle, threads=cores)
+
+def mix_of(options: argparse.Namespace) -> Mix:
+    given: dict[str, Any] = {"guided": options.guided}
+    if options.sizes:
+        sizes = [tuple(int(n) for n in s.split("x")) for s in options.sizes.split(",")]
+        given["sizes"] = tuple((s, 1 / len(sizes)) for s in sizes)
+    if options.steps:
+        steps = [int(n) for n in options.steps.split(",")]
+        given["steps"] = tuple((s, 1 / len(steps)) for s in steps)
+    return Mix(**given)
+
+
+def main() -> int:
+    options = arguments()
+    mix, machine = mix_of(options), describe(0)
+    from fewstep.bundle import read_bundle
+    from fewstep.export.embedded import embedded_bundle
+
+    bundle = read_bundle(options.bundle) if options.bundle else embedded_bundle(options.model)[0]
+    name = bundle.name if options.bundle else f"embedded {options.model}"
+    subjects, threads = subjects_of(options, mix, bundle)
+    continuous, alone = subjects[0]
+    if not isinstance(continuous, Continuous):
+        raise SystemExit("continuous batching cannot be left out")
     capacity = 1.0 / alone.mean()
-    continuous = Continuous(shared, [s for s, _ in SIZES])
-    subjects: list[tuple[Subject, Alone]] = [(continuous, alone)]
-    subjects.append((Queued("one at a time", pipeline_maker(pipeline)), alone))
-    subjects.append((Queued("static batches", pipeline_maker(shared), batch=STATIC_BATCH), alone))
-    if "diffusers" not in options.without:
-        make = diffusers_maker(str(embedded_checkpoint(options.model)), cores)
-        subjects.append((Queued("diffusers", make), Alone(make)))
-    print(f"one at a time sustains {capacity:.1f} requests a second ({threads} threads)", flush=True)
+    print(f"one at a time sustains {capacity:.2f} requests a second; threads {threads}", flush=True)
+    buckets = continuous.server.stats().buckets
+    short = behind_a_long_one(continuous, mix, steps=options.long, repeats=options.repeats)
+    for row in short:
+        print(row, flush=True)
     rows = []
     for factor in (float(f) for f in options.rates.split(",")):
         for subject, own in subjects:
-            row = load(subject, factor * capacity, options.seconds, own)
+            row = load(subject, mix, factor * capacity, options.seconds, own)
             rows.append(row)
             share = 100 * row["good"] / max(1, row["sent"])
             print(
-                f"{row['rate_per_s']:6.1f}/s  {row['subject']:15} good {row['goodput_per_s']:6.1f}/s ({share:3.0f} %)  "
+                f"{row['rate_per_s']:6.2f}/s  {row['subject']:24} good {row['goodput_per_s']:6.2f}/s ({share:3.0f} %)  "
                 f"stretch {row['stretch']}  refused {row['refused']}",
                 flush=True,
             )
-    short = behind_a_long_one(continuous, options.repeats)
-    for row in short:
-        print(row, flush=True)
-    summary = summarise(rows)
+    summary = {**summarise(rows), "rows a second at the largest bucket": gains(buckets, alone)}
     print(json.dumps(summary, indent=1))
     data = {
         "what": (__doc__ or "").split("\n")[0],
-        "model": options.model,
-        "machine": platform.processor() or platform.machine(),
-        "cores": cores,
-        "threads": {"one at a time": threads, "others": cores},
-        "versions": {"python": platform.python_version(), "fewstep": fewstep.__version__},
-        "mix": {"samplers": SAMPLERS, "steps": STEPS, "guided": GUIDED, "sizes": SIZES, "outstanding": OUTSTANDING},
+        "model": name,
+        "machine": machine,
+        "threads": threads,
+        "mix": {**mix.to_json(), "outstanding": OUTSTANDING, "within": STRETCH},
         "seconds": options.seconds,
-        "load_average_before": round(os.getloadavg()[0], 2),
-        "alone": alone.to_json(),
+        "alone": {subject.name: own.to_json() for subject, own in subjects},
         "rows": rows,
-        "short_behind_a_30_step_one": short,
-        "buckets_ms": continuous.server.stats().buckets,
+        "short_behind_a_long_one": short,
+        "buckets_ms": buckets,
         "summary": summary,
     }
     for subject, _ in subjects:
@@ -293,7 +317,7 @@ def main() -> int:
     if options.json:
         options.json.write_text(json.dumps(data, indent=1) + "\n")
     if options.plot:
-        plot(rows, options.plot, f"embedded {options.model}, {cores} cores: mixed requests, Poisson arrivals")
+        plot(rows, options.plot, f"{name}, {os.cpu_count()} cores: mixed requests, Poisson arrivals")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What `bench/load.py` puts load on: continuous batching, one at a time, static batches, and a plain diffusers server.
+"""What `bench/load.py` puts load on: continuous batching, one at a time, static batches, a plain diffusers server.
 
 All take the same `Ask`s, hold the same number of requests, and run on threads of this process.
 """
@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -59,9 +58,9 @@ class Continuous:
 
     name = "continuous"
 
-    def __init__(self, pipeline: fewstep.Pipeline, sizes: list[tuple[int, int]]) -> None:
+    def __init__(self, pipeline: fewstep.Pipeline, sizes: list[tuple[int, int]], *, rows: int) -> None:
         self.server = fewstep.Server(
-            pipeline, sizes=sizes, most_slots=OUTSTANDING, queue=0, most_work_s=1e6, most_rows=8
+            pipeline, sizes=sizes, most_slots=OUTSTANDING, queue=0, most_work_s=1e6, most_rows=rows
         )
         self._tickets: set[Any] = set()
 
@@ -90,23 +89,47 @@ class Continuous:
         self.server.close()
 
 
-class Queued:
-    """A thread that serves a queue in order of arrival: `make` gets the requests of one batch."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Waiting:
+    ask: Ask
+    done: Done
+    begin: float
+    due: float
 
-    def __init__(self, name: str, make: Callable[[list[Ask]], None], *, batch: int = 1) -> None:
-        self.name, self._make, self._batch = name, make, batch
-        self._waiting: deque[tuple[Ask, Done]] = deque()
+
+class Queued:
+    """A thread that serves a queue: `make` gets the requests of one batch.
+
+    In order of arrival; or with `times`, which gives the seconds after its arrival by which a request must begin and
+    be finished, those first that can still be in time, the earliest due of them first.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        make: Callable[[list[Ask]], None],
+        *,
+        batch: int = 1,
+        times: Callable[[Ask], tuple[float, float]] | None = None,
+    ) -> None:
+        self.name, self._make, self._batch, self._times = name, make, batch, times
+        self._waiting: list[_Waiting] = []
         self._changed = threading.Condition()
         self._closing, self._running = False, False
+        self._error: BaseException | None = None
         self._busy_s, self._images = 0.0, 0
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def submit(self, ask: Ask, done: Done) -> bool:
         with self._changed:
+            if self._error is not None:
+                raise self._error
             if len(self._waiting) >= OUTSTANDING:
                 return False
-            self._waiting.append((ask, done))
+            begin, due = self._times(ask) if self._times else (float("inf"), 0.0)
+            now = time.perf_counter()
+            self._waiting.append(_Waiting(ask, done, now + begin, now + due))
             self._changed.notify_all()
         return True
 
@@ -135,16 +158,23 @@ class Queued:
                 batch = self._take()
                 self._running = True
             began = time.perf_counter()
-            self._make([ask for ask, _ in batch])
+            try:
+                self._make([w.ask for w in batch])
+            except BaseException as error:
+                with self._changed:
+                    self._error, self._running = error, False
+                    self._changed.notify_all()
+                return
             self._busy_s += time.perf_counter() - began
             self._images += len(batch)
-            for _, done in batch:
-                done(True)
+            for waited in batch:
+                waited.done(True)
 
-    def _take(self) -> list[tuple[Ask, Done]]:
-        """The oldest request, and those that wait and are of its kind."""
-        kind = self._waiting[0][0].kind
-        batch = [w for w in self._waiting if w[0].kind == kind][: self._batch]
+    def _take(self) -> list[_Waiting]:
+        """The request whose turn it is, and those that wait and are of its kind."""
+        now = time.perf_counter()
+        first = min(self._waiting, key=lambda w: (w.begin < now, w.due))
+        batch = [first, *(w for w in self._waiting if w is not first and w.ask.kind == first.ask.kind)][: self._batch]
         for taken in batch:
             self._waiting.remove(taken)
         return batch
@@ -167,11 +197,12 @@ def pipeline_maker(pipeline: fewstep.Pipeline) -> Callable[[list[Ask]], None]:
     return make
 
 
-def diffusers_maker(checkpoint: str, threads: int) -> Callable[[list[Ask]], None]:
+def diffusers_maker(checkpoint: str, threads: int, samplers: Sequence[str]) -> Callable[[list[Ask]], None]:
     """A request as one call of diffusers' own pipeline, in float32, with the scheduler that the sampler stands for."""
     import diffusers
     import torch
-    from fewstep.schedules.solvers.registry import SAMPLERS
+    from fewstep.schedules.names import resolve_sampler
+    from fewstep.schedules.solvers.registry import find_sampler
 
     torch.set_num_threads(threads)
     diffusers.utils.logging.set_verbosity_error()
@@ -179,10 +210,11 @@ def diffusers_maker(checkpoint: str, threads: int) -> Callable[[list[Ask]], None
     pipe = diffusers.DiffusionPipeline.from_pretrained(checkpoint, torch_dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     config = pipe.scheduler.config
+    schedulers = {n: getattr(diffusers, str(find_sampler(resolve_sampler(n).name).diffusers)) for n in samplers}
 
     def make(asks: list[Ask]) -> None:
         for ask in asks:
-            pipe.scheduler = getattr(diffusers, str(SAMPLERS[ask.sampler].diffusers)).from_config(config)
+            pipe.scheduler = schedulers[ask.sampler].from_config(config)
             pipe(
                 ask.prompt,
                 num_inference_steps=ask.steps,
