@@ -38,7 +38,7 @@ def define(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> int:
     try:
         from ..runtime.serving.http import Metrics, Service, Settings, make_app
-        from ..runtime.serving.http.run import JsonLines, allowed_hosts, serve
+        from ..runtime.serving.http.run import JsonLines, allowed_hosts, listen, serve
         from ..runtime.serving.live.socket import add_live
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "starlette", "serve", purpose="fewstep serve") from error
@@ -55,17 +55,18 @@ def execute(options: argparse.Namespace) -> int:
         deadline_s=options.deadline,
         drain_s=options.drain,
     )
+    listening = listen(options.host, options.port)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     metrics = Metrics()
     service = Service(lambda: _load(options, bundle, metrics))
-    say(f"serving {settings.model} on http://{options.host}:{options.port}")
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    say(f"serving {settings.model} on http://{host}:{listening[0].getsockname()[1]}")
     serve(
         make_app(service, settings, metrics=metrics, routes=add_live(service, settings, metrics)),
         service,
-        host=options.host,
-        port=options.port,
+        listening,
         drain_s=options.drain,
     )
     if service.error is not None:

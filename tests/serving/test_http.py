@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -20,7 +21,7 @@ import openai
 import pytest
 from fewstep.errors import ArgumentError
 from fewstep.runtime.serving.http import Service, Settings
-from fewstep.runtime.serving.http.run import JsonLines, allowed_hosts
+from fewstep.runtime.serving.http.run import JsonLines, allowed_hosts, listen
 from http_service import load_student, serve_process, serving, wait_until
 from PIL import Image
 
@@ -322,6 +323,35 @@ def test_a_killed_server_ends_its_clients_with_an_error() -> None:
             thread.join(20)
         assert len(errors) == 3
         assert time.monotonic() - began < 20
+
+
+def test_a_port_that_is_taken_is_said_before_anything_is_loaded() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ArgumentError, match=f"nothing can listen on 127.0.0.1, port {port}"):
+            listen("127.0.0.1", port)
+    with pytest.raises(ArgumentError, match="nothing can listen on"):
+        listen("192.0.2.1", 0)
+    made = listen("localhost", 0)
+    assert len({s.getsockname()[1] for s in made}) == 1
+    for opened in made:
+        opened.close()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("size", "9x9", "size: expected one of auto, 64x64"),
+        ("n", 99, "n: Expected `int` <= "),
+        ("seed", "word", "seed: "),
+    ],
+)
+def test_a_refusal_names_the_field_and_repeats_nothing(url: str, field: str, value: Any, words: str) -> None:
+    answer = generate(url, **{field: value})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, field)
+    assert error["message"].startswith(words)
+    assert str(value) not in error["message"]
 
 
 def test_log_lines_are_json() -> None:

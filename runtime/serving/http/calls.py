@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 from msgspec import Meta
@@ -23,24 +23,35 @@ FORMATS = Literal["png", "jpeg", "webp"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calls:
-    """The types of the two calls that make images."""
+    """The types of the two calls that make images, and the values of those fields that have few."""
 
     generation: Any
     edit: Any
+    choices: dict[str, tuple[str, ...]]
 
     def generation_from(self, body: bytes) -> Any:
         """Decode JSON; `HttpError` 400 says where it is not as it should be."""
         try:
             return msgspec.convert(_whole(msgspec.json.decode(body)), type=self.generation)
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-            raise HttpError(400, "invalid_request", _words(error)) from error
+            raise self._refusal(error) from error
 
     def edit_from(self, fields: dict[str, Any]) -> Any:
         """Convert a form's fields, which are strings."""
         try:
             return msgspec.convert(fields, type=self.edit, strict=False)
         except msgspec.MsgspecError as error:
-            raise HttpError(400, "invalid_request", _words(error)) from error
+            raise self._refusal(error) from error
+
+    def _refusal(self, error: Exception) -> HttpError:
+        """What is wrong and where, without what was sent."""
+        text, _, path = str(error).partition(" - at `$.")
+        param = path.removesuffix("`") or None
+        if "unknown field" in text:
+            text = "the request has a field that is not known"
+        elif param in self.choices and text.startswith("Invalid enum value"):
+            text = f"expected one of {', '.join(self.choices[param])}"
+        return HttpError(400, "invalid_request", f"{param}: {text}"[:300] if param else text[:300], param=param)
 
 
 def make_calls(settings: Settings, sizes: Sequence[tuple[int, int]]) -> Calls:
@@ -51,6 +62,7 @@ def make_calls(settings: Settings, sizes: Sequence[tuple[int, int]]) -> Calls:
     return Calls(
         generation=msgspec.defstruct("ImageGeneration", shared, **named),
         edit=msgspec.defstruct("ImageEdit", edit, **named),
+        choices={name: found for name, annotation, *_ in shared if (found := _choices(annotation))},
     )
 
 
@@ -90,6 +102,12 @@ def _fields(settings: Settings, sizes: list[str]) -> list[Any]:
     ]
 
 
+def _choices(annotation: Any) -> tuple[str, ...]:
+    """The literals of an annotation that has some."""
+    options = annotation, *get_args(annotation)
+    return next((get_args(o) for o in options if get_origin(o) is Literal), ())
+
+
 def arguments(call: Any) -> dict[str, Any]:
     """A call as `Server.submit` takes it."""
     given = {
@@ -113,9 +131,3 @@ def _whole(data: Any) -> Any:
     if not isinstance(data, dict):
         return data
     return {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in data.items()}
-
-
-def _words(error: Exception) -> str:
-    """What is wrong, without what was sent: msgspec names fields and types only, unknown fields excepted."""
-    text = str(error)
-    return "the request has a field that is not known" if "unknown field" in text else text[:300]

@@ -36,17 +36,20 @@ RETRY_S = 5
 
 
 class HttpError(Exception):
-    """A refusal that is decided before the runtime is asked."""
+    """A refusal that is decided before the runtime is asked. `param` is the field that is wrong, if one is."""
 
-    def __init__(self, status: int, code: str, message: str, *, headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, status: int, code: str, message: str, *, headers: dict[str, str] | None = None, param: str | None = None
+    ) -> None:
         super().__init__(message)
         self.status, self.code, self.message, self.headers = status, code, message, headers or {}
+        self.param = param
 
 
 def describe(error: BaseException) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Status, body and headers for an error; of unexpected ones nothing is told."""
     if isinstance(error, HttpError):
-        return error.status, _body(error.status, error.code, error.message), error.headers
+        return error.status, _body(error.status, error.code, error.message, error.param), error.headers
     for kind, status, code in STATUS:
         if isinstance(error, kind):
             headers = {}
@@ -67,8 +70,8 @@ def json_response(data: Any, status: int = 200, headers: dict[str, str] | None =
     return Response(msgspec.json.encode(data), status, headers, media_type="application/json")
 
 
-def _body(status: int, code: str, message: str) -> dict[str, Any]:
+def _body(status: int, code: str, message: str, param: str | None = None) -> dict[str, Any]:
     kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
         status, "invalid_request_error" if status < 500 else "server_error"
     )
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

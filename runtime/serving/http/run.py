@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import logging
+import socket
 import threading
 import time
 from types import FrameType
@@ -46,12 +47,30 @@ def allowed_hosts(host: str, token: str | None) -> tuple[str, ...]:
     return (*LOOPBACK, host)
 
 
-def serve(app: Starlette, service: Service, *, host: str, port: int, drain_s: float) -> None:
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Sockets that listen on all addresses of a host, on a free port for port 0; `ArgumentError` if that cannot be."""
+    made: list[socket.socket] = []
+    try:
+        for family, _, _, _, address in socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        ):
+            at = (address[0], made[0].getsockname()[1] if made else port)
+            made.append(socket.create_server(at, family=family, backlog=2048))
+    except OSError as error:
+        for opened in made:
+            opened.close()
+        raise ArgumentError(
+            f"nothing can listen on {host}, port {port} ({error.strerror})",
+            expected="an address of this machine and a port that is free",
+            remedy="Name others with --host and --port.",
+        ) from error
+    return made
+
+
+def serve(app: Starlette, service: Service, listening: list[socket.socket], *, drain_s: float) -> None:
     """Serve until SIGTERM or SIGINT; then refuse new work with 503, finish what was accepted, and return."""
     config = uvicorn.Config(
         app,
-        host=host,
-        port=port,
         access_log=False,
         log_config=None,
         server_header=False,
@@ -60,7 +79,7 @@ def serve(app: Starlette, service: Service, *, host: str, port: int, drain_s: fl
         timeout_keep_alive=15,
         timeout_graceful_shutdown=max(1, round(drain_s)),
     )
-    _Draining(config, service, drain_s).run()
+    _Draining(config, service, drain_s).run(sockets=listening)
 
 
 class _Draining(uvicorn.Server):
