@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from ..errors import CorruptError
 
-FLOAT, INT64 = 1, 7
+FLOAT, INT64, BOOL = 1, 7, 9
 _MODEL_OPSET, _MODEL_GRAPH = 8, 7
 _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_OUTPUT, _GRAPH_VALUE = 1, 5, 11, 12, 13
 _REMEDY = "Export the checkpoint again."
@@ -40,10 +40,14 @@ class Node:
 
 @dataclass(slots=True, kw_only=True)
 class Graph:
-    """A model with its nodes apart. `shapes` are those that the file states: numbers, symbols, or `None`: unknown."""
+    """A model with its nodes apart. `shapes` are those that the file states: numbers, symbols, or `None`: unknown.
+
+    `types` are the element types beside them, as in TensorProto.DataType.
+    """
 
     nodes: list[Node]
     shapes: dict[str, tuple[int | str | None, ...]]
+    types: dict[str, int]
     constants: dict[str, tuple[int, ...]]
     outputs: tuple[str, ...]
     opsets: dict[str, int]
@@ -72,7 +76,7 @@ class Graph:
 
 def read_graph(model: bytes | memoryview) -> Graph:
     """Take a serialised model apart. Raises `CorruptError` for bytes that are no protocol buffer."""
-    graph = Graph(nodes=[], shapes={}, constants={}, outputs=(), opsets={}, _model=[], _graph=[])
+    graph = Graph(nodes=[], shapes={}, types={}, constants={}, outputs=(), opsets={}, _model=[], _graph=[])
     for at, kind, value in fields_of(memoryview(model)):
         if at == _MODEL_GRAPH and kind == 2:
             _read_graph(value, graph)
@@ -95,7 +99,8 @@ def _read_graph(message: memoryview, graph: Graph) -> None:
             name, dims = _read_tensor(value)
             graph.constants[name] = dims
         elif at in (_GRAPH_INPUT, _GRAPH_OUTPUT, _GRAPH_VALUE):
-            name, shape = _read_value(value)
+            name, shape, element = _read_value(value)
+            graph.types[name] = element
             if shape is not None:
                 graph.shapes[name] = shape
             if at == _GRAPH_OUTPUT:
@@ -150,17 +155,20 @@ def _read_tensor(message: memoryview) -> tuple[str, tuple[int, ...]]:
     return name, tuple(dims)
 
 
-def _read_value(message: memoryview) -> tuple[str, tuple[int | str | None, ...] | None]:
-    """ValueInfoProto: its name, and its shape when it is a tensor of known rank."""
-    name, shape = "", None
+def _read_value(message: memoryview) -> tuple[str, tuple[int | str | None, ...] | None, int]:
+    """ValueInfoProto: its name, its shape when it is a tensor of known rank, and the type of its elements."""
+    name, shape, element = "", None, 0
     for at, _, value in fields_of(message):
         if at == 1:
             name = _text(value)
         elif at == 2:
             for tensor in _inner(value, 1):
+                for field_number, kind, inner in fields_of(tensor):
+                    if field_number == 1 and kind == 0:
+                        element = integer(inner)
                 for dims in _inner(tensor, 2):
                     shape = tuple(_dim(d) for d in _inner(dims, 1))
-    return name, shape
+    return name, shape, element
 
 
 def _dim(message: memoryview) -> int | str | None:

@@ -112,12 +112,13 @@ def open_session(
     external: Mapping[str, Any] | None = None,
     external_folder: Path | None = None,
     stream: int | None = None,
+    dims: Mapping[str, int] | None = None,
     configure: Callable[[Any], None] | None = None,
 ) -> Any:
     """Make a session and check that it runs where it was asked to.
 
     `external` maps the names of external data files to their bytes, `external_folder` says where they lie when they are
-    too large for that. `configure` may change the session options before they are used.
+    too large for that. `dims` fixes named dimensions. `configure` may change the session options before they are used.
     """
     onnxruntime = import_onnxruntime(backend)
     options = session_options(onnxruntime, run, optimization)
@@ -130,6 +131,8 @@ def open_session(
         )
     elif external_folder is not None and isinstance(model, bytes):
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(external_folder))
+    for dimension, size in (dims or {}).items():
+        options.add_free_dimension_override_by_name(dimension, size)
     if configure is not None:
         configure(options)
     source = model if isinstance(model, bytes) else str(model)
@@ -230,8 +233,8 @@ class OrtEngine:
         self.backend = backend
         self.inputs: dict[str, TensorSpec] = {s.name: s for s in inputs}
         self.outputs: dict[str, TensorSpec] = {s.name: s for s in outputs}
-        _check_tensors("input", self.inputs, session.get_inputs())
-        _check_tensors("output", self.outputs, session.get_outputs())
+        check_tensors("input", self.inputs, session.get_inputs())
+        check_tensors("output", self.outputs, session.get_outputs())
 
     @classmethod
     def from_onnx(
@@ -287,7 +290,7 @@ def engine_stream(backend: str, run: RunOptions) -> Any:
     return make_stream(run.device)
 
 
-def _check_tensors(kind: str, specs: Mapping[str, TensorSpec], nodes: Sequence[Any]) -> None:
+def check_tensors(kind: str, specs: Mapping[str, TensorSpec], nodes: Sequence[Any]) -> None:
     """Raise `MismatchError` unless the session's tensors are the manifest's, by name, dtype and rank."""
     found = {n.name: (_ONNX_TYPES.get(n.type, n.type), len(n.shape)) for n in nodes}
     expected = {n: (s.dtype, len(s.shape)) for n, s in specs.items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,14 @@ from .base import Engine
 from .options import BuildOptions, RunOptions
 from .ort import OrtEngine, engine_stream, import_onnxruntime, open_session
 from .ort_float16 import convert_saved
-from .ort_openvino import PRECISION_HINTS, decompose_attention
+from .ort_openvino import PRECISION_HINTS, OpenVinoEngine, rewrite_for_openvino
 from .ort_rewrite import rewrite_for_cpu
 from .registry import BuildJob, OpenJob
 from .weights import check_data, check_graph, check_weights, read_weights
 
 INLINE_BYTES = 1_500_000_000
 FUSING = ("extended", "all")
-REWRITING = {"ort-cpu": 2, "ort-openvino": 1, "ort-openvino-bf16": 1, "ort-cuda": 1}
+REWRITING = {"ort-cpu": 2, "ort-openvino": 2, "ort-openvino-bf16": 2, "ort-cuda": 1}
 
 
 class OrtBackend:
@@ -121,7 +122,7 @@ class OrtBackend:
 
     def _write_plain(self, job: BuildJob, source: Path) -> Mapping[str, Any]:
         """The graph as OpenVINO reads it, pointing at the bundle's weights: it compiles when it is opened."""
-        graph = decompose_attention(source)
+        graph = rewrite_for_openvino(source.read_bytes())
         job.target.write_bytes(graph)
         return {"weights": "shared with the bundle", "operators": dict(sorted(count_operators(graph).items()))}
 
@@ -135,6 +136,10 @@ class OrtBackend:
         else:
             folder = check_weights(job.bundle, job.component, job.store).parent
         stream = engine_stream(self.name, job.run)
+        if self.name in PRECISION_HINTS:
+            open_for = partial(self._compile, bytes(job.data), run=job.run, external=external, external_folder=folder)
+            specs = job.component.inputs, job.component.outputs
+            return OpenVinoEngine(open_for, inputs=specs[0], outputs=specs[1], backend=self.name)
         session = open_session(
             bytes(job.data),
             backend=self.name,
@@ -152,6 +157,9 @@ class OrtBackend:
             run=job.run,
             stream=stream,
         )
+
+    def _compile(self, graph: bytes, dims: Mapping[str, int], **given: Any) -> Any:
+        return open_session(graph, backend=self.name, optimization="disabled", dims=dims, **given)
 
 
 def _cancel_load(cancel: threading.Event, finished: threading.Event, options: Any) -> None:

@@ -6,6 +6,7 @@ The wheel takes the place of the tested onnxruntime, so the provider itself runs
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,9 @@ import onnx
 import onnxruntime
 import pytest
 from fewstep.bundle import Bundle
-from fewstep.engines import RunOptions, Store, build_engines
+from fewstep.engines import Engine, RunOptions, Store, build_engines
 from fewstep.engines.accounting import count_operators
-from fewstep.engines.ort_openvino import decompose_attention, provider_options
+from fewstep.engines.ort_openvino import OpenVinoEngine, provider_options, rewrite_for_openvino
 from fewstep.errors import MissingExtraError, UnsupportedError
 from onnx import TensorProto, helper, numpy_helper
 
@@ -56,7 +57,7 @@ def test_decomposed_attention_is_attention(tmp_path: Path, mask: int | None, att
         inputs["mask"] = rng.standard_normal((7, 7)).astype(np.float32)
     elif mask == TensorProto.BOOL:
         inputs["mask"] = np.tril(np.ones((7, 7), bool))
-    decomposed = decompose_attention(path)
+    decomposed = rewrite_for_openvino(path.read_bytes())
     assert "Attention" not in count_operators(decomposed)
     expected = run(path.read_bytes(), inputs)
     np.testing.assert_allclose(run(decomposed, inputs), expected, rtol=1e-5, atol=1e-6)
@@ -67,7 +68,7 @@ def test_decomposed_attention_is_attention(tmp_path: Path, mask: int | None, att
 
 def test_attention_of_another_form_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="causal"):
-        decompose_attention(attention(tmp_path / "a.onnx", is_causal=1))
+        rewrite_for_openvino(attention(tmp_path / "a.onnx", is_causal=1).read_bytes())
 
 
 @pytest.mark.parametrize(("backend", "hint"), [("ort-openvino", "f32"), ("ort-openvino-bf16", "bf16")])
@@ -82,3 +83,38 @@ def test_without_its_wheel_the_backend_names_it(bundle: Bundle, store: Store) ->
         pytest.skip("onnxruntime-openvino is installed")
     with pytest.raises(MissingExtraError, match="onnxruntime-openvino"):
         build_engines(bundle, backend="ort-openvino", store=store)
+
+
+def test_group_norms_do_not_cut_the_graph() -> None:
+    shape = ["rows", 8, "height", "width"]
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n in "xy"]
+    constants = [numpy_helper.from_array(np.ones(8, np.float32), n) for n in ("scale", "bias")]
+    node = helper.make_node("GroupNormalization", ["x", "scale", "bias"], ["y"], num_groups=2)
+    model = helper.make_model(
+        helper.make_graph([node], "norm", values[:1], values[1:], constants),
+        opset_imports=[helper.make_opsetid("", 23)],
+        ir_version=10,
+    )
+    found = count_operators(rewrite_for_openvino(model.SerializeToString()))
+    assert found["InstanceNormalization"] == 1
+    assert "GroupNormalization" not in found
+
+
+def test_sizes_beyond_the_fourth_share_a_session(bundle: Bundle) -> None:
+    part = bundle.component("unet")
+    opened = []
+
+    def open_for(dims: Mapping[str, int]) -> onnxruntime.InferenceSession:
+        opened.append(dict(dims))
+        options = onnxruntime.SessionOptions()
+        for name, size in dims.items():
+            options.add_free_dimension_override_by_name(name, size)
+        return onnxruntime.InferenceSession(str(bundle.path(part.graph)), options, providers=["CPUExecutionProvider"])
+
+    engine = OpenVinoEngine(open_for, inputs=part.inputs, outputs=part.outputs, backend="ort-openvino")
+    assert isinstance(engine, Engine)
+    for rows in (1, 2, 3, 4, 5, 6, 1):
+        binding = engine.bind({"rows": rows, "height": 8, "width": 8, "tokens": 77, "unused": rows})
+        binding.enqueue()
+        assert binding.outputs["out"].shape[0] == rows
+    assert [d.get("rows") for d in opened] == [1, 2, 3, 4, None]
