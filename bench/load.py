@@ -205,7 +205,7 @@ def subjects_of(
     times = {n: Alone(mix, pipeline_maker(p), **timing) for n, p in pipelines.items()}
     lone = min(counts, key=lambda n: times[n].mean())
     servers = {n: Continuous(p, [s for s, _ in mix.sizes], rows=options.rows) for n, p in pipelines.items()}
-    shared = min(counts, key=lambda n: row_ms(servers[n].server))
+    shared = max(counts, key=lambda n: crowd(servers[n].server)) if len(counts) > 1 else counts[0]
     for n in counts:
         if n != shared:
             servers[n].close()
@@ -230,9 +230,16 @@ def subjects_of(
     return [s for s in subjects if s[0].name not in options.without], threads
 
 
-def row_ms(server: fewstep.Server) -> float:
-    """Milliseconds of a row in the best bucket, summed over sizes."""
-    return sum(min(ms / rows for rows, ms in costs.items()) for costs in server.stats().buckets.values())
+def crowd(server: fewstep.Server, requests: int = 40) -> float:
+    """Requests of four steps a second when they are all there at once."""
+    rates = []
+    for _ in range(3):
+        began = time.perf_counter()
+        tickets = [server.submit("a ring", steps=4, guidance=1.0, sampler="euler", seed=i) for i in range(requests)]
+        for ticket in tickets:
+            ticket.result()
+        rates.append(requests / (time.perf_counter() - began))
+    return max(rates)
 
 
 def arguments() -> argparse.Namespace:

@@ -17,7 +17,8 @@ ENOUGH_S = 2.0
 class Buckets:
     """Milliseconds an evaluation takes for each row count that is worth using.
 
-    A row count is dropped when a larger one is no slower: fewer rows are then padded. Costs follow what ticks take.
+    A row count is dropped when a larger one is no slower: fewer rows are then padded. Costs follow what ticks take,
+    which is more while other stages run beside them; `lone_ms` is what they came down to at best.
     """
 
     def __init__(self, cost_ms: dict[int, float]) -> None:
@@ -26,6 +27,7 @@ class Buckets:
         rows = sorted(cost_ms)
         self.rows = tuple(r for i, r in enumerate(rows) if all(cost_ms[r] < cost_ms[m] for m in rows[i + 1 :]))
         self._cost_ms = {r: cost_ms[r] for r in self.rows}
+        self._least_ms = dict(self._cost_ms)
 
     @property
     def most_rows(self) -> int:
@@ -51,13 +53,21 @@ class Buckets:
 
     def cost_ms(self, rows: int) -> float:
         """Milliseconds to evaluate this many rows, in several evaluations if need be."""
-        whole, rest = divmod(rows, self.most_rows)
-        return whole * self._cost_ms[self.most_rows] + (self._cost_ms[self.fit(rest)] if rest else 0.0)
+        return self._sum(self._cost_ms, rows)
+
+    def lone_ms(self, rows: int) -> float:
+        """As `cost_ms`, with nothing else to do."""
+        return self._sum(self._least_ms, rows)
 
     def observe(self, bucket: int, took_ms: float) -> None:
         """Let the cost of a bucket follow what a tick of it took."""
         if bucket in self._cost_ms:
             self._cost_ms[bucket] += SMOOTHING * (took_ms - self._cost_ms[bucket])
+            self._least_ms[bucket] = min(self._least_ms[bucket], self._cost_ms[bucket])
+
+    def _sum(self, costs_ms: dict[int, float], rows: int) -> float:
+        whole, rest = divmod(rows, self.most_rows)
+        return whole * costs_ms[self.most_rows] + (costs_ms[self.fit(rest)] if rest else 0.0)
 
 
 def admitted_rows(engine: Engine, dims: dict[str, int], candidates: Iterable[int]) -> list[int]:

@@ -77,7 +77,8 @@ def choose(candidates: Sequence[Candidate], now: float, *, tick: int = 0) -> Cho
     `TURN_OF_LATE`th tick the longest overdue of them leads.
     """
     ordered = sorted(candidates, key=lambda c: c.due(STRETCHES[-1]))
-    plan = _plan(ordered, now)
+    hopeful = [c for c in ordered if c.ends(now, c.rows) <= c.due(STRETCHES[-1]) or c.images > 1]
+    plan = _plan(hopeful or ordered[:1], now, crowded=len(hopeful) < len(ordered))
     kept = set(plan.kept)
     late = [c for c in ordered if c not in kept]
     if late and (not kept or tick % TURN_OF_LATE == TURN_OF_LATE - 1):
@@ -89,18 +90,19 @@ def choose(candidates: Sequence[Candidate], now: float, *, tick: int = 0) -> Cho
     return _fill([c for c in queue if c.lane == lead.lane], max(bucket, lead.rows))
 
 
-def _plan(ordered: Sequence[Candidate], now: float) -> _Plan:
+def _plan(ordered: Sequence[Candidate], now: float, *, crowded: bool) -> _Plan:
     """The smallest bucket with which all are soon done; else the one with which most are in time.
 
-    Of buckets with which equally many are, the smallest, unless somebody is late: then the fastest.
+    Of buckets with which equally many are, the smallest, unless somebody is late (`crowded`, or one of these): then
+    the fastest.
     """
     buckets = ordered[0].buckets
-    for bucket in buckets.rows:
-        plan = _in_time(ordered, bucket, STRETCHES[0], now)
+    for bucket in buckets.rows if not crowded else ():
+        plan = _in_time(ordered, bucket, STRETCHES[0], now, all_or_none=True)
         if len(plan.kept) == len(ordered):
             return plan
     plans = [_in_time(ordered, b, STRETCHES[-1], now) for b in buckets.rows]
-    crowded = max(len(p.kept) for p in plans) < len(ordered)
+    crowded = crowded or max(len(p.kept) for p in plans) < len(ordered)
 
     def worth(plan: _Plan) -> tuple[int, int, float]:
         speed = plan.bucket / buckets.cost_ms(plan.bucket)
@@ -109,16 +111,20 @@ def _plan(ordered: Sequence[Candidate], now: float) -> _Plan:
     return max(plans, key=worth)
 
 
-def _in_time(ordered: Sequence[Candidate], bucket: int, stretch: float, now: float) -> _Plan:
+def _in_time(
+    ordered: Sequence[Candidate], bucket: int, stretch: float, now: float, *, all_or_none: bool = False
+) -> _Plan:
     """Which of the candidates to keep so that the most are in time when every tick serves `bucket` rows.
 
     Moore and Hodgson's algorithm (J. M. Moore 1968): earliest due first, and whenever one would be late the longest
-    so far is given up; one with a pressing deadline last.
+    so far is given up; one with a pressing deadline last. all_or_none: give up at the first who would be late.
     """
     given_up: set[Candidate] = set()
     heap: list[tuple[bool, float, int, Candidate]] = []
     busy = now
     for i, c in enumerate(ordered):
+        if all_or_none and given_up:
+            return _Plan(bucket, (), 0)
         due, rows = c.due(stretch), max(bucket, c.rows)
         if c.ends(now, bucket) > due:
             given_up.add(c)

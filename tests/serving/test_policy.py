@@ -153,3 +153,24 @@ def test_buckets_are_the_ones_the_engine_has_profiles_for() -> None:
     dims = {"height": 16, "width": 16, "tokens": 77}
     assert admitted_rows(Profiled(), dims, [1, 2, 4, 8]) == [2, 8]  # type: ignore[arg-type]
     assert admitted_rows(Profiled(), {**dims, "height": 8}, [1, 2, 4, 8]) == []  # type: ignore[arg-type]
+
+
+def test_what_a_request_takes_alone_does_not_grow_with_the_load() -> None:
+    buckets = Buckets({1: 4.0, 2: 5.0})
+    for _ in range(200):
+        buckets.observe(1, 12.0)
+        buckets.observe(2, 3.0)
+    assert buckets.cost_ms(1) == pytest.approx(12.0)
+    assert buckets.lone_ms(1) == 4.0
+    assert buckets.lone_ms(2) == pytest.approx(3.0)
+
+
+def test_a_crowd_of_late_ones_costs_the_others_nothing() -> None:
+    sim = Sim()
+    late = [sim.request(4, arrival=-10.0 - i) for i in range(64)]
+    fresh = [sim.request(2, arrival=-0.001 * i) for i in range(3)]
+    choice = choose([*late, *fresh], 0.0)
+    assert {id(c) for c in fresh} < {id(c) for c, _ in choice.taken}
+    assert choice.bucket == 4, "the most rows a second with which they are in time"
+    assert len(choice.taken) == 4, "what is left over goes to the late ones"
+    assert choose(late, 0.0).bucket == 8
