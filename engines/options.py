@@ -47,7 +47,7 @@ class BuildOptions:
             raise ArgumentError(f"optimization_level is {self.optimization_level!r}", expected="an integer from 0 to 5")
         for name in ("workspace_bytes", "auxiliary_streams"):
             value = getattr(self, name)
-            if value is not None and value < 0:
+            if value is not None and (not isinstance(value, int) or value < 0):
                 raise ArgumentError(f"{name} is {value!r}", expected="an integer, 0 or more")
 
     def to_json(self) -> dict[str, Any]:
@@ -83,8 +83,10 @@ class RunOptions:
         _one_of("torch_device", self.torch_device, TORCH_DEVICES)
         _one_of("torch_dtype", self.torch_dtype, TORCH_DTYPES)
         _one_of("compile", self.compile, COMPILE_MODES)
-        if self.threads < 0 or self.device < 0:
-            raise ArgumentError(f"threads is {self.threads}, device is {self.device}", expected="integers, 0 or more")
+        for name in ("threads", "device"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ArgumentError(f"{name} is {value!r}", expected="an integer, 0 or more")
 
 
 def relevant(options: BuildOptions, names: tuple[str, ...]) -> Mapping[str, Any]:

@@ -23,10 +23,11 @@ class Call:
     out, counted as diffusers does. prompt_embeds, negative_prompt_embeds: float32 [N, T, D] instead of prompts, and
     pooled_prompt_embeds, negative_pooled_prompt_embeds: float32 [N, P], which SDXL needs beside them.
 
-    steps: evaluations asked of the schedule. sampler, schedule: any name that `fewstep samplers` lists; without them
-    the checkpoint's own scheduler, as diffusers runs it. timesteps, sigmas: explicit ones. guidance: classifier-free
-    guidance scale; at or below 1 the negative prompt is not evaluated. compat: `"diffusers"` for that library's
-    conventions. options: of the sampler (`eta`, ...).
+    steps: steps of the schedule (two-stage samplers evaluate twice in each). sampler, schedule: any name that
+    `fewstep samplers` lists; without them the checkpoint's own scheduler, as diffusers runs it. timesteps, sigmas:
+    explicit ones, one of the two, instead of steps and schedule. guidance: classifier-free guidance scale; at or below
+    1 the negative prompt is not evaluated. compat: `"diffusers"` for that library's conventions. options: of the
+    sampler (`eta`, ...).
 
     seed: one for the first image (the next ones get the next integers), or one an image. seed_device: whose noise,
     that of torch's `"cpu"` or `"cuda"` generator (`"cuda:43008"`: of a GPU of so many threads). shared_stream: draw the
@@ -103,7 +104,12 @@ RECORDED = (
 
 def make_call(prompt: str | Sequence[str] | None, given: Mapping[str, Any]) -> Call:
     """A call from keyword arguments; what `Call` does not name is an option of the sampler."""
-    options = {**(given.get("options") or {}), **{k: v for k, v in given.items() if k not in NAMES and k != "options"}}
+    own = given.get("options") or {}
+    if not isinstance(own, Mapping) or not all(isinstance(k, str) for k in own):
+        raise ArgumentError(
+            f"options is {str(own)[:60]!r}", expected='options of the sampler by name, like {"eta": 0.5}'
+        )
+    options = {**own, **{k: v for k, v in given.items() if k not in NAMES and k != "options"}}
     taken = {*RESERVED, *NAMES} & set(options)
     if taken:
         raise ArgumentError(

@@ -30,6 +30,12 @@ def check_real(name: str, value: object, low: float, high: float) -> float:
     return float(value)
 
 
+def check_flag(name: str, value: object) -> None:
+    """Raise `ArgumentError` unless the value is `True` or `False`: `"no"` would count as true."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ArgumentError(f"{name} is {value!r}", expected="True or False")
+
+
 def check_levels(name: str, levels: Sequence[float] | None, least: int) -> list[float] | None:
     """Explicit timesteps or sigmas as a list of finite numbers."""
     if levels is None:

@@ -147,9 +147,10 @@ class DiffusersPipeline:
         """The request of a call, and the torch generators with what draws in their place."""
         config = self._bundle.component("unet").config
         factor = self._bundle.latent.factor
+        explicit = given["timesteps"] is not None or given["sigmas"] is not None
         asked: dict[str, Any] = {
             "negative": given["negative_prompt"],
-            "steps": given["num_inference_steps"],
+            "steps": None if explicit else given["num_inference_steps"],  # diffusers lets the others overrule it
             "timesteps": given["timesteps"],
             "sigmas": given["sigmas"],
             "guidance": given["guidance_scale"],

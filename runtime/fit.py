@@ -55,7 +55,9 @@ def open_pictures(call: Call) -> tuple[list[Image], list[Image]]:
         return [], []
     pictures = [open_image(p) for p in _listed(call.image)]
     masks = [] if call.mask is None else [open_mask(m) for m in _listed(call.mask)]
-    if not pictures or (call.mask is not None and len(masks) not in {1, len(pictures)}):
+    if not pictures:
+        raise ArgumentError("the image is an empty list", expected="one picture, or one an image")
+    if call.mask is not None and len(masks) not in {1, len(pictures)}:
         raise ArgumentError(f"{len(masks)} masks for {len(pictures)} images", expected="one a picture, or a single one")
     if call.fit in {"cover", "contain"}:
         for picture, mask in zip(pictures, masks * len(pictures) if len(masks) == 1 else masks, strict=bool(masks)):

@@ -182,7 +182,7 @@ class Pipeline:
         """
         width, height = check_size(self.bundle, size or self.size)
         picture = np.full((height, width, 3), 128, np.uint8) if image else None
-        count = batch or self.batch
+        count = self.batch if batch is None else check_integer("batch", batch, 1, MOST_IMAGES)
         for guidance in (1.0, max(2.0, self.bundle.defaults.guidance)):
             self.text.forget()
             with suppress(BlackImageError, NonFiniteError):  # one step of a nonsense prompt may well be black

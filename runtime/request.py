@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 
 from ..bundle import Bundle
-from ..errors import ArgumentError
+from ..errors import ArgumentError, UnknownNameError
 from ..presets import preset_warnings
 from ..schedules import NoiseSchedule, Program, compile_program, program_from_diffusers
 from ..schedules.compat import CLASSES
 from ..schedules.names import resolve_schedule
 from .call import Call, make_call, recorded
+from .checks import check_flag, check_levels, check_real, check_seed
 from .checks import check_integer as check_integer
-from .checks import check_levels, check_real, check_seed
 from .conditioning import Sizes, size_and_crop
 from .fit import Pictures, fit_pictures, open_pictures, size_of
 from .inpaint import check_mask_for
@@ -105,22 +105,26 @@ def make_request(
     defaults = bundle.defaults
     steps = check_integer("steps", defaults.steps if call.steps is None else call.steps, 1, MOST_STEPS)
     timesteps, sigmas = check_levels("timesteps", call.timesteps, 1), check_levels("sigmas", call.sigmas, 2)
-    if timesteps is not None or sigmas is not None:
-        steps = len(timesteps) if timesteps is not None else len(sigmas or ()) - 1
+    explicit = timesteps is not None or sigmas is not None
+    if explicit:
+        steps = _counted(call.steps, timesteps, sigmas)
     if call.mask_threshold is not None:
         check_real("mask_threshold", call.mask_threshold, 0.0, 1.0)
+    usual = 0.8 if call.mask is None else 1.0
+    strength = check_real("strength", usual if call.strength is None else call.strength, 0.0, 1.0)
     opened = open_pictures(call)
+    if call.image is None and strength < 1.0 and call.strength is not None:
+        raise ArgumentError(f"strength {strength:g} without an image", remedy="Pass image, or leave strength out.")
     own = size_of(bundle, opened[0][0]) if call.fit == "diffusers" and opened[0] else None
     width, height = check_size(bundle, call.size or own or default_size or (defaults.width, defaults.height))
     guidance = check_real("guidance", defaults.guidance if call.guidance is None else call.guidance, 0.0, 1000.0)
-    usual = 0.8 if call.mask is None else 1.0
-    strength = check_real("strength", usual if call.strength is None else call.strength, 0.0, 1.0)
     wording, seeds = _images(bundle, call, len(opened[0]))
     make_generator(seeds[0], call.seed_device)  # refuses devices that do not exist
     pictures = fit_pictures(bundle, call, opened, width, height)
     sampler, schedule = call.sampler, call.schedule
     if sampler is None:
-        sampler, schedule = defaults.sampler, schedule or defaults.schedule
+        sampler = defaults.sampler
+        schedule = defaults.schedule if schedule is None and not explicit else schedule
     program = choose_program(
         bundle,
         sampler=sampler,
@@ -157,6 +161,15 @@ def make_request(
         options={**call.options, **levels},
         recorded={**recorded(call), **_names(call)},
     )
+
+
+def _counted(asked: int | None, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None) -> int:
+    """How many steps explicit timesteps or sigmas make; `ArgumentError` where another number was asked for."""
+    count = len(timesteps) if timesteps is not None else len(sigmas or ()) - 1
+    if asked not in (None, count):
+        name = "timesteps" if timesteps is not None else "sigmas"
+        raise ArgumentError(f"steps is {asked}, and the {name} make {count}", remedy=f"Leave steps or {name} out.")
+    return count
 
 
 def _from_picture(program: Program, pictures: Pictures) -> Program:
@@ -216,13 +229,15 @@ def choose_program(
     explicit = timesteps is not None or sigmas is not None
     if schedule is not None and resolve_schedule(schedule) == "ays_sd" and bundle.family == "sdxl":
         schedule = "ays_sdxl"
+    if compat not in (None, "diffusers"):
+        raise UnknownNameError("compat", str(compat), ("diffusers",))
     if sampler is None and schedule is None and set(options) <= set(step_options(scheduler)):
         return program_from_diffusers(
             scheduler, steps=None if explicit else steps, timesteps=timesteps, sigmas=sigmas, start=start, **options
         )
     noise = NoiseSchedule.from_diffusers(scheduler)
     return compile_program(
-        sampler or str(bundle.scheduler["_class_name"]),
+        str(bundle.scheduler["_class_name"]) if sampler is None else sampler,
         schedule=schedule,
         steps=None if explicit else steps,
         noise=noise,
@@ -275,6 +290,7 @@ def check_size(bundle: Bundle, size: tuple[int, int]) -> tuple[int, int]:
 
 def _images(bundle: Bundle, call: Call, pictures: int) -> tuple[Wording, tuple[int, ...]]:
     """What each image is told, and its seed."""
+    check_flag("shared_stream", call.shared_stream)
     each = check_integer("images_per_prompt", call.images_per_prompt, 1, MOST_IMAGES)
     seed = call.seed.tolist() if isinstance(call.seed, np.ndarray) else call.seed
     wording = read_wording(bundle, call, each)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class Result:
     """What a call gives back.
 
-    images: uint8 [B, H, W, 3]. seeds: one an image. timings: milliseconds by stage (`text`, `encode_image`,
+    images: uint8 [B, H, W, 3]. seeds: one an image. latents: float32 [B, C, h, w], what was decoded. parameters: by
+    image, what made it, as its PNG holds it. timings: milliseconds by stage (`text`, `encode_image`,
     `denoise`, `decode`, `total`; of the denoising: `evaluations`, a list, and `update`, `guidance`, `gather`).
     truncated: by image, whether the text encoder did not take all of its prompt or negative prompt.
     tensor: the images as torch uint8 [B, H, W, 3] on the device that made them, where it is one; DLPack gives these,
@@ -81,6 +82,7 @@ class Step:
         return self._latents()
 
     def preview(self) -> UInt8:
+        """`x0` decoded, uint8 [B, H, W, 3]; `ArgumentError` where the call makes no previews."""
         if self.x0 is None or self._decode is None:
             raise ArgumentError("this call makes no previews", remedy="Pass previews=True.")
         return self._decode(self.x0)

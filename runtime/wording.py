@@ -61,6 +61,11 @@ def read_wording(bundle: Bundle, call: Call, each: int) -> Wording:
     for name in ("prompt_2", "negative_2"):
         if getattr(call, name) is not None and not second:
             raise ArgumentError(f"{name} for a model with one text encoder", remedy="Leave it out.")
+    for embeds in ("prompt_embeds", "negative_prompt_embeds"):
+        pooled = embeds.replace("prompt_embeds", "pooled_prompt_embeds")
+        if getattr(call, pooled) is not None and (not second or getattr(call, embeds) is None):
+            why = f"without {embeds}" if second else "for a model with one text encoder"
+            raise ArgumentError(f"{pooled} {why}", remedy="Leave it out.")
     if (call.prompt is None) == (call.prompt_embeds is None):
         raise ArgumentError(
             "neither a prompt nor prompt_embeds" if call.prompt is None else "a prompt and prompt_embeds",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from fewstep.errors import (
     NonFiniteError,
 )
 from fewstep.runtime.images import command_line, open_image, read_parameters
-from fewstep.runtime.request import choose_program
+from fewstep.runtime.request import choose_program, make_request
 from fewstep.runtime.slots import Slots, Tenant
 from PIL import Image
 
@@ -191,6 +192,17 @@ MORE_BAD: list[tuple[dict[str, Any], str]] = [
     ({"image": np.zeros((8, 8, 3), np.uint8), "strength": 1e-320}, "leaves no step"),
     ({"sampler": "euler", "prediction": "sample"}, "prediction cannot be set"),
     ({"seed": 2**64 - 1, "images_per_prompt": 2}, "seed is 18446744073709551616"),
+    ({"compat": "comfy"}, "unknown compat 'comfy'"),
+    ({"compat": "comfy", "sampler": "euler"}, "unknown compat 'comfy'"),
+    ({"sampler": ""}, "unknown sampler ''"),
+    ({"timesteps": [999, 500, 1]}, "steps is 2, and the timesteps make 3"),
+    ({"sigmas": [14.0, 0.0], "sampler": "euler"}, "steps is 2, and the sigmas make 1"),
+    ({"options": "eta"}, "options is 'eta'"),
+    ({"options": {3: 0.5}}, "options is"),
+    ({"shared_stream": "no"}, "shared_stream is 'no'; expected True or False"),
+    ({"strength": 0.5}, "strength 0.5 without an image"),
+    ({"image": []}, "the image is an empty list"),
+    ({"pooled_prompt_embeds": np.zeros((1, 4), np.float32)}, "pooled_prompt_embeds for a model with one"),
 ]
 
 
@@ -238,15 +250,29 @@ def test_contexts_come_back_whatever_happens(sd1_bundle: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [{"batch": 0}, {"batch": "a"}, {"size": (33, 32)}, {"size": "x"}, {"most_contexts": -1}]
+    "given",
+    [{"batch": 0}, {"batch": "a"}, {"size": (33, 32)}, {"size": "x"}, {"most_contexts": -1}, {"threads": "2"}],
 )
 def test_bad_constructor_arguments(sd1_bundle: Any, given: dict[str, Any]) -> None:
     with pytest.raises(ArgumentError):
         fewstep.load(sd1_bundle, **given)
 
 
+def test_explicit_levels_go_before_a_presets_schedule(sd1_bundle: Any) -> None:
+    """A bundle that names its sampler and schedule takes timesteps as one that does not."""
+    preset = replace(sd1_bundle, defaults=replace(sd1_bundle.defaults, sampler="euler", schedule="trailing"))
+    assert choose_program(preset, sampler="euler", schedule="trailing", steps=2, options={}).evaluations == 2
+    request = make_request(preset, "x", timesteps=[999, 500], seed=0)
+    assert (request.sampler, request.schedule, request.steps) == ("euler", None, 2)
+    assert request.program.timesteps.tolist() == [999, 500]
+    with pytest.raises(ArgumentError, match="beside explicit timesteps"):
+        make_request(preset, "x", timesteps=[999, 500], schedule="karras", seed=0)
+
+
 def test_warm_up_binds_everything_that_requests_use(sd1_bundle: Any) -> None:
     pipe = fewstep.load(sd1_bundle)
+    with pytest.raises(ArgumentError, match="batch is 0"):
+        pipe.warm_up(batch=0)
     pipe.warm_up(image=True)
     before = (set(pipe.text._bindings), set(pipe.vae._bindings))
     pipe("first", negative="none", steps=2, seed=0, guidance=5.0)
