@@ -58,16 +58,17 @@ def build_engines(
     `gate` compares each new engine with the reference stored in the bundle, if there is one and the engine can run
     here; an engine that fails is marked, never used, and raises `GateError`. `CancelledError` once `cancel` is set.
     """
-    name, why = choose_backend(backend)
-    _log.info("backend %s: %s", name, why)
-    kind, where, cancelled = load_backend(name), store or default_store(), cancel or threading.Event()
+    where, cancelled = store or default_store(), cancel or threading.Event()
     chosen = options or BuildOptions()
-    sizes = profiles or (profiles_for(bundle) if kind.uses_profiles else {})
     result = {}
     for part in components or tuple(bundle.components):
         component = bundle.component(part)
         if cancelled.is_set():
             raise CancelledError(f"the build was cancelled before {part!r}")
+        name, why = backend_for(bundle, part, backend, store=where, options=options, progress=progress)
+        _log.info("%s on %s: %s", part, name, why)
+        kind = load_backend(name)
+        sizes = profiles or (profiles_for(bundle) if kind.uses_profiles else {})
         key = engine_key(
             bundle, part, kind, options=chosen, profiles=tuple(sizes.get(part, ())) if kind.uses_profiles else ()
         )
@@ -88,6 +89,8 @@ def build_engines(
 
             (progress or _quiet)(part, "comparing with torch", 0.0)
             built = replace(built, entry=gate_built(bundle, built.entry, where))
+        if name != backend:
+            built = replace(built, reason=f"{built.reason}; {why}")
         result[part] = built
     return result
 
@@ -112,8 +115,8 @@ def open_engine(
     """
     if build not in POLICIES:
         raise ArgumentError(f"build is {build!r}", expected=f"one of {', '.join(POLICIES)}")
-    name, _ = choose_backend(backend)
     part, session = bundle.component(component), run or RunOptions()
+    name, _ = backend_for(bundle, component, backend, store=store, options=options, build=build, progress=progress)
     factory = registered(name)
     if factory is not None:
         return factory(bundle, component, session)
@@ -167,12 +170,17 @@ def open_engines(
 ) -> dict[str, Engine]:
     """`open_engine` for several components, side by side: loading is mostly the backend's own work."""
     where = store or (None if backend == "torch" else default_store())
+    # One after another: a backend that is being timed wants the machine to itself.
+    backends = {
+        n: backend_for(bundle, n, backend, store=where, options=options, build=build, progress=progress)[0]
+        for n in components
+    }
 
     def one(name: str) -> Engine:
         return open_engine(
             bundle,
             name,
-            backend=backend,
+            backend=backends[name],
             dims=(dims or {}).get(name),
             options=options,
             run=run,
@@ -183,6 +191,29 @@ def open_engines(
 
     with ThreadPoolExecutor(max_workers=max(1, min(len(components), os.cpu_count() or 1))) as pool:
         return dict(zip(components, pool.map(one, components), strict=True))
+
+
+def backend_for(
+    bundle: Bundle,
+    component: str,
+    backend: str = "auto",
+    *,
+    store: Store | None = None,
+    options: BuildOptions | None = None,
+    build: str = "if_missing",
+    progress: Progress | None = None,
+) -> tuple[str, str]:
+    """The backend of one component, and why: as `choose_backend`, and among the CPU's the one measured fastest.
+
+    Build options are those of one backend, so that with `options` nothing is measured.
+    """
+    name, why = choose_backend(backend)
+    if backend != "auto" or name != "ort-cpu" or options is not None:
+        return name, why
+    from .measured import choose_measured
+
+    choice = choose_measured(bundle, component, store=store or default_store(), build=build, progress=progress)
+    return choice.backend, f"{why}; {choice.reason}" if choice.reason else why
 
 
 def engine_key(
