@@ -1,7 +1,7 @@
 """Measuring contenders in one run: rounds in which each takes its turn, so that the machine's moods fall on all alike.
 
 Workers live as long as the run; only the one that was asked computes. Where all of them do not fit into memory
-together, fewstep meets its peers one at a time (`pairwise`), and each meeting has rounds of its own.
+together, fewstep meets some of its peers at a time (`peers_at_once`), and each meeting has rounds of its own.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class Plan:
     """What is measured. `load` and `request` are what workers are told; `unet` evaluates the UNet alone.
 
     `variants` are named sets of `fewstep.load` options, each a contender of its own; `precisions` are those of the
-    peers. `python` are interpreters of variants that need another environment.
+    peers. `peers_at_once` (0: all) bounds a meeting. `python` are interpreters of variants that need another
+    environment.
     """
 
     load: dict[str, Any]
@@ -49,7 +50,7 @@ class Plan:
     repeat: int = 20
     warm_up: int = 2
     cold: int = 3
-    pairwise: bool = False
+    peers_at_once: int = 0
     unet: dict[str, Any] | None = None
     python: dict[str, Path] = field(default_factory=dict)
     environments: Path = Path("build/bench")
@@ -77,9 +78,10 @@ def run(plan: Plan, say: Say) -> dict[str, Any]:
     names = [*plan.variants, *(_label(p, d) for p in plan.against for d in plan.precisions)]
     found = {n: Samples() for n in names}
     meetings = [names]
-    if plan.pairwise:
-        peers = [n for n in names if n not in plan.variants]
-        meetings = [[v, p] for v in plan.variants for p in peers] or [[v] for v in plan.variants]
+    peers = [n for n in names if n not in plan.variants]
+    if plan.peers_at_once and peers:
+        size = plan.peers_at_once
+        meetings = [[*plan.variants, *peers[i : i + size]] for i in range(0, len(peers), size)]
     rounds: list[tuple[list[str], dict[str, Samples]]] = []
     for meeting in meetings:
         with tempfile.TemporaryDirectory() as folder:

@@ -34,7 +34,9 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cold", type=between(0, 100), default=3, help="cold starts of each (default: %(default)s)")
     parser.add_argument("--unet", action="store_true", help="one evaluation of the UNet instead of whole requests")
     parser.add_argument("--precision", default="float32", help="of the peers: float32, bfloat16 or both, by commas")
-    parser.add_argument("--pairwise", action="store_true", help="meet the peers one at a time: less memory")
+    parser.add_argument(
+        "--peers-at-once", type=between(0, 100), default=0, help="so many share the memory with fewstep (0: all)"
+    )
     parser.add_argument("--keep-prompts", action="store_true", help="let fewstep keep the prompt's embedding")
     parser.add_argument("--backend", choices=BACKENDS, default="auto")
     parser.add_argument(
@@ -135,7 +137,7 @@ def _plan(options: argparse.Namespace, bundle: Bundle, checkpoint: Path | None) 
         repeat=options.repeat,
         warm_up=options.warm_up,
         cold=0 if options.unet else options.cold,
-        pairwise=options.pairwise,
+        peers_at_once=options.peers_at_once,
         unet=_unet_shapes(bundle, width, height, options.batch * (2 if guidance > 1 else 1)) if options.unet else None,
         environments=options.environments,
     )

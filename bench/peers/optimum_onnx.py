@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,19 @@ class Optimum(DiffusersLoop):
 
     def make(self, spec: dict[str, Any]) -> Any:
         import onnxruntime
-        from optimum.onnxruntime import ORTDiffusionPipeline
+        from optimum import onnxruntime as optimum
 
         if spec["precision"] != "float32":
             raise ValueError(f"optimum has no {spec['precision']} on a CPU")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = spec["threads"]
         folder = Path(spec["cache"]) / "optimum"
+        index = json.loads((Path(spec["checkpoint"]) / "model_index.json").read_text())
+        kind: Any = getattr(optimum, "ORT" + index["_class_name"])  # the general class cannot export a folder
         if not (folder / "model_index.json").is_file():
-            exported = ORTDiffusionPipeline.from_pretrained(spec["checkpoint"], export=True, local_files_only=True)
+            exported = kind.from_pretrained(spec["checkpoint"], export=True, local_files_only=True)
             exported.save_pretrained(folder)
-        return ORTDiffusionPipeline.from_pretrained(folder, session_options=options, local_files_only=True)
+        return kind.from_pretrained(folder, session_options=options, local_files_only=True)
 
     def time_parts(self) -> None:
         wrap, pipe = self.stages.wrap, self.pipe
