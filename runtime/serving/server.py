@@ -19,6 +19,7 @@ from ..result import Result
 from .job import Job, check_prepared
 from .observe import Counters, Observer, ServerStats
 from .parallel import ParallelEngine
+from .policy import STRETCHES
 from .scheduler import Scheduler
 from .ticket import Ticket
 from .warm_up import make_pools
@@ -86,7 +87,7 @@ class Server:
             self.pipeline,
             self._pools,
             estimates=self._estimates,
-            finished=lambda job: self._decoder.put(job.ticket.arrival + job.ticket.alone_s, lambda: self._decode(job)),
+            finished=lambda job: self._decoder.put(_turn(job.ticket), lambda: self._decode(job)),
             failed=self._engine_failed,
             observer=self._counters,
         )
@@ -352,6 +353,15 @@ class Server:
             if age_s > self._hung_s and self._state in {"ready", "draining"}:
                 log.error("a tick has been running for %.1f s: the engine is taken out of service", age_s)
                 self._engine_failed(EngineFailedError(f"an evaluation has been running for {age_s:.1f} s"))
+
+
+def _turn(ticket: Ticket) -> float:
+    """What the decoder goes by: when the ticket is due, or if that is past, when it would be if it had come now."""
+    now, allowed_s = time.monotonic(), STRETCHES[-1] * ticket.alone_s
+    due = ticket.arrival + allowed_s
+    if ticket.deadline is not None:
+        due = min(due, ticket.deadline)
+    return due if due > now else now + allowed_s
 
 
 def _in_parallel(pipeline: Pipeline, ways: int | None) -> Engine:

@@ -6,6 +6,7 @@ import io
 import math
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -21,6 +22,7 @@ from fewstep.runtime.serving.live.frames import Meter, Outbox
 from fewstep.runtime.serving.live.hub import LiveHub
 from fewstep.runtime.serving.live.noise import NoisePath
 from fewstep.runtime.serving.live.pictures import MOST_BYTES, read_picture
+from fewstep.runtime.slots import Slots
 from PIL import Image
 
 PROMPT = "a red circle on a blue background"
@@ -112,6 +114,47 @@ def test_steps_of_successive_frames_share_evaluations(student: fewstep.Pipeline)
         assert shared > 0.7
         assert set(ticks) == {1}
         assert batched == sorted(batched)
+
+
+def test_a_picture_is_encoded_while_the_one_before_is_evaluated(
+    server: Server, student: fewstep.Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is, a further one is not; and a frame from noise waits for the evaluation of the one before."""
+    prepared: list[bool] = []
+    prepare, tick, go = student.prepare, Slots.tick, threading.Event()
+
+    def counted(request: Any, **options: Any) -> Any:
+        made = prepare(request, **options)
+        prepared.append(request.has_image)
+        return made
+
+    def held(*arguments: Any, **options: Any) -> None:
+        assert go.wait(30)
+        tick(*arguments, **options)
+
+    with LiveSession(server, prompt=PROMPT, steps=1, strength=1.0, unchanged=UnchangedFilter(threshold=0)) as session:
+        frame_of(session, session.push(picture(10)))
+        wait_for(lambda: not session._flying)
+        monkeypatch.setattr(student, "prepare", counted)
+        monkeypatch.setattr(Slots, "tick", held)
+        for count, level in ((1, 60), (2, 110)):
+            session.push(picture(level))
+            wait_for(lambda n=count: len(prepared) == n)
+        last = session.push(picture(160))
+        assert not session._may_begin()
+        go.set()
+        assert frame_of(session, last).input == last
+        assert prepared == [True] * 3
+        frame_of(session, session.push(None))
+        wait_for(lambda: not session._flying)
+        prepared.clear()
+        go.clear()
+        session.update(seed=1)
+        wait_for(lambda: prepared == [False])
+        last = session.update(seed=2)
+        assert not session._may_begin()
+        go.set()
+        assert frame_of(session, last).seed == 2
 
 
 def test_stream_batching_changes_no_frame(server: Server, student: fewstep.Pipeline, psnr) -> None:

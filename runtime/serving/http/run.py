@@ -75,6 +75,7 @@ def serve(app: Starlette, service: Service, listening: list[socket.socket], *, d
         log_config=None,
         server_header=False,
         ws_max_size=4 * 1024 * 1024,
+        ws_per_message_deflate=False,  # frames and pictures are compressed already
         h11_max_incomplete_event_size=64 * 1024,
         timeout_keep_alive=15,
         timeout_graceful_shutdown=max(1, round(drain_s)),

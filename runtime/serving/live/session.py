@@ -2,7 +2,9 @@
 
 A session is an admission policy over a `Server`'s slots and nothing else. A frame is a request of one image; the next
 one is begun as soon as the one before has made its first evaluation, so that the n steps of successive frames stand
-in n rows of one evaluation (stream batching), and an input that came meanwhile replaces the one that waited.
+in n rows of one evaluation (stream batching), and an input that came meanwhile replaces the one that waited. A frame
+from a picture is begun one evaluation earlier, when the picture before it has been encoded: its own is then encoded
+while that one is evaluated.
 """
 
 from __future__ import annotations
@@ -37,6 +39,14 @@ GIVE_UP_S = 10.0
 OF_NOISE = frozenset({"seed", "noise", "walk"})
 """Settings that requests do not hold: a frame draws its own noise."""
 ENDS = (UnavailableError, EngineFailedError)
+
+
+@dataclasses.dataclass(slots=True)
+class _Progress:
+    """How far a frame is: whether it has been encoded, and whether it has made its first evaluation."""
+
+    prepared: bool = False
+    stepped: bool = False
 
 
 class LiveSession:
@@ -75,7 +85,7 @@ class LiveSession:
         self._picture: UInt8 | None = None
         self._position = 0.0
         self._paths: dict[tuple[tuple[int, ...], int], NoisePath] = {}
-        self._flying: dict[Ticket, bool] = {}
+        self._flying: dict[Ticket, _Progress] = {}
         self._retry_at = 0.0
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="fewstep-live", daemon=True)
@@ -206,10 +216,12 @@ class LiveSession:
         """Whether the next frame's turn has come and there may be something to make."""
         if self._closed:
             return True
-        evaluations = self._requests[self._picture is not None].program.evaluations
-        most = evaluations + 1 if self._stream_batch else 1
-        waiting = any(not stepped for stepped in self._flying.values())
-        if waiting or len(self._flying) >= most or time.monotonic() < self._retry_at:
+        ahead = int(self._picture is not None)  # frames that may be encoded while another is evaluated
+        evaluations = self._requests[bool(ahead)].program.evaluations
+        most = evaluations + 1 + ahead if self._stream_batch else 1
+        waiting = [p for p in self._flying.values() if not p.stepped]
+        blocked = len(waiting) > ahead or not all(p.prepared for p in waiting)
+        if blocked or len(self._flying) >= most or time.monotonic() < self._retry_at:
             return False
         return self._offered is not None or self._wants()
 
@@ -247,11 +259,15 @@ class LiveSession:
         pictures = None if picture is None else as_pictures(picture, (request.width, request.height))
         request = dataclasses.replace(request, seeds=(seed,), pictures=pictures)
         began = time.monotonic() if arrived is None else arrived
+        progress = _Progress()
 
         def prepare() -> Prepared:
             prepared = self._server.pipeline.prepare(request)
             if settings.noise == "walk" and position > 0:
-                return dataclasses.replace(prepared, gaussians=self._path(request).at(seed, position)[None])
+                prepared = dataclasses.replace(prepared, gaussians=self._path(request).at(seed, position)[None])
+            with self._lock:
+                progress.prepared = True
+                self._lock.notify_all()
             return prepared
 
         try:
@@ -264,7 +280,7 @@ class LiveSession:
         with self._lock:
             self._index += 1
             self._position += settings.walk if settings.noise == "walk" else 0.0
-            self._flying[ticket] = False
+            self._flying[ticket] = progress
         ticket.on_step(lambda: self._stepped(ticket))
         ticket.on_done(lambda t: self._done(t, index=index, number=number, seed=seed, began=began))
 
@@ -278,8 +294,9 @@ class LiveSession:
 
     def _stepped(self, ticket: Ticket) -> None:
         with self._lock:
-            if self._flying.get(ticket) is False:
-                self._flying[ticket] = True
+            progress = self._flying.get(ticket)
+            if progress is not None and not progress.stepped:
+                progress.stepped = True
                 self._lock.notify_all()
 
     def _done(self, ticket: Ticket, *, index: int, number: int, seed: int, began: float) -> None:
