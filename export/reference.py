@@ -35,24 +35,28 @@ def make_reference(checkpoint: Checkpoint, path: Path, *, dtypes: Mapping[str, s
 
     Tensors are named `unet/0/in/sample`, `unet/0/out/out`; the metadata's `cases` holds JSON: the dimensions of each
     case and `torch_error`, the relative L2 error of torch in `dtypes[component]` (for float32: against float64, where
-    the model is small enough). `quick` keeps one case a component (two of an encoder), for models of full size.
+    the model is small enough, and in bfloat16, which an engine of a float32 graph may use too). `quick` keeps one case
+    a component (two of an encoder), for models of full size.
     """
     tensors: dict[str, np.ndarray] = {}
     cases: dict[str, Any] = {}
     context: dict[str, np.ndarray] = {}
     for plan in plan_components(checkpoint, dtypes):
-        traceable = _load(checkpoint, plan, "float32")
+        model = load_model(checkpoint, plan.part)
+        traceable = _in(plan, model, "float32")
         fewer = 2 if plan.kind.startswith("text_encoder") else 1  # an encoder's second case skips a layer
         inputs = list(_cases(plan, traceable, context, quick=quick))[: fewer if quick else None]
         outputs = [_run(traceable, case) for case in inputs]
         if plan.kind.startswith("text_encoder"):
             context[plan.kind] = outputs[0]["hidden"]
         errors = _own_errors(checkpoint, plan, traceable, inputs, outputs)
+        if plan.dtype == "float32":
+            errors = [e | b for e, b in zip(errors, _bfloat16_errors(plan, model, inputs, outputs), strict=True)]
         for i, (given, made) in enumerate(zip(inputs, outputs, strict=True)):
             tensors |= {f"{plan.kind}/{i}/in/{k}": v for k, v in given.items()}
             tensors |= {f"{plan.kind}/{i}/out/{k}": v for k, v in made.items()}
             cases[f"{plan.kind}/{i}"] = {"dims": _dims(traceable, given), "torch_error": errors[i]}
-        del traceable  # before the next model is loaded
+        del model, traceable  # before the next model is loaded
     part = path.with_suffix(".part")
     save_file(
         {k: np.ascontiguousarray(v) for k, v in tensors.items()},
@@ -92,6 +96,14 @@ def _own_errors(
         return [{"float32": _distance(made, true)} for made, true in zip(outputs, exact, strict=True)]
     other = _load(checkpoint, plan, plan.dtype)
     return [{plan.dtype: _distance(_run(other, case), made)} for case, made in zip(inputs, outputs, strict=True)]
+
+
+def _bfloat16_errors(
+    plan: ComponentPlan, model: nn.Module, inputs: list[dict[str, np.ndarray]], outputs: list[dict[str, np.ndarray]]
+) -> list[dict[str, float]]:
+    """How far torch is from the reference in bfloat16, by case; converts the model in place, for good."""
+    other = _in(plan, model, "bfloat16")
+    return [{"bfloat16": _distance(_run(other, case), made)} for case, made in zip(inputs, outputs, strict=True)]
 
 
 def _run_double(traceable: Traceable, case: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
