@@ -205,10 +205,10 @@ def backend_for(
 ) -> tuple[str, str]:
     """The backend of one component, and why: as `choose_backend`, and among the CPU's the one measured fastest.
 
-    Build options are those of one backend, so that with `options` nothing is measured.
+    Build options are those of one backend, so that with any that are not the defaults nothing is measured.
     """
     name, why = choose_backend(backend)
-    if backend != "auto" or name != "ort-cpu" or options is not None:
+    if backend != "auto" or name != "ort-cpu" or (options or BuildOptions()) != BuildOptions():
         return name, why
     from .measured import choose_measured
 
