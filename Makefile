@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 CORE := $(VENV)/.core
 FULL := $(VENV)/.full
 
-.PHONY: bench-export demo test lint parity bench bindings-check install-check ray-test live-bench model clean
+.PHONY: bench-export bench-sd15 bench-sd15-request bench-peers demo test lint parity bench bindings-check install-check ray-test load-bench soak live-bench model clean
 
 demo: $(CORE)
 	$(BIN)/fewstep demo
@@ -28,7 +28,37 @@ PEERS := diffusers,compile,optimum,openvino
 bench: $(FULL) bench-peers
 	$(BIN)/python bench/startup.py --output $(RESULTS)/startup-cpu.json
 	$(BIN)/python bench/samplers.py
-	$(BIN)/fewstep bench student --against $(PEERS) --steps 4,1,2,8 --repeat 40 --output $(RESULTS)/embedded-cpu.json
+	$(BIN)/fewstep bench student --against $(PEERS) --also ort-openvino --steps 4,1,2,8 --repeat 40 \
+		--output $(RESULTS)/embedded-cpu.json --plot build/bench/embedded-cpu.png
+	$(BIN)/python bench/floor.py student --runs 200 --output $(RESULTS)/embedded-floor-cpu.json
+
+# SD 1.5's size with random weights: an evaluation of the UNet, and whole requests. They need 20 GB of memory and 15 of disk.
+# optimum is left out, because its exporter takes more than that (bench/results/export-cpu.json).
+SD15 := build/bench/sd15
+SD15_PEERS := diffusers,compile,openvino
+SD15_BENCH := $(BIN)/fewstep bench $(SD15)/bundle --checkpoint $(SD15)/model --size 512x512 --guidance 0 \
+	--against $(SD15_PEERS) --backend ort-openvino --warm-up 1
+bench-sd15: $(FULL) $(SD15)/.built
+	$(SD15_BENCH) --unet --also ort-openvino-bf16 --precision float32,bfloat16 --peers-at-once 2 --repeat 5 \
+		--output $(RESULTS)/sd15-unet-cpu.json
+	$(BIN)/python bench/floor.py $(SD15)/bundle --components unet --size 512x512 --runs 3 \
+		--output $(RESULTS)/sd15-floor-cpu.json
+
+bench-sd15-request: $(FULL) $(SD15)/.built
+	$(SD15_BENCH) --steps 4 --peers-at-once 1 --repeat 2 --cold 0 --output $(RESULTS)/sd15-request-cpu.json
+
+$(SD15)/.built: $(SD15)/bundle/bundle.json | bench-peers
+	$(BIN)/fewstep build $(SD15)/bundle --backend ort-cpu --component unet
+	build/bench/fewstep-openvino/bin/fewstep build $(SD15)/bundle --backend ort-openvino
+	build/bench/fewstep-openvino/bin/fewstep build $(SD15)/bundle --backend ort-openvino-bf16
+	@touch $@
+
+$(SD15)/model/model_index.json: | $(FULL)
+	rm -rf $(SD15)/model
+	$(BIN)/python tools/random_checkpoint.py sd1 $(SD15)/model
+
+$(SD15)/bundle/bundle.json: $(SD15)/model/model_index.json
+	$(BIN)/fewstep export $(SD15)/model $(SD15)/bundle --quick-gate --overwrite
 
 # Full-size checkpoints of random weights through our exporter and optimum's: half an hour, and 30 GB of disk.
 bench-export: $(FULL) build/bench/optimum/.ready
@@ -54,9 +84,16 @@ ray-test: $(FULL)
 	$(PIP) --editable '.[serve,ray]'
 	FEWSTEP_RAY=1 $(BIN)/python -m pytest tests/serving/test_ray.py
 
+# Figures of serving, on a machine that does nothing else meanwhile: seven minutes, five, and one.
+load-bench: $(FULL)
+	$(BIN)/python bench/load.py --json $(RESULTS)/load-cpu.json --plot $(RESULTS)/load-cpu.png
+
+soak: $(FULL)
+	$(BIN)/python bench/soak.py --json $(RESULTS)/soak-cpu.json
+
 # In the browser, against a server of its own: needs Debian's chromium and chromium-driver.
 live-bench: $(FULL)
-	$(BIN)/python bench/live.py
+	$(BIN)/python bench/live.py --output $(RESULTS)/live-cpu.json
 
 install-check: $(FULL)
 	$(BIN)/python tools/check_install.py
