@@ -5,6 +5,7 @@ Inputs and outputs are float32 whatever the parameters' precision is; the casts 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from ..engines.base import TensorSpec
 from .configs import is_tiny, vae_factor
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_default_dtype = threading.Lock()
+"""torch's default dtype is the whole process's, and a bundle's components are opened side by side."""
 LARGEST = {"float32": 3.0e38, "float16": 65504.0, "bfloat16": 3.0e38}
 
 
@@ -172,12 +175,13 @@ class Traceable:
 
 def build_model(kind: str, config: Mapping[str, Any], dtype: str = "float32") -> nn.Module:
     """The diffusers or transformers model of a component, with whatever parameters its constructor gives it."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPES[dtype])  # `.to()` cannot swap the parameters of a fake module
-    try:
-        return _construct(kind, config)
-    finally:
-        torch.set_default_dtype(before)
+    with _default_dtype:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(DTYPES[dtype])  # `.to()` cannot swap the parameters of a fake module
+        try:
+            return _construct(kind, config)
+        finally:
+            torch.set_default_dtype(before)
 
 
 def _construct(kind: str, config: Mapping[str, Any]) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,14 @@ def test_half_precision_is_near_float32_and_not_it(dtype: str, limit: float) -> 
     exact = evaluate(engine())
     error = distance(evaluate(engine(dtype)), exact)
     assert 1e-5 < error < limit
+
+
+def test_models_built_side_by_side_have_their_own_precision() -> None:
+    wanted = ["float16", "float32", "bfloat16", "float32"] * 4
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        models = list(pool.map(lambda d: build_model("unet", CONFIG, d), wanted))
+    for model, dtype in zip(models, wanted, strict=True):
+        assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
 
 
 def test_channels_last_computes_the_same() -> None:
