@@ -96,8 +96,9 @@ def _read_graph(message: memoryview, graph: Graph) -> None:
             continue
         graph._graph.append((at, kind, bytes(value)))
         if at == _GRAPH_INITIALIZER:
-            name, dims = _read_tensor(value)
+            name, dims, element = _read_tensor(value)
             graph.constants[name] = dims
+            graph.types[name] = element
         elif at in (_GRAPH_INPUT, _GRAPH_OUTPUT, _GRAPH_VALUE):
             name, shape, element = _read_value(value)
             graph.types[name] = element
@@ -144,15 +145,18 @@ def _read_attribute(message: memoryview) -> tuple[str, float | int | list[int] |
     return name, integers or found
 
 
-def _read_tensor(message: memoryview) -> tuple[str, tuple[int, ...]]:
-    name = ""
+def _read_tensor(message: memoryview) -> tuple[str, tuple[int, ...], int]:
+    """TensorProto: its name, its shape and the type of its elements."""
+    name, element = "", 0
     dims: list[int] = []
     for at, kind, value in fields_of(message):
         if at == 1:
             dims += list(_packed(value)) if kind == 2 else [integer(value)]
+        elif at == 2:
+            element = integer(value)
         elif at == 8:
             name = _text(value)
-    return name, tuple(dims)
+    return name, tuple(dims), element
 
 
 def _read_value(message: memoryview) -> tuple[str, tuple[int | str | None, ...] | None, int]:

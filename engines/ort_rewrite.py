@@ -109,13 +109,15 @@ def replace_group_norms(graph: Graph) -> int:
 
 
 def _group_norm(node: Node, graph: Graph, prefix: str) -> list[Node]:
-    """The nodes of one normalisation; none when this is another operator or its shapes are not known."""
+    """The nodes of one normalisation; none for another operator, another type, or unknown shapes."""
     if node.operator != "GroupNormalization" or node.domain not in _ONNX or len(node.inputs) != 3:
         return []
     x, scale, bias = node.inputs
     channels = graph.constants.get(scale, ())
     groups, epsilon = node.attributes.get("num_groups"), float(_number(node.attributes.get("epsilon", 1e-5)))
     if len(channels) != 1 or graph.constants.get(bias) != channels or not isinstance(groups, int):
+        return []
+    if graph.types.get(scale) != FLOAT:  # the kernel for instances is float32's alone
         return []
     known = len(graph.shapes.get(x, ()))
     rank = max(3, known)  # of an unknown rank: as [B, C, rest], and back to the shape it had

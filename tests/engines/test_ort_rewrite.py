@@ -69,6 +69,22 @@ def test_group_norm_is_what_onnx_defines(shape: tuple[int, ...], known: bool) ->
     np.testing.assert_allclose(run(rewritten, {"x": x}), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_group_norm_in_half_precision_is_left_alone() -> None:
+    node = helper.make_node
+    nodes = [
+        node("Cast", ["x"], ["half"], to=TensorProto.FLOAT16),
+        node("GroupNormalization", ["half", "scale", "bias"], ["normal"], num_groups=3),
+        node("Cast", ["normal"], ["y"], to=TensorProto.FLOAT),
+    ]
+    constants = {"scale": noise(12, seed=2).astype(np.float16), "bias": noise(12, seed=3).astype(np.float16)}
+    graph = model(nodes, {"x": ["rows", 12, "height"]}, ["rows", 12, "height"], constants)
+    rewritten, counts = rewrite_for_cpu(graph)
+    assert counts["InstanceNormalization"] == 0
+    x = noise(2, 12, 7)
+    expected = ReferenceEvaluator(onnx.load_model_from_string(graph)).run(None, {"x": x})[0]
+    np.testing.assert_allclose(run(rewritten, {"x": x}), expected, atol=1e-2)
+
+
 def attention(
     perm: tuple[int, ...] = (0, 2, 1, 3), second_user: bool = False, **attributes: float
 ) -> tuple[bytes, dict[str, np.ndarray]]:

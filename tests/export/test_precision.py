@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import psnr
+from fewstep import load
 from fewstep.bundle import read_bundle
 from fewstep.cli import main
 from fewstep.errors import ArgumentError, GateError, OutOfMemoryError
@@ -44,6 +46,11 @@ def test_sdxl_in_half_precision_passes_the_gate(tiny_sdxl: Path, sdxl_bundle: An
     bundle = export_bundle(tiny_sdxl, tmp_path / "b", dtype="unet=fp16", quick_gate=True)
     assert bundle.components["unet"].dtype == "float16"
     assert bundle.gate["components"]["unet"]["status"] == "passed"
+    images = [
+        load(bundle, backend=b, device=d)("a", seed=0, steps=2, guidance=3.0).images[0]
+        for b, d in (("ort-cpu", "cpu"), ("torch", "cpu:torch"))
+    ]
+    assert psnr(*images) > 40, "the engine that is built, and torch's, run it too"
 
 
 def test_upcast_attention_is_recorded(tiny_sd2: Path) -> None:
