@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .engines.base import TensorSpec
-from .errors import ArgumentError, CorruptError, MissingError, UnsafeFileError
+from .errors import ArgumentError, CorruptError, MissingError, UnknownNameError, UnsafeFileError
 
 FORMAT = 1
 MANIFEST = "bundle.json"
@@ -180,6 +180,9 @@ class Bundle:
         return path
 
     def component(self, name: str) -> Component:
+        """The component of this name; `UnknownNameError` for a word that is none, `MissingError` where it is absent."""
+        if name not in COMPONENTS:
+            raise UnknownNameError("component", name, self.components)
         if name not in self.components:
             raise MissingError(
                 f"the bundle {self.name!r} has no component {name!r}",
@@ -187,6 +190,12 @@ class Bundle:
                 remedy="Export the checkpoint again with this component.",
             )
         return self.components[name]
+
+    @property
+    def noise_config(self) -> Mapping[str, Any]:
+        """The scheduler's configuration, with what the preset says the network predicts."""
+        own = self.defaults.prediction
+        return {**self.scheduler, "prediction_type": own} if own else self.scheduler
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as JSON data; the folder is left out."""

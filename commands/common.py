@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..bundle import Bundle
+    from ..bundle import Bundle, Defaults
 
 BACKENDS = ("auto", "ort-cpu", "ort-openvino", "ort-openvino-bf16", "ort-cuda", "tensorrt", "tensorrt-rtx", "torch")
 EMBEDDED = ("student", "base")
@@ -78,6 +78,14 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timesteps", type=numbers, metavar="T,T,...", help="explicit timesteps instead of a schedule")
     parser.add_argument("--sigmas", type=numbers, metavar="S,S,...", help="explicit sigmas, the last one where it ends")
     parser.add_argument("--eta", type=float, help="stochasticity of samplers that have one (DDIM, TCD)")
+
+
+def defaults_line(defaults: Defaults) -> str:
+    """What a request without options gets, in words."""
+    sampler = f"{defaults.sampler or 'the scheduler of the checkpoint'}"
+    schedule = f" under {defaults.schedule}" if defaults.schedule else ""
+    steps = f"{defaults.steps} step{'' if defaults.steps == 1 else 's'}"
+    return f"{sampler}{schedule}, {steps}, guidance {defaults.guidance:g}, {defaults.width}x{defaults.height}"
 
 
 def register_torch(backend: str) -> None:

@@ -37,7 +37,7 @@ def execute(options: argparse.Namespace) -> int:
     from ..runtime import load
     from ..runtime.images import check_output, save_png
 
-    check_output(options.output)
+    target = check_output(options.output)
     began = time.perf_counter()
     bundle, exported = embedded_bundle(options.model)
     at_bundle = time.perf_counter()
@@ -47,19 +47,19 @@ def execute(options: argparse.Namespace) -> int:
     at_image = time.perf_counter()
     scale = options.scale
     image = result.images[0].repeat(scale, axis=0).repeat(scale, axis=1)
-    save_png(options.output, np.ascontiguousarray(image), {**result.parameters[0], "bundle": str(bundle.folder)})
+    save_png(target, np.ascontiguousarray(image), {**result.parameters[0], "bundle": str(bundle.folder)})
     stages = {
         "export" if exported else "find the bundle": at_bundle - began,
         "build and load engines": at_engines - at_bundle,
         "make the image": at_image - at_engines,
         "write the picture": time.perf_counter() - at_image,
     }
-    lines = [f"{options.output}: {options.prompt!r}, embedded {options.model}, seed {options.seed}"]
+    lines = [f"{target}: {options.prompt!r}, embedded {options.model}, seed {options.seed}"]
     lines += [f"  {name:24} {1e3 * seconds:8.1f} ms" for name, seconds in stages.items()]
     lines.append(f"  of the image: {stage_lines(dict(result.timings))}")
     lines.append(f"the bundle lies in {bundle.folder}")
     data = {
-        "file": options.output,
+        "file": str(target),
         "bundle": str(bundle.folder),
         "stages_ms": {k: 1e3 * v for k, v in stages.items()},
         "timings_ms": dict(result.timings),

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import time
 
+from ..errors import ArgumentError
 from .common import emit
 
 
 def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=("list", "show", "verify", "prune"))
-    parser.add_argument("name", nargs="*", help="an engine's name, or how it begins")
+    parser.add_argument(
+        "name", nargs="*", help="an engine's name, or how it begins (default: all; prune: by its rules)"
+    )
     parser.add_argument("--unused-days", type=float, help="prune: those not opened for so many days")
     parser.add_argument("--keep-mib", type=int, help="prune: the longest unused until the rest fits")
     parser.add_argument("--everything", action="store_true", help="prune: all of them")
@@ -18,6 +21,16 @@ def define(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
+    given = [
+        o for o in ("unused_days", "keep_mib", "everything", "dry_run") if getattr(options, o) not in (None, False)
+    ]
+    if given and options.action != "prune":
+        raise ArgumentError(
+            f"--{given[0].replace('_', '-')} for {options.action}", expected="prune", remedy="Leave it out."
+        )
+    rules = [o for o in given if o != "dry_run"]
+    if rules and options.name:
+        raise ArgumentError(f"--{rules[0].replace('_', '-')} beside names", expected="names, or rules that choose")
     return {"list": _list, "show": _show, "verify": _verify, "prune": _prune}[options.action](options)
 
 
@@ -25,7 +38,7 @@ def _list(options: argparse.Namespace) -> int:
     from ..engines import default_store
     from ..engines.inventory import list_engines
 
-    found = list_engines(default_store())
+    found = list_engines(default_store(), options.name)
     data = [{"name": e.name, "bytes": e.length, "used": e.used, "state": e.state, "reason": e.reason} for e in found]
     lines = []
     for e in found:
@@ -38,7 +51,6 @@ def _list(options: argparse.Namespace) -> int:
 def _show(options: argparse.Namespace) -> int:
     from ..engines import default_store
     from ..engines.inventory import show_engine
-    from ..errors import ArgumentError
 
     if len(options.name) != 1:
         raise ArgumentError(
@@ -78,6 +90,7 @@ def _prune(options: argparse.Namespace) -> int:
     keep = None if options.keep_mib is None else options.keep_mib * 2**20
     gone = prune_engines(
         default_store(),
+        options.name,
         unused_days=options.unused_days,
         keep_bytes=keep,
         everything=options.everything,

@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 
-from .common import bar, emit, say
+from .common import bar, defaults_line, emit, say
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -101,10 +101,7 @@ def execute(options: argparse.Namespace) -> int:
         for n, c in data["components"].items()
     ]
     if defaults.preset:
-        lines.append(
-            f"  preset {defaults.preset}: {defaults.sampler}, {defaults.steps} steps, guidance {defaults.guidance:g}, "
-            f"{defaults.width}x{defaults.height}"
-        )
+        lines.append(f"  preset {defaults.preset}: {defaults_line(defaults)}")
     lines.append(f"  gate: {data['gate'].get('status')}")
     emit(options, data, "\n".join(lines))
     return 0

@@ -51,8 +51,10 @@ def define(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
+    import numpy as np
+
     from ..runtime import load
-    from ..runtime.images import check_output
+    from ..runtime.images import check_output, save_png
     from ..runtime.sheet import draw_sheet
 
     target = check_output(options.output)
@@ -84,9 +86,9 @@ def execute(options: argparse.Namespace) -> int:
                 progress.update(1)
     heads, sides = labels(*columns), labels(*rows)
     title = "" if "prompt" in (columns[0], rows[0]) else options.prompt
-    draw_sheet(cells, heads, sides, title=title, cell=options.cell).save(target)
-    data = {"file": options.output, "columns": heads, "rows": sides, "seconds": [round(s, 4) for s in seconds]}
-    emit(options, data, f"{options.output}: {len(heads)} x {len(sides)} pictures")
+    save_png(target, np.asarray(draw_sheet(cells, heads, sides, title=title, cell=options.cell)))
+    data = {"file": str(target), "columns": heads, "rows": sides, "seconds": [round(s, 4) for s in seconds]}
+    emit(options, data, f"{target}: {len(heads)} x {len(sides)} pictures")
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .common import BUNDLE_HELP, emit, open_bundle
+from .common import BUNDLE_HELP, defaults_line, emit, open_bundle
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -54,8 +54,8 @@ def _bundle(options: argparse.Namespace) -> int:
     lines = [
         f"{bundle.name}: {bundle.family}, {d.width}x{d.height}, {origin}",
         f"  latent: {latent.channels} channels, {latent.factor} pixels a cell; sizes in multiples of {unit}",
-        f"  scheduler: {bundle.scheduler.get('_class_name')}, {bundle.scheduler.get('prediction_type', 'epsilon')}",
-        f"  defaults: {d.steps} steps, guidance {d.guidance:g}, sampler {d.sampler or 'the scheduler above'}",
+        f"  scheduler: {bundle.scheduler.get('_class_name')}, {bundle.noise_config.get('prediction_type', 'epsilon')}",
+        f"  {f'preset {d.preset}' if d.preset else 'defaults'}: {defaults_line(d)}",
     ]
     for name, c in bundle.components.items():
         megabytes = bundle.path(c.weights).stat().st_size / 1e6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import FewstepError, MissingError
+from ..errors import FewstepError
 from .common import BACKENDS, BUNDLE_HELP, between, emit, open_bundle, register_torch, say, size
 
 if TYPE_CHECKING:
@@ -21,22 +22,30 @@ MEASURED = (1, 2)
 """The batches that are run: two, so that what grows with the batch is told from what does not."""
 
 
+def device(text: str) -> str:
+    """`cpu`, `cuda` or `cuda:1`, as it is."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not cpu, cuda or cuda:<index>")
+    return text
+
+
 def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help=BUNDLE_HELP)
     parser.add_argument("--backend", choices=BACKENDS, default="auto")
     parser.add_argument("--size", type=size, metavar="WxH", help="pixels (default: the bundle's)")
     parser.add_argument("--batch", type=between(1, 1024), default=1, help="images at once (default: %(default)s)")
     parser.add_argument("--no-measure", action="store_true", help="estimate only: nothing is loaded or run")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:<index> (default: %(default)s)")
+    parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda or cuda:<index> (default: %(default)s)")
     parser.add_argument("--stage", help="measure this component alone, in this very process")
 
 
 def execute(options: argparse.Namespace) -> int:
     from ..engines.memory import predict
+    from ..runtime.request import check_size
 
     register_torch(options.backend)
     bundle = open_bundle(options.bundle)
-    pixels = options.size or (bundle.defaults.width, bundle.defaults.height)
+    pixels = check_size(bundle, options.size or (bundle.defaults.width, bundle.defaults.height))
     if options.stage:
         emit(options, *_alone(bundle, options, pixels))
         return 0
@@ -76,12 +85,14 @@ def _largest_measured(
     options: argparse.Namespace, pixels: tuple[int, int], stages: list[dict[str, Any]], free: int | None
 ) -> int | None:
     """Cautious: as if every stage were at its peak at once. Two batches are measured, a third is a straight line."""
+    from ..runtime.request import MOST_IMAGES
+
     if free is None:
         return None
     one, two = (sum(_measured(options, pixels, str(s["component"]), batch) for s in stages) for batch in MEASURED)
     if one > free:
         return 0
-    return 1 + (free - one) // max(two - one, 1)
+    return min(MOST_IMAGES, 1 + (free - one) // max(two - one, 1))
 
 
 def _build_first(bundle: Bundle, options: argparse.Namespace, pixels: tuple[int, int]) -> None:
@@ -169,8 +180,6 @@ def _free_bytes(device: str) -> int | None:
         from ..engines.machine import gpu
 
         return gpu(int(index or 0)).free_bytes
-    if kind != "cpu":
-        raise MissingError(f"device is {device!r}", expected="cpu, cuda or cuda:<index>")
     from ..engines.plan import available_memory
 
     return available_memory()

@@ -19,9 +19,11 @@ from .common import (
     add_engine_options,
     add_image_options,
     bar,
+    defaults_line,
     emit,
     open_bundle,
     register_torch,
+    say,
     stage_lines,
 )
 
@@ -54,8 +56,11 @@ def execute(options: argparse.Namespace) -> int:
 
     check_output(options.output)
     register_torch(options.backend)
+    bundle = open_bundle(options.bundle)
+    if bundle.defaults.preset:
+        say(f"preset {bundle.defaults.preset}: {defaults_line(bundle.defaults)}")
     pipe = load(
-        open_bundle(options.bundle),
+        bundle,
         backend=options.backend,
         threads=options.threads,
         size=options.size,

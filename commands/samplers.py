@@ -37,8 +37,7 @@ def _suiting(options: argparse.Namespace) -> int:
     from ..schedules import NoiseSchedule, listing
 
     bundle = open_bundle(options.bundle)
-    verdicts = listing.samplers_for(
-        NoiseSchedule.from_diffusers(bundle.scheduler), family=kind_of(bundle.defaults.preset)
-    )
+    noise = NoiseSchedule.from_diffusers(bundle.noise_config)
+    verdicts = listing.samplers_for(noise, family=kind_of(bundle.defaults.preset))
     emit(options, {"bundle": bundle.name, "samplers": listing.as_data(verdicts)}, listing.format_suitability(verdicts))
     return 0

@@ -30,7 +30,7 @@ def execute(options: argparse.Namespace) -> int:
 
     noise = NoiseSchedule.scaled_linear()
     if options.bundle:
-        noise = NoiseSchedule.from_diffusers(open_bundle(options.bundle).scheduler)
+        noise = NoiseSchedule.from_diffusers(open_bundle(options.bundle).noise_config)
     programs = [
         compile_program(
             options.sampler,

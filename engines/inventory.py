@@ -39,16 +39,26 @@ class Pruned:
     reason: str
 
 
-def list_engines(store: Store) -> list[Listed]:
-    """Every engine in the store and what can be said of it without reading it."""
-    return [_listed(store, folder) for folder in store.folders()]
+def list_engines(store: Store, names: Sequence[str] = ()) -> list[Listed]:
+    """Every engine in the store (or those whose names begin so), and what can be said of it without reading it.
+
+    Raises `MissingError` for a name that none has.
+    """
+    return [_listed(store, folder) for folder in _named(store, names)]
+
+
+def _named(store: Store, names: Sequence[str]) -> list[Path]:
+    """The folders of the engines whose names begin with one of these; all of them when there are none."""
+    folders = list(store.folders())
+    for name in names:
+        if not any(f.name.startswith(name) for f in folders):
+            raise MissingError(f"no engine {name!r} in the store", remedy="List them with: fewstep engines list")
+    return [f for f in folders if not names or f.name.startswith(tuple(names))]
 
 
 def show_engine(store: Store, name: str) -> Entry:
     """The engine with this name, or with the only name that starts so. Raises `MissingError`, `ArgumentError`."""
-    found = [f for f in store.folders() if f.name.startswith(name)]
-    if not found:
-        raise MissingError(f"no engine {name!r} in the store", remedy="List them with: fewstep engines list")
+    found = _named(store, [name])
     if len(found) > 1:
         raise ArgumentError(
             f"{len(found)} engines are called {name!r}...", expected=f"one of {', '.join(f.name for f in found)}"
@@ -57,11 +67,12 @@ def show_engine(store: Store, name: str) -> Entry:
 
 
 def verify_engines(store: Store, names: Sequence[str] = ()) -> dict[str, FewstepError | None]:
-    """Hash every byte of the engines and compare with their manifests: for each its error, or `None`."""
+    """Hash every byte of the engines and compare with their manifests: for each its error, or `None`.
+
+    names: what the names of those that are wanted begin with; `MissingError` for one that none has.
+    """
     result: dict[str, FewstepError | None] = {}
-    for folder in store.folders():
-        if names and folder.name not in names:
-            continue
+    for folder in _named(store, names):
         try:
             entry = store.read_entry(folder)
             entry.read()
@@ -79,6 +90,7 @@ def verify_engines(store: Store, names: Sequence[str] = ()) -> dict[str, Fewstep
 
 def prune_engines(
     store: Store,
+    names: Sequence[str] = (),
     *,
     stale: bool = True,
     unused_days: float | None = None,
@@ -89,12 +101,19 @@ def prune_engines(
     """Delete engines: damaged and failed ones and leftovers always; `stale` those of other machines or versions;
     those unused for so many days; the longest unused until the rest takes at most `keep_bytes`.
 
-    An engine that is being built is left alone.
+    names: delete the engines whose names begin so, and nothing else. An engine that is being built is left alone.
+    Raises `ArgumentError` for a pinned store and for numbers below zero, `MissingError` for a name that none has.
     """
+    for what, value in (("unused_days", unused_days), ("keep_bytes", keep_bytes)):
+        if value is not None and not value >= 0:  # NaN is not either
+            raise ArgumentError(f"{what} is {value}", expected="a number, 0 or more")
     if store.read_only:
         raise ArgumentError(
             "a pinned store is read-only", expected="a store of your own", remedy="Unset FEWSTEP_STORE_DIGEST."
         )
+    if names:
+        listed = list_engines(store, names)
+        return [gone for one in listed for gone in _remove(store, one.name, "asked for by name", dry_run=dry_run)]
     result, kept = [], []
     for one in list_engines(store):
         reason = _why(one, stale=stale, unused_days=unused_days, everything=everything)

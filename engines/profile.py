@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, UnknownNameError
 from .base import TensorSpec, resolve_dimension
 
 if TYPE_CHECKING:
@@ -121,6 +121,10 @@ def profiles_for(
     an image (`True`), one (`False`) or a profile for each (`None`). `dynamic` gives spans to dimensions by name
     (`rows`, `height` and `width` in latent cells, `tokens`, `prompts`, `batch`); every profile takes them.
     """
+    known = dimension_names(s for c in bundle.components.values() for s in (*c.inputs, *c.outputs))
+    for name in dynamic or {}:
+        if name not in known:
+            raise UnknownNameError("dimension", name, known)
     cells = [_cells(bundle, size) for size in (sizes or [(bundle.defaults.width, bundle.defaults.height)])]
     for batch in batches:
         if batch < 1:

@@ -220,7 +220,7 @@ def choose_program(
 ) -> Program:
     """The program of a request; without a sampler, the checkpoint's own scheduler, in diffusers' conventions."""
     own = bundle.defaults
-    scheduler = {**bundle.scheduler, "prediction_type": own.prediction} if own.prediction else bundle.scheduler
+    scheduler = bundle.noise_config
     if timesteps is None and sigmas is None and own.timesteps is not None:
         asked = (sampler, schedule, steps)
         timesteps = own.timesteps if asked == (own.sampler, own.schedule, len(own.timesteps)) else None

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from fewstep.bundle import write_manifest
 from fewstep.cli import VERBS, main
 from PIL import Image
 
@@ -116,6 +119,38 @@ def test_build_verify_and_the_store(capsys: pytest.CaptureFixture[str], sd1_bund
     assert call(capsys, "engines", "show", names[0])[0] == 0
     assert call(capsys, "engines", "show", "nothing")[0] == 3
     assert call(capsys, "engines", "prune", "--dry-run", "--everything")[0] == 0
+    code, out, _ = call(capsys, "engines", "prune", names[0], "--dry-run", "--json")
+    assert [p["name"] for p in json.loads(out)["pruned"]] == names[:1], "what is named, and nothing else"
+    for wrong in (["list", "nothing"], ["verify", "nothing"], ["prune", "nothing", "--dry-run"]):
+        assert call(capsys, "engines", *wrong)[0] == 3
+    for wrong in (["list", "--everything"], ["prune", names[0], "--everything"], ["prune", "--unused-days=nan"]):
+        assert call(capsys, "engines", *wrong)[0] == 2
+    assert len(json.loads(call(capsys, "engines", "list", "--json")[1])["engines"]) == len(names)
+    assert call(capsys, "build", bundle, "--dynamic", "hight=4:8:16")[0] == 2
+    code, _, err = call(capsys, "build", bundle, "--component", "unett")
+    assert (code, "expected one like unet" in err) == (2, True)
+
+
+def test_a_preset_is_shown_and_gone_by(capsys: pytest.CaptureFixture[str], sd1_bundle: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "lightning"
+    shutil.copytree(sd1_bundle.folder, folder)
+    defaults = replace(
+        sd1_bundle.defaults,
+        preset="own",
+        sampler="euler",
+        schedule="trailing",
+        steps=1,
+        guidance=0,
+        prediction="sample",
+    )
+    write_manifest(replace(sd1_bundle, folder=folder, defaults=defaults))
+    words = "preset own: euler under trailing, 1 step, guidance 0, 32x32"
+    code, out, _ = call(capsys, "inspect", str(folder))
+    assert (words in out, "PNDMScheduler, sample" in out) == (True, True)
+    code, _, err = call(capsys, "run", str(folder), "--prompt", "x", "--output", str(tmp_path / "x"))
+    assert (code, words in err) == (0, True)
+    code, out, _ = call(capsys, "schedule", "show", "euler", "--for", str(folder), "--json")
+    assert json.loads(out)["programs"][0]["prediction"] == "sample"
 
 
 def test_samplers_and_schedules(capsys: pytest.CaptureFixture[str], sd1_bundle: Any, tmp_path: Path) -> None:

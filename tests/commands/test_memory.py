@@ -47,8 +47,10 @@ def test_what_is_measured_is_of_the_estimates_order(capsys: pytest.CaptureFixtur
 
 
 def test_what_cannot_be_measured_says_why(capsys: pytest.CaptureFixture[str], folder: str) -> None:
-    code, data = call(capsys, "memory", folder, "--stage", "unet", "--device", "tpu")
-    assert (code, data["error"]["expected"]) == (3, "cpu, cuda or cuda:<index>")
+    for device in ("tpu", "cuda:x"):
+        code, data = call(capsys, "memory", folder, "--stage", "unet", "--device", device)
+        assert (code, "cpu, cuda or cuda:<index>" in data["error"]["found"]) == (2, True)
+    assert call(capsys, "memory", folder, "--no-measure", "--size", "65x64")[0] == 2
     code, data = call(capsys, "memory", folder, "--no-measure", "--device", "cuda")
     assert code == 3
     assert "driver" in data["error"]["found"] or "pynvml" in data["error"]["found"]
