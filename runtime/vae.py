@@ -19,7 +19,7 @@ KEPT_BINDINGS = 4
 
 
 class Vae:
-    """Decodes and encodes; the encoder is opened when it is first needed. Thread-safe: one batch at a time.
+    """Decodes and encodes; the encoder is opened when it is first needed. Thread-safe: one batch at a time each way.
 
     tiling: whether large pictures go through in tiles; `"auto"` from `AUTO_PIXELS` on. slicing: whether a batch goes
     through one by one; `"auto"` as many at once as make `MOST_PIXELS`.
@@ -40,7 +40,7 @@ class Vae:
         self._decoder, self._open_encoder = decoder, open_encoder
         self._encoder: Engine | None = None
         self._bindings: dict[tuple[str, int, int, int], Binding] = {}
-        self._lock = threading.Lock()
+        self._decoding, self._encoding, self._binds = threading.Lock(), threading.Lock(), threading.Lock()
 
     def decode(self, latents: Float32) -> UInt8:
         """Latents float32 [B, C, h, w] to images uint8 [B, H, W, 3].
@@ -62,7 +62,7 @@ class Vae:
         each = max(1, MOST_PIXELS // (height * width * self._factor**2))
         each = each if self.slicing == "auto" else 1 if self.slicing else count
         tiled = self._tile.wanted(self.tiling, height, width)
-        with self._lock:
+        with self._decoding:
             for at in range(0, count, each):
                 decode = self._decode_tiled if tiled else self._decode_whole
                 images[at : at + each], finite[at : at + each] = decode(latents[at : at + each])
@@ -95,7 +95,7 @@ class Vae:
         as diffusers does; images that share a stream share the sample.
         """
         channels, height, width = shape
-        with self._lock:
+        with self._encoding:
             if self._encoder is None:
                 self._encoder = self._open_encoder()
             moments = []
@@ -119,12 +119,13 @@ class Vae:
 
     def _binding(self, which: str, batch: int, height: int, width: int) -> Binding:
         key = (which, batch, height, width)
-        if key not in self._bindings:
-            engine = self._encoder if which == "encoder" and self._encoder is not None else self._decoder
-            while len(self._bindings) >= KEPT_BINDINGS:
-                self._bindings.pop(next(iter(self._bindings)))
-            self._bindings[key] = engine.bind({"batch": batch, "height": height, "width": width})
-        return self._bindings[key]
+        with self._binds:
+            if key not in self._bindings:
+                engine = self._encoder if which == "encoder" and self._encoder is not None else self._decoder
+                while len(self._bindings) >= KEPT_BINDINGS:
+                    self._bindings.pop(next(iter(self._bindings)))
+                self._bindings[key] = engine.bind({"batch": batch, "height": height, "width": width})
+            return self._bindings[key]
 
 
 def check_images(images: UInt8, finite: np.ndarray) -> None:
