@@ -2,8 +2,9 @@
 
     python bench/soak.py [--requests 10000] [--json FILE]
 
-A server of the embedded student on a real socket; clients keep ten times as many requests coming as it can make. Each
-image that comes back is compared with the one made alone (50 dB). Memory, open files and threads are read as it goes.
+`fewstep serve` runs the embedded student in a process of its own; ten times as many clients as it holds requests send
+one after the other. Each image that comes back is compared with the one made alone (50 dB). The server's memory, open
+files and threads are read as it goes, and its own figures at the end.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ import io
 import json
 import os
 import random
-import socket
+import re
 import sys
-import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -26,11 +26,12 @@ from typing import Any
 import fewstep
 import httpx
 import numpy as np
-import uvicorn
-from fewstep.runtime.serving import Server
-from fewstep.runtime.serving.http import Metrics, Service, Settings, make_app
+from fewstep.bench.live import serving
+from fewstep.bench.machine import describe
 from PIL import Image
 
+SLOTS, QUEUE = 8, 24
+SERVER = ("--threads", "1", "--slots", str(SLOTS), "--queue", str(QUEUE), "--rows", "8", "--most-images", "4")
 SEEDS = 6
 KINDS = (
     {"num_inference_steps": 1},
@@ -67,15 +68,14 @@ class Soak:
         """`count` requests from `clients` that each send the next one when the last is over."""
         numbers = iter(range(count))
 
-        async def client(http: httpx.AsyncClient) -> None:
-            for number in numbers:
-                await self._one(http)
-                if number % max(1, count // 20) == 0:
-                    sample(number)
+        async def client() -> None:  # with a connection of its own: a pool of hundreds costs more than the requests
+            async with httpx.AsyncClient(base_url=self.url, timeout=120, verify=False, trust_env=False) as http:
+                for number in numbers:
+                    await self._one(http)
+                    if number % max(1, count // 20) == 0:
+                        sample(number)
 
-        limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
-        async with httpx.AsyncClient(base_url=self.url, timeout=120, limits=limits) as http:
-            await asyncio.gather(*(client(http) for _ in range(clients)))
+        await asyncio.gather(*(client() for _ in range(clients)))
 
     async def _one(self, http: httpx.AsyncClient) -> None:
         what = self._rng.choices(("image", "stream", "leave", "bad", "upload"), (60, 8, 12, 15, 5))[0]
@@ -151,65 +151,85 @@ def _png() -> bytes:
     return out.getvalue()
 
 
-def resources() -> dict[str, float]:
-    """Resident memory in MB, open files and threads of this process."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+def resources(pid: int) -> dict[str, float]:
+    """Resident memory in MB, open files and threads of a process (Linux)."""
+    process = Path(f"/proc/{pid}")
+    pages = int((process / "statm").read_text().split()[1])
     return {
         "memory_mb": round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1),
-        "files": len(list(Path("/proc/self/fd").iterdir())),
-        "threads": threading.active_count(),
+        "files": len(list((process / "fd").iterdir())),
+        "threads": len(list((process / "task").iterdir())),
     }
 
 
-def settled() -> dict[str, float]:
-    """`resources` once the server has closed the connections that its clients left, or after ten seconds."""
-    found = resources()
+def settled(url: str, pid: int) -> dict[str, float]:
+    """`resources` once nothing is in progress and connections that clients left are closed, or after ten seconds."""
+    while any(figures(url)[f"fewstep_{name}"] for name in ("outstanding", "slots_in_use")):
+        time.sleep(0.02)
+    found = resources(pid)
     for _ in range(20):
         time.sleep(0.5)
-        last, found = found, resources()
+        last, found = found, resources(pid)
         if (last["files"], last["threads"]) == (found["files"], found["threads"]):
             break
     return found
 
 
-def soak(pipeline: fewstep.Pipeline, *, requests: int, clients: int, seed: int = 0) -> dict[str, Any]:
-    """Run it; the server and its clients share this process, so that one look at its resources sees both."""
-    expected = {}
+def figures(url: str) -> dict[str, float]:
+    """The server's metrics, by name with labels."""
+    text = httpx.get(f"{url}/metrics").text
+    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in text.splitlines() if line[0] != "#"}
+
+
+def summed(found: dict[str, float], name: str, label: str, *, of: str = "") -> dict[str, int]:
+    """The values of a metric, summed by one of its labels; `of` must be among the others."""
+    sums: Counter[str] = Counter()
+    for key, value in found.items():
+        if key.startswith(f"{name}{{") and of in key and (said := re.search(f'{label}="([^"]*)"', key)):
+            sums[said[1]] += int(value)
+    return dict(sorted(sums.items()))
+
+
+def made_alone() -> dict[tuple[int, int], np.ndarray]:
+    """What each kind of request gives, by kind and seed, as float64 [H, W, 3]."""
+    from fewstep.export.embedded import embedded_bundle
+
+    pipeline, expected = fewstep.load(embedded_bundle("student")[0]), {}
+    call = {"num_inference_steps": "steps", "guidance_scale": "guidance", "sampler": "sampler"}
     for kind, options in enumerate(KINDS):
-        call = {"num_inference_steps": "steps", "guidance_scale": "guidance", "sampler": "sampler"}
         given = {call[name]: value for name, value in options.items()}
         for number in range(SEEDS):
             image = pipeline(f"a red circle {kind}", seed=number, **given).images[0]
             expected[kind, number] = image.astype(np.float64)
-    metrics = Metrics()
-    service = Service(lambda: Server(pipeline, most_slots=8, most_rows=8, queue=24, image=True, observer=metrics))
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    app = make_app(service, Settings(model="student", images=4), metrics=metrics)
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None, access_log=False))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    service.wait(120)
-    while not server.started:
-        time.sleep(0.01)
-    run, samples, began = Soak(f"http://127.0.0.1:{port}", expected, seed=seed), [], time.monotonic()
+    return expected
 
-    def sample(number: int) -> None:
-        samples.append({"request": number, "seconds": round(time.monotonic() - began, 1), **resources()})
 
-    asyncio.run(run.run(max(50, requests // 10), clients, lambda number: None))  # what is paid once is paid here
-    before = settled()
-    asyncio.run(run.run(requests, clients, sample))
-    while service.server.stats().outstanding or service.server.stats().slots_in_use:
-        time.sleep(0.01)
-    after, stats = settled(), service.server.stats()
-    server.should_exit = True
-    thread.join()
-    accepted = np.array(run.latencies) * 1e3
+def soak(*, requests: int, clients: int, seed: int = 0) -> dict[str, Any]:
+    """Run it, and say what was seen."""
+    machine, expected = describe(1), made_alone()
+    with serving(*SERVER) as (url, process):
+        run, samples, began = Soak(url, expected, seed=seed), [], time.monotonic()
+
+        def sample(number: int) -> None:
+            at = round(time.monotonic() - began, 1)
+            samples.append({"request": number, "seconds": at, **resources(process.pid)})
+
+        asyncio.run(run.run(max(50, requests // 10), clients, lambda number: None))  # what is paid once is paid here
+        before, first, began = settled(url, process.pid), len(run.latencies), time.monotonic()
+        asyncio.run(run.run(requests, clients, sample))
+        seconds = time.monotonic() - began
+        after, found = settled(url, process.pid), figures(url)
+    accepted = np.array(run.latencies[first:]) * 1e3
+    statuses = summed(found, "fewstep_http_responses_total", "status", of='route="/v1/images/')
+    if "500" in statuses:
+        run.wrong.append(f"the server counts {statuses['500']} responses of 500")
     return {
+        "what": (__doc__ or "").split("\n")[0],
+        "machine": machine,
         "requests": sum(run.seen.values()),
         "clients": clients,
+        "held_by_the_server": SLOTS + QUEUE,
+        "seconds": round(seconds, 1),
         "seen": dict(sorted(run.seen.items())),
         "wrong": run.wrong[:20],
         "worst_image_db": round(run.worst_db, 1) if np.isfinite(run.worst_db) else "identical",
@@ -218,10 +238,10 @@ def soak(pipeline: fewstep.Pipeline, *, requests: int, clients: int, seed: int =
         "after": after,
         "samples": samples,
         "server": {
-            "accepted": stats.accepted,
-            "cancelled": stats.cancelled,
-            "ticks": stats.ticks,
-            "failed": stats.failed,
+            "responses": statuses,
+            "outcomes": summed(found, "fewstep_requests_total", "outcome"),
+            "refusals": summed(found, "fewstep_rejections_total", "reason"),
+            "ticks": int(found["fewstep_tick_rows_count"]),
         },
     }
 
@@ -229,14 +249,11 @@ def soak(pipeline: fewstep.Pipeline, *, requests: int, clients: int, seed: int =
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--requests", type=int, default=10_000)
-    parser.add_argument("--clients", type=int, default=320, help="ten times what the server holds")
+    parser.add_argument("--clients", type=int, default=10 * (SLOTS + QUEUE), help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    from fewstep.export.embedded import embedded_bundle
-
-    pipeline = fewstep.load(embedded_bundle("student")[0])
-    result = soak(pipeline, requests=options.requests, clients=options.clients, seed=options.seed)
+    result = soak(requests=options.requests, clients=options.clients, seed=options.seed)
     print(json.dumps(result, indent=1))
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
