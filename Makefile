@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 CORE := $(VENV)/.core
 FULL := $(VENV)/.full
 
-.PHONY: bench-export bench-sd15 bench-sd15-request bench-peers demo test lint parity bench bindings-check install-check ray-test load-bench soak live-bench model clean
+.PHONY: bench-export bench-sd15 bench-sd15-request bench-peers demo test lint parity bench bindings-check install-check ray-test load-bench load-bench-sd15 soak live-bench model clean
 
 demo: $(CORE)
 	$(BIN)/fewstep demo
@@ -84,9 +84,14 @@ ray-test: $(FULL)
 	$(PIP) --editable '.[serve,ray]'
 	FEWSTEP_RAY=1 $(BIN)/python -m pytest tests/serving/test_ray.py
 
-# Figures of serving, on a machine that does nothing else meanwhile: seven minutes, five, and one.
+# Figures of serving, on a machine that does nothing else meanwhile: seven minutes; a quarter of an hour; two; two.
 load-bench: $(FULL)
 	$(BIN)/python bench/load.py --json $(RESULTS)/load-cpu.json --plot $(RESULTS)/load-cpu.png
+
+load-bench-sd15: $(FULL) $(SD15)/bundle/bundle.json
+	$(BIN)/python bench/load.py --bundle $(SD15)/bundle --name "SD 1.5's size, random weights" --sizes 256x256 \
+		--steps 1,2,4 --guided 0 --threads $$(nproc) --rows 4 --timings 2 --repeats 3 --long 12 --seconds 100 \
+		--rates 0.4,0.8,1.2 --without "one at a time, due first" --json $(RESULTS)/load-sd15-cpu.json
 
 soak: $(FULL)
 	$(BIN)/python bench/soak.py --json $(RESULTS)/soak-cpu.json

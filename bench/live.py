@@ -3,9 +3,9 @@
 python bench/live.py [--seconds 10] [--steps 1] [--output FILE]
 
 `fewstep serve` runs the embedded student at 64x64 in a process of its own; headless Chromium opens its page, which
-sends inputs at a steady rate, whatever comes back: another seed, or a drawing with a moved stroke. The latency of
-every input counts, from just before it is made until a frame that shows it, or a newer one, is on the canvas. Server
-and browser share the machine's cores. Needs Debian's packages chromium and chromium-driver.
+sends an input every 16 milliseconds, whatever comes back: another seed, or a drawing with a moved stroke. The latency
+of every input counts, from just before it is made until a frame that shows it, or a newer one, is on the canvas.
+Server and browser share the machine's cores. Needs Debian's packages chromium and chromium-driver.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from fewstep.bench.machine import describe
 
 FLAGS = [
     "--headless",
@@ -167,13 +169,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--steps", type=int, action="append", help="repeatable (default: 1, 2 and 4)")
-    parser.add_argument("--rate", type=float, default=66.0, help="inputs a second (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=62.5, help="inputs a second (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     options = parser.parse_args()
     missing = [n for n in ("chromium", "chromedriver") if shutil.which(n) is None]
     if missing:
         sys.exit(f"not found: {', '.join(missing)}. Install Debian's packages chromium and chromium-driver.")
-    rows = []
+    rows, machine = [], describe(1)
     with serving("--threads", "1") as (address, process), browser() as driver:
         driver.set_script_timeout(60 + options.seconds)
         driver.get(f"{address}/live")
@@ -200,10 +202,10 @@ def main() -> int:
                 )
     if options.output:
         data = {
+            "what": (__doc__ or "").split("\n")[0],
             "model": "embedded-student",
             "size": "64x64",
-            "cores": os.cpu_count(),
-            "load_average": os.getloadavg()[0],
+            "machine": machine,
             "chromium": version,
             "seconds": options.seconds,
             "figures": rows,

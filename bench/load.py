@@ -246,13 +246,14 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="student", choices=("student", "base"))
     parser.add_argument("--bundle", type=Path, help="a bundle in place of an embedded model")
+    parser.add_argument("--name", help="what to call the model in the figures")
     parser.add_argument("--sizes", default="", help="WxH,..., equally often (default: 64x64 and, a fifth, 96x96)")
     parser.add_argument("--steps", default="", help="N,..., equally often (default: 1 to 30)")
     parser.add_argument("--guided", type=float, default=0.2, help="share of requests (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="of all subjects (default: what suits each)")
     parser.add_argument("--rows", type=int, default=8, help="most UNet rows a tick (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=12.0, help="of arrivals at each rate")
-    parser.add_argument("--rates", default="0.3,0.5,0.7,1,1.5,2,3", help="multiples of what one at a time sustains")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of arrivals at each rate")
+    parser.add_argument("--rates", default="0.3,0.5,0.7,1,1.5,2", help="multiples of what one at a time sustains")
     parser.add_argument("--without", default="", help="subjects to leave out, by comma")
     parser.add_argument("--timings", type=int, default=5, help="repeats of a request alone (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=21, help="of short requests behind a long one")
@@ -282,7 +283,7 @@ def main() -> int:
     from fewstep.export.embedded import embedded_bundle
 
     bundle = read_bundle(options.bundle) if options.bundle else embedded_bundle(options.model)[0]
-    name = bundle.name if options.bundle else f"embedded {options.model}"
+    name = options.name or (bundle.name if options.bundle else f"embedded {options.model}")
     subjects, threads = subjects_of(options, mix, bundle)
     continuous, alone = subjects[0]
     if not isinstance(continuous, Continuous):
