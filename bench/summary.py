@@ -68,7 +68,8 @@ def psnr(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float | None:
     return None if error == 0.0 else round(10 * math.log10(255.0**2 / error), 2)
 
 
-def relative_error(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
-    """||found - expected|| / ||expected||, in float64."""
+def relative_error(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float | None:
+    """||found - expected|| / ||expected||, in float64; `None` when what was found is not finite."""
     a, b = found.astype(np.float64), expected.astype(np.float64)
-    return float(np.linalg.norm(a - b) / max(float(np.linalg.norm(b)), 1e-30))
+    error = float(np.linalg.norm(a - b) / max(float(np.linalg.norm(b)), 1e-30))
+    return error if math.isfinite(error) else None

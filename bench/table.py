@@ -51,6 +51,8 @@ def _or_dash(value: float | None, form: str) -> str:
 def _agreement(data: dict[str, Any]) -> str:
     if "relative_error" not in data:
         return f"{'-':>8}"
+    if data["relative_error"] is None:
+        return f"{'NaN':>8}"
     if "psnr_db" not in data:
         return f"{data['relative_error']:8.1e}"
     return f"{'equal':>8}" if data["psnr_db"] is None else f"{data['psnr_db']:8.1f}"

@@ -55,3 +55,7 @@ def test_agreement_of_images_and_outputs() -> None:
     assert psnr(image, image) is None
     assert psnr(image + np.uint8(1), image) == pytest.approx(20 * np.log10(255.0), abs=0.01)
     assert relative_error(np.array([3.0, 4.4]), np.array([3.0, 4.0])) == pytest.approx(0.08)
+
+
+def test_an_output_that_is_not_finite_has_no_error_in_numbers() -> None:
+    assert relative_error(np.array([np.nan, 1.0]), np.array([1.0, 1.0])) is None
