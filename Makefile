@@ -39,7 +39,7 @@ SD15_PEERS := diffusers,compile,openvino
 SD15_BENCH := $(BIN)/fewstep bench $(SD15)/bundle --checkpoint $(SD15)/model --size 512x512 --guidance 0 \
 	--against $(SD15_PEERS) --backend ort-openvino --warm-up 1
 bench-sd15: $(FULL) $(SD15)/.built
-	$(SD15_BENCH) --unet --also ort-openvino-bf16 --precision float32,bfloat16 --peers-at-once 2 --repeat 5 \
+	$(SD15_BENCH) --unet --also ort-openvino-bf16 --precision float32,bfloat16 --peers-at-once 1 --repeat 5 \
 		--output $(RESULTS)/sd15-unet-cpu.json
 	$(BIN)/python bench/floor.py $(SD15)/bundle --components unet --size 512x512 --runs 3 \
 		--output $(RESULTS)/sd15-floor-cpu.json
