@@ -217,7 +217,7 @@ def subjects_of(
     subjects: list[tuple[Subject, Alone]] = [
         (servers[shared], alone),
         (Queued("one at a time", make), alone),
-        (Queued("one at a time, due first", make, times=times_of), alone),
+        (Queued("earliest due first", make, times=times_of), alone),
         (Queued("static batches", pipeline_maker(pipelines[max(counts)]), batch=STATIC_BATCH), alone),
     ]
     threads = {"continuous": shared, "one at a time": lone, "static batches": max(counts)}

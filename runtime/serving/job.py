@@ -74,7 +74,7 @@ class Job:
     def done(self) -> bool:
         return all(t.done for t in self.prepared.tenants)
 
-    def candidate(self, buckets: Buckets, *, alone_s: float, tail_s: float) -> Candidate:
+    def candidate(self, buckets: Buckets, *, alone_s: float, tail_s: float, in_turn: bool) -> Candidate:
         return Candidate(
             lane=self.lane,
             buckets=buckets,
@@ -84,6 +84,7 @@ class Job:
             arrival=self.ticket.arrival,
             alone_s=alone_s,
             tail_s=tail_s,
+            in_turn=in_turn,
             deadline=self.ticket.deadline,
         )
 

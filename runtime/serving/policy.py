@@ -23,8 +23,8 @@ class Candidate:
     """A request with slots, as the policy sees it. Times in seconds on one clock.
 
     lane: what may share an evaluation. images: how many it advances in a tick, `rows` UNet rows each. remaining:
-    evaluations until its last image is done. tail_s: what follows the last of them. deadline: when it must be
-    finished, if it must.
+    evaluations until its last image is done. tail_s: what follows the last of them, beside the ticks or, with
+    `in_turn`, in place of them. deadline: when it must be finished, if it must.
     """
 
     lane: object
@@ -35,6 +35,7 @@ class Candidate:
     arrival: float
     alone_s: float
     tail_s: float
+    in_turn: bool = False
     deadline: float | None = None
 
     def due(self, stretch: float) -> float:
@@ -129,10 +130,11 @@ def _in_time(
         if c.ends(now, bucket) > due:
             given_up.add(c)
             continue
-        work = 1e-3 * c.remaining * c.images * c.rows * c.buckets.cost_ms(rows) / rows
+        tail_s, beside_s = (c.tail_s, 0.0) if c.in_turn else (0.0, c.tail_s)
+        work = 1e-3 * c.remaining * c.images * c.rows * c.buckets.cost_ms(rows) / rows + tail_s
         heapq.heappush(heap, (c.pressing, -work, i, c))
         busy += work
-        if busy + c.tail_s > due:
+        if busy + beside_s > due:
             _, less, _, longest = heapq.heappop(heap)
             busy += less
             given_up.add(longest)

@@ -16,6 +16,7 @@ from .estimates import Estimates
 from .job import Job
 from .observe import Observer
 from .policy import Candidate, choose
+from .turns import Turns
 
 log = logging.getLogger("fewstep.serving")
 Shape = tuple[int, int, int]
@@ -37,9 +38,10 @@ class Scheduler:
         finished: Callable[[Job], None],
         failed: Callable[[FewstepError], None],
         observer: Observer,
+        turns: Turns,
     ) -> None:
         self._pipeline, self._pools, self._observer = pipeline, pools, observer
-        self._estimates, self._finished, self._failed = estimates, finished, failed
+        self._estimates, self._finished, self._failed, self._turns = estimates, finished, failed, turns
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._waiting: list[Job] = []
         self._active: list[Job] = []
@@ -86,11 +88,13 @@ class Scheduler:
     def _run(self) -> None:
         try:
             while not self._closing:
-                self._receive()
-                self._drop_settled()
-                self._admit()
-                if self._active:
-                    self._tick()
+                self._receive(block=not self._active and not self._waiting)
+                with self._turns.last():
+                    self._receive(block=False)
+                    self._drop_settled()
+                    self._admit()
+                    if self._active:
+                        self._tick()
         except Exception as error:
             log.exception("an evaluation failed: the engine is taken out of service")
             failure = EngineFailedError(f"an evaluation failed ({type(error).__name__})", remedy="Restart the server.")
@@ -98,9 +102,8 @@ class Scheduler:
         finally:
             self._tick_began = None
 
-    def _receive(self) -> None:
-        """Take what came in; wait for it when there is nothing to tick."""
-        block = not self._active and not self._waiting
+    def _receive(self, *, block: bool) -> None:
+        """Take what came in; wait for it with `block`."""
         try:
             while True:
                 job = self._inbox.get(block=block)
@@ -185,4 +188,6 @@ class Scheduler:
     def _candidate(self, job: Job) -> Candidate:
         shape = job.prepared.shape
         tail_s = self._estimates.decode_s(shape, job.images)
-        return job.candidate(self._pools[shape][1], alone_s=job.ticket.alone_s, tail_s=tail_s)
+        return job.candidate(
+            self._pools[shape][1], alone_s=job.ticket.alone_s, tail_s=tail_s, in_turn=self._turns.taken
+        )

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from ...bundle import Bundle
@@ -22,6 +23,7 @@ from .parallel import ParallelEngine
 from .policy import STRETCHES
 from .scheduler import Scheduler
 from .ticket import Ticket
+from .turns import Turns
 from .warm_up import make_pools
 from .worker import Worker
 
@@ -70,6 +72,7 @@ class Server:
         self.sizes = tuple(dict.fromkeys(check_size(self.pipeline.bundle, s) for s in sizes or [self.pipeline.size]))
         self._counters = Counters(observer)
         self._unet = _in_parallel(self.pipeline, row_threads)
+        self._turns = Turns(taken=self._unet.device == "cpu" and not isinstance(self._unet, ParallelEngine))
         self._pools, self._estimates = make_pools(
             self.pipeline,
             self._unet,
@@ -90,6 +93,7 @@ class Server:
             finished=lambda job: self._decoder.put(_turn(job.ticket), lambda: self._decode(job)),
             failed=self._engine_failed,
             observer=self._counters,
+            turns=self._turns,
         )
         self._encoder, self._decoder = Worker("fewstep-encode"), Worker("fewstep-decode")
         self._stop = threading.Event()
@@ -267,7 +271,8 @@ class Server:
         if ticket.done:
             return
         try:
-            prepared = prepare() if prepare else self.pipeline.prepare(ticket.request, image=image)
+            with self._turns.first() if ticket.request.has_image else nullcontext():
+                prepared = prepare() if prepare else self.pipeline.prepare(ticket.request, image=image)
             check_prepared(prepared, dict(self.pipeline.engines["unet"].inputs), self.most_slots)
         except FewstepError as error:
             ticket.fail(error)
@@ -287,9 +292,11 @@ class Server:
         ticket, prepared = job.ticket, job.prepared
         if ticket.done:
             return
-        began = time.monotonic()
         try:
-            images = self.pipeline.vae.decode(job.out)
+            with self._turns.first():
+                began = time.monotonic()
+                images = self.pipeline.vae.decode(job.out)
+                ended = time.monotonic()
         except FewstepError as error:
             ticket.fail(error)
             return
@@ -297,7 +304,6 @@ class Server:
             log.exception("%s could not be decoded", ticket.name)
             self._engine_failed(EngineFailedError(f"decoding failed ({type(error).__name__})"))
             return
-        ended = time.monotonic()
         self._counters.observe("decode", 1e3 * (ended - began))
         self._estimates.observe_decode(prepared.shape, 1e3 * (ended - began), job.images)
         timings = {

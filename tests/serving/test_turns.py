@@ -1,0 +1,85 @@
+"""Turns: one at a time, what begins or finishes a request first; and servers whose engines take them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+from typing import Any
+
+import fewstep
+import numpy as np
+import pytest
+from fewstep.runtime.serving import Server
+from fewstep.runtime.serving.policy import STRETCHES, _in_time
+from fewstep.runtime.serving.turns import Turns
+from test_policy import Sim
+
+
+def test_ticks_wait_for_whoever_else_wants_a_turn() -> None:
+    turns, order, running = Turns(taken=True), [], []
+
+    def take(kind: str) -> None:
+        with getattr(turns, kind)():
+            running.append(kind)
+            assert len(running) == 1
+            order.append(kind)
+            time.sleep(0.01)
+            running.pop()
+
+    def waits() -> int:
+        return len(turns._changed._waiters)  # type: ignore[attr-defined]
+
+    with turns.last():
+        threads = []
+        for kind in ("last", "first", "last", "first"):
+            threads.append(threading.Thread(target=take, args=(kind,)))
+            threads[-1].start()
+            while waits() < len(threads):
+                time.sleep(0.001)
+    for thread in threads:
+        thread.join(10)
+    assert order == ["first", "first", "last", "last"]
+    with pytest.raises(RuntimeError), turns.first():
+        raise RuntimeError
+    with turns.last():
+        pass
+    with Turns(taken=False).first(), Turns(taken=False).last():
+        pass
+
+
+@pytest.mark.parametrize("row_threads", [1, 2])
+def test_evaluations_and_decoding_overlap_only_with_rows_in_parallel(
+    student: fewstep.Pipeline, monkeypatch: pytest.MonkeyPatch, row_threads: int, psnr
+) -> None:
+    with Server(student, row_threads=row_threads, most_slots=8, most_rows=4, queue=40) as server:
+        decode, began = student.vae.decode, threading.Event()
+        overlaps = []
+
+        def slow(latents: Any) -> Any:
+            before = server.stats().ticks
+            began.set()
+            time.sleep(0.1)
+            overlaps.append(server.stats().ticks - before)
+            return decode(latents)
+
+        monkeypatch.setattr(student.vae, "decode", slow)
+        long = server.submit("a ring", steps=60, sampler="euler", seed=0)
+        short = [server.submit("a red circle", steps=2, sampler="euler", seed=i) for i in range(3)]
+        results = [t.result(60) for t in short]
+        long.result(60)
+        assert began.is_set()
+        assert (max(overlaps) == 0) == (row_threads == 1), overlaps
+        monkeypatch.undo()
+        for seed, result in enumerate(results):
+            alone = student("a red circle", steps=2, sampler="euler", seed=seed)
+            assert psnr(result.images, alone.images) >= 50.0
+            assert np.isfinite(result.timings["decode"])
+
+
+def test_decoding_in_turn_is_work_that_others_wait_for() -> None:
+    """Five that would all be in time, were their decoders not to come one after the other."""
+    sim = Sim()
+    beside = [replace(sim.request(1), tail_s=0.05, alone_s=0.055) for _ in range(5)]
+    in_turn = [replace(c, in_turn=True) for c in beside]
+    assert [len(_in_time(cs, 1, STRETCHES[-1], 0.0).kept) for cs in (beside, in_turn)] == [5, 2]
