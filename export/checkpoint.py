@@ -6,6 +6,7 @@ Class names in `model_index.json` are data and go through an allow-list; weights
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -283,8 +284,21 @@ def read_part(place: Path, name: str, class_name: str, variant: str | None) -> P
         raise CorruptError(
             f"{name}/config.json does not state {', '.join(missing)}", remedy="Take the whole checkpoint."
         )
+    _check_numbers(name, config)
     files = _weight_files(place, _stem(name), variant)
     return Part(name=name, class_name=class_name, config=config, place=place, files=files)
+
+
+def _check_numbers(name: str, config: Mapping[str, Any]) -> None:
+    """`CorruptError` for a UNet's size or a VAE's factor with which no picture can be made."""
+    size = config.get("sample_size")
+    sides = size if isinstance(size, (list, tuple)) else [size, size]
+    if name == "unet" and size is not None and not (len(sides) == 2 and all(type(s) is int and s > 0 for s in sides)):
+        raise CorruptError(f"{name}/config.json states sample_size {size!r}", expected="an integer above 0, or two")
+    factor = config.get("scaling_factor", 1.0)
+    number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
+    if name == "vae" and not (number and math.isfinite(factor) and factor):
+        raise CorruptError(f"{name}/config.json states scaling_factor {factor!r}", expected="a finite number but 0")
 
 
 def _weight_files(place: Path, stem: str, variant: str | None) -> tuple[Path, ...]:

@@ -18,6 +18,7 @@ from typing import Any
 from .. import __version__
 from ..bundle import MANIFEST, Bundle, Component, Defaults, Latent, read_defaults, write_manifest
 from ..errors import ArgumentError, CorruptError, MissingExtraError
+from ..schedules import NoiseSchedule
 from .checkpoint import Checkpoint
 from .compose import compose_checkpoint, describe_part, names_of, read_tensors
 from .configs import vae_factor
@@ -79,6 +80,7 @@ def export_bundle(
     checkpoint = compose_checkpoint(
         source, base=base, unet=unet, vae=vae, loras=loras, revision=revision, variant=variant, offline=offline
     )
+    NoiseSchedule.from_diffusers(checkpoint.scheduler)  # refuses what no request could be run with
     chosen = (
         find_preset(preset, checkpoint.family) if preset else recognise_preset(names_of(checkpoint), checkpoint.family)
     )

@@ -21,7 +21,7 @@ from onnxscript import optimizer
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..engines.base import TensorSpec
-from ..errors import UnsupportedError
+from ..errors import FewstepError, UnsupportedError
 from .graphs import Graph, Parameter
 from .layout import plan_layout
 from .modules import Traceable, build_model, wrap
@@ -35,9 +35,10 @@ def trace_component(kind: str, config: Mapping[str, Any], dtype: str, *, key: st
     """Trace one component of a checkpoint.
 
     `config` is the component's own configuration; two keys of ours may be added to a text encoder's: `_class` and
-    `_layer`. Takes seconds for small models and one to two minutes for SDXL's UNet.
+    `_layer`. Takes seconds for small models and one to two minutes for SDXL's UNet. `UnsupportedError` for a
+    configuration of which no model can be made, or none that can be traced.
     """
-    with _quiet():
+    with _quiet(), _refusing(kind):
         with FakeTensorMode(allow_non_fake_inputs=True):
             traceable = wrap(kind, build_model(kind, config, dtype), config, dtype)
             program = torch.onnx.export(
@@ -52,10 +53,36 @@ def trace_component(kind: str, config: Mapping[str, Any], dtype: str, *, key: st
                 verbose=False,
             )
         if program is None or program.model is None:
-            raise UnsupportedError(
-                f"the {kind} of this configuration could not be traced", remedy="Report it with its config.json."
-            )
+            raise RuntimeError("torch's exporter gave no program")
         return _finish(kind, program.model, traceable, key=key, dtype=dtype)
+
+
+@contextmanager
+def _refusing(kind: str) -> Iterator[None]:
+    """Say what the libraries' own errors mean, and let an interrupt through that they took for one of theirs."""
+    try:
+        yield
+    except (FewstepError, MemoryError):
+        raise
+    except Exception as error:
+        for cause in _causes(error):
+            if isinstance(cause, KeyboardInterrupt) or "KeyboardInterrupt" in str(cause):
+                raise KeyboardInterrupt from error
+        *_, first = _causes(error)
+        said = (str(first).strip().splitlines() or [type(first).__name__])[0]
+        raise UnsupportedError(
+            f"no graph can be made of the {kind}'s configuration: {said[:200]}",
+            expected="a config.json that diffusers or transformers reads",
+            remedy="Take the whole checkpoint; if it is as published, report it with its config.json.",
+        ) from error
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and what it was raised for, the first of them last."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__ or found.__context__
 
 
 def _example(traceable: Traceable) -> dict[str, torch.Tensor]:

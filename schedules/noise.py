@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ArgumentError, UnknownNameError, UnsupportedError
+from ..errors import ArgumentError, CorruptError, UnknownNameError, UnsupportedError
 
 Array = npt.NDArray[np.float64]
 
@@ -64,7 +64,8 @@ class NoiseSchedule:
     def from_diffusers(cls, config: Mapping[str, Any]) -> NoiseSchedule:
         """Read the noise schedule out of a diffusers scheduler config (the parsed `scheduler_config.json`).
 
-        Raises UnsupportedError for flow matching and for beta schedules that no supported scheduler has.
+        Raises UnsupportedError for flow matching and for beta schedules that no supported scheduler has, CorruptError
+        for betas that are no numbers.
         """
         if config.get("use_flow_sigmas") or "shift_terminal" in config or config.get("prediction_type") in (
             "flow_prediction",
@@ -75,8 +76,14 @@ class NoiseSchedule:
             )
         rescale = bool(config.get("rescale_betas_zero_snr", False))
         prediction = str(config.get("prediction_type") or "epsilon")
+        try:
+            alpha_bar = _alpha_bar(config, rescale=rescale)
+        except (TypeError, ValueError) as error:
+            raise CorruptError(
+                f"the scheduler's configuration cannot be read: {error}", expected="numbers for its betas"
+            ) from error
         return cls(
-            alpha_bar=_alpha_bar(config, rescale=rescale),
+            alpha_bar=alpha_bar,
             prediction="sample" if prediction == "original_sample" else prediction,
             timestep_type=str(config.get("timestep_type") or "discrete"),
             config=dict(config),

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from checkpoints import copy
 from fewstep.errors import (
     CorruptError,
@@ -17,6 +18,7 @@ from fewstep.errors import (
     UnsupportedError,
 )
 from fewstep.export import export_bundle
+from fewstep.export.trace import _refusing
 from safetensors.numpy import load_file, save_file
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -33,6 +35,43 @@ def refused(source: Path | str, target: Path, kind: type[FewstepError], words: s
 def edit(path: Path, **changes: Any) -> None:
     data = json.loads(path.read_text())
     path.write_text(json.dumps({**data, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "kind", "words"),
+    [
+        ("unet", "act_fn", "foo", UnsupportedError, "the unet's configuration: activation function foo"),
+        ("unet", "norm_num_groups", 3, UnsupportedError, "divisible"),
+        ("unet", "sample_size", "64", CorruptError, "sample_size '64'"),
+        ("unet", "sample_size", [1, 2, 3], CorruptError, "sample_size"),
+        ("vae", "scaling_factor", 0, CorruptError, "scaling_factor 0"),
+        ("vae", "scaling_factor", float("nan"), CorruptError, "scaling_factor nan"),
+        ("scheduler", "beta_start", "x", CorruptError, "scheduler's configuration"),
+        ("scheduler", "beta_schedule", "foo", FewstepError, "unknown beta_schedule 'foo'"),
+        ("scheduler", "num_train_timesteps", 0, FewstepError, "num_train_timesteps is 0"),
+    ],
+)
+def test_configurations_of_which_nothing_can_be_made(
+    tiny_sd1: Path, sd1_bundle: Any, tmp_path: Path, part: str, key: str, value: Any, kind: Any, words: str
+) -> None:
+    bad = copy(tiny_sd1, tmp_path / "bad")
+    edit(bad / part / ("scheduler_config.json" if part == "scheduler" else "config.json"), **{key: value})
+    refused(bad, tmp_path / "b", kind, words)
+
+
+def test_an_interrupt_that_the_exporter_took_for_an_error() -> None:
+    """torch's exporter may give a Ctrl-C back as an error of its own, whose first cause it is."""
+
+    def export() -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as interrupt:
+            raise torch.onnx.OnnxExporterError("failed to decompose") from interrupt
+
+    with pytest.raises(KeyboardInterrupt), _refusing("unet"):
+        export()
+    with pytest.raises(UnsupportedError, match="the unet's configuration: no such operator"), _refusing("unet"):
+        raise torch.onnx.OnnxExporterError("no such operator")
 
 
 def test_no_such_folder(tmp_path: Path) -> None:
