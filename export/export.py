@@ -70,12 +70,15 @@ def export_bundle(
     reference: torch's float32 outputs for this very checkpoint, written before; without it torch computes them now.
 
     Nothing appears at `folder` until everything is written and, with `gate`, compared with torch in float32: a
-    failure or a kill leaves what was there before. Raises the errors of `compose_checkpoint` and `match_loras`,
+    failure or an interrupt leaves what was there before. (A kill between the two renames that replace a bundle leaves
+    the old one beside it, as `.NAME.PID.old`.) Raises the errors of `compose_checkpoint` and `match_loras`,
     `ArgumentError` when the folder exists and `overwrite` is not set, `GateError` when ONNX Runtime does not agree
     with torch.
     """
     target = Path(folder).absolute()  # not resolve(): a link must stay visible
     _check_target(target, overwrite)
+    if revision is not None and Path(source).exists():
+        raise ArgumentError(f"revision {revision!r} of a file or folder", remedy="Leave it out: it is for hub ids.")
     progress = progress or Progress()
     checkpoint = compose_checkpoint(
         source, base=base, unet=unet, vae=vae, loras=loras, revision=revision, variant=variant, offline=offline
@@ -129,8 +132,15 @@ def _put_in_place(staging: Path, target: Path) -> None:
         return
     aside = target.with_name(f".{target.name}.{os.getpid()}.old")
     target.rename(aside)
-    staging.rename(target)
-    shutil.rmtree(aside)
+    try:
+        staging.rename(target)
+    except BaseException:
+        if not target.exists():
+            aside.rename(target)
+        raise
+    finally:
+        if target.exists():
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _graph(plan: ComponentPlan, progress: Progress) -> Graph:
