@@ -111,13 +111,6 @@ class Checkpoint:
         """What was opened: the single file, or the folder."""
         return self.file or self.folder
 
-    @property
-    def altered(self) -> bool:
-        """Whether anything else than the folder's own weights goes into the bundle."""
-        return bool(self.loras) or any(
-            p.place.parent != self.folder or p.layout != "folder" for p in self.parts.values()
-        )
-
 
 def open_checkpoint(
     source: str | Path, *, revision: str | None = None, variant: str | None = None, offline: bool = False
