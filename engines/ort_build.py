@@ -59,6 +59,12 @@ class OrtBackend:
             raise UnsupportedError(
                 "half precision on the CPU, where it is slower", remedy="Leave it out, or name --backend ort-cuda."
             )
+        if self.name == "ort-cpu" and job.component.dtype == "bfloat16":
+            raise UnsupportedError(
+                f"{job.name!r} is in bfloat16, for which ONNX Runtime has no kernels on the CPU",
+                expected="float32 or float16",
+                remedy="Name --backend torch, or export with --dtype fp32: ort-openvino-bf16 computes it in bfloat16.",
+            )
         job.progress(job.name, "optimising", 0.0)
         source = check_graph(job.bundle, job.component)
         check_weights(job.bundle, job.component, None)

@@ -188,6 +188,12 @@ def test_options_are_part_of_the_key_and_foreign_ones_are_refused(bundle: Bundle
         build_engines(bundle, backend="ort-cpu", store=store, options=BuildOptions(float16=True))
 
 
+def test_bfloat16_on_the_cpu_is_refused_with_what_computes_it(bundle: Bundle, store: Store) -> None:
+    components = {n: replace(c, dtype="bfloat16") for n, c in bundle.components.items()}
+    with pytest.raises(UnsupportedError, match="Name --backend torch"):
+        build_engines(replace(bundle, components=components), backend="ort-cpu", store=store)
+
+
 @pytest.mark.parametrize("component", ["unet", "vae_decoder"])
 def test_a_fused_graph_converted_to_half_precision_stays_close(
     bundle: Bundle, store: Store, component: str, monkeypatch: pytest.MonkeyPatch
