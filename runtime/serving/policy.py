@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from .buckets import Buckets
 
 STRETCHES = (1.4, 2.5)
-TURN_OF_LATE = 5
+TURN_OF_LATE = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -53,6 +53,10 @@ class Candidate:
         ticks = -(-self.images * self.rows // max(bucket, self.rows))
         return now + 1e-3 * self.remaining * ticks * self.buckets.cost_ms(max(bucket, self.rows)) + self.tail_s
 
+    def stretch(self, now: float) -> float:
+        """What it would take in all, in multiples of its time alone, if from now on it were alone."""
+        return (self.ends(now, self.rows) - self.arrival) / self.alone_s
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -74,7 +78,8 @@ class _Plan:
 def choose(candidates: Sequence[Candidate], now: float, *, tick: int = 0) -> Choice:
     """The next tick for these candidates, of which there is at least one.
 
-    Those that can be in time together come first, earliest due first; the others take what rows are left, and every
+    Those that can be in time together come first, earliest due first. The others take what rows are left, those first
+    that are the least late for what they ask, so that one who is late does not make all after him late too; and every
     `TURN_OF_LATE`th tick the longest overdue of them leads.
     """
     ordered = sorted(candidates, key=lambda c: c.due(STRETCHES[-1]))
@@ -82,10 +87,11 @@ def choose(candidates: Sequence[Candidate], now: float, *, tick: int = 0) -> Cho
     plan = _plan(hopeful or ordered[:1], now, crowded=len(hopeful) < len(ordered))
     kept = set(plan.kept)
     late = [c for c in ordered if c not in kept]
-    if late and (not kept or tick % TURN_OF_LATE == TURN_OF_LATE - 1):
-        queue = [late[0], *plan.kept, *late[1:]]
-    else:
-        queue = [*plan.kept, *late]
+    overdue = late[:1]
+    late.sort(key=lambda c: c.stretch(now))
+    queue = [*plan.kept, *late]
+    if overdue and tick % TURN_OF_LATE == TURN_OF_LATE - 1:
+        queue = [*overdue, *(c for c in queue if c is not overdue[0])]
     lead = queue[0]
     bucket = plan.bucket if kept else lead.buckets.fastest
     return _fill([c for c in queue if c.lane == lead.lane], max(bucket, lead.rows))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import pytest
 from fewstep.errors import ArgumentError, MismatchError
 from fewstep.runtime.serving.buckets import Buckets, admitted_rows, measure
-from fewstep.runtime.serving.policy import Candidate, choose
+from fewstep.runtime.serving.policy import TURN_OF_LATE, Candidate, choose
 
 COSTS = {1: 5.2, 2: 8.4, 4: 10.1, 8: 18.5}
 BUCKETS = Buckets(COSTS)
@@ -174,3 +174,13 @@ def test_a_crowd_of_late_ones_costs_the_others_nothing() -> None:
     assert choice.bucket == 4, "the most rows a second with which they are in time"
     assert len(choice.taken) == 4, "what is left over goes to the late ones"
     assert choose(late, 0.0).bucket == 8
+
+
+def test_who_is_a_little_late_goes_before_who_is_very_late() -> None:
+    sim = Sim()
+    old = [sim.request(4, arrival=-5.0 - i) for i in range(20)]
+    fresh = sim.request(4, arrival=-0.07)
+    served = [c for c, _ in choose([*old, fresh], 0.0, tick=0).taken]
+    assert served[0] is fresh
+    turn = [c for c, _ in choose([*old, fresh], 0.0, tick=TURN_OF_LATE - 1).taken]
+    assert turn[0] is old[-1], "but now and then the longest overdue leads"
