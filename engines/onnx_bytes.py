@@ -64,6 +64,12 @@ class Graph:
     def add_integers(self, name: str, values: Sequence[int]) -> str:
         return self.add_constant(name, INT64, [len(values)], struct.pack(f"<{len(values)}q", *values))
 
+    def add_output(self, name: str) -> None:
+        """Make a float32 tensor of any shape an output of the model."""
+        self.outputs = (*self.outputs, name)
+        tensor = block(2, block(1, number(1, FLOAT)))
+        self._graph.append((_GRAPH_OUTPUT, 2, string(1, name) + tensor))
+
     def to_bytes(self) -> bytes:
         """The serialised model, with the nodes as they are now."""
         graph = b"".join(block(_GRAPH_NODE, n.to_bytes()) for n in self.nodes)

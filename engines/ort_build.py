@@ -27,7 +27,7 @@ from .weights import check_data, check_graph, check_weights, read_weights
 
 INLINE_BYTES = 1_500_000_000
 FUSING = ("extended", "all")
-REWRITING = {"ort-cpu": 2, "ort-openvino": 2, "ort-openvino-bf16": 2, "ort-cuda": 1}
+REWRITING = {"ort-cpu": 2, "ort-openvino": 2, "ort-openvino-bf16": 3, "ort-cuda": 1}
 
 
 class OrtBackend:
@@ -128,7 +128,7 @@ class OrtBackend:
 
     def _write_plain(self, job: BuildJob, source: Path) -> Mapping[str, Any]:
         """The graph as OpenVINO reads it, pointing at the bundle's weights: it compiles when it is opened."""
-        graph = rewrite_for_openvino(source.read_bytes())
+        graph = rewrite_for_openvino(source.read_bytes(), keep_angles=PRECISION_HINTS[self.name] != "f32")
         job.target.write_bytes(graph)
         return {"weights": "shared with the bundle", "operators": dict(sorted(count_operators(graph).items()))}
 

@@ -59,6 +59,7 @@ class DiffusersLoop:
 
     def unet(self, inputs: dict[str, Any]) -> Any:
         given = {k: self.torch.from_numpy(v).to(self.dtype) for k, v in inputs.items()}
+        given["timestep"] = self.torch.from_numpy(inputs["timestep"])  # as the pipeline passes it
         with self.torch.no_grad():
             return self.evaluate(given)
 

@@ -118,3 +118,23 @@ def test_sizes_beyond_the_fourth_share_a_session(bundle: Bundle) -> None:
         binding.enqueue()
         assert binding.outputs["out"].shape[0] == rows
     assert [d.get("rows") for d in opened] == [1, 2, 3, 4, None]
+
+
+def test_sines_become_outputs_where_their_precision_matters() -> None:
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["rows"]) for n in "xy"]
+    nodes = [
+        helper.make_node("Sin", ["x"], ["sine"]),
+        helper.make_node("Cos", ["x"], ["cosine"]),
+        helper.make_node("Add", ["sine", "cosine"], ["y"]),
+    ]
+    model = helper.make_model(
+        helper.make_graph(nodes, "angles", values[:1], values[1:]),
+        opset_imports=[helper.make_opsetid("", 23)],
+        ir_version=10,
+    ).SerializeToString()
+    kept = onnx.load_model_from_string(rewrite_for_openvino(model, keep_angles=True))
+    assert [o.name for o in kept.graph.output] == ["y", "sine", "cosine"]
+    assert [o.name for o in onnx.load_model_from_string(rewrite_for_openvino(model)).graph.output] == ["y"]
+    x = np.array([999.0, 1.0], np.float32)
+    session = onnxruntime.InferenceSession(kept.SerializeToString(), providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(session.run(["sine"], {"x": x})[0], np.sin(x), rtol=1e-5)
