@@ -90,7 +90,7 @@ load-bench: $(FULL)
 
 load-bench-sd15: $(FULL) $(SD15)/bundle/bundle.json
 	$(BIN)/python bench/load.py --bundle $(SD15)/bundle --name "SD 1.5's size, random weights" --sizes 256x256 \
-		--steps 1,2,4 --guided 0 --threads $$(nproc) --rows 4 --timings 2 --repeats 3 --long 12 --seconds 100 \
+		--steps 1,2,4 --guided 0 --threads $$(nproc) --rows 4 --timings 3 --repeats 3 --long 12 --seconds 100 \
 		--rates 0.4,0.8,1.2 --without "static batches" --json $(RESULTS)/load-sd15-cpu.json
 
 soak: $(FULL)

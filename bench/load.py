@@ -4,7 +4,7 @@
     python bench/load.py --bundle FOLDER --sizes 256x256 --steps 1,2,4 --guided 0 --threads 2 --without diffusers
 
 Requests mix samplers, steps, guidance and sizes. Arrivals do not wait for answers. A request counts towards goodput
-when it ends within three times its time alone: the median, on an idle machine, of a pipeline's own call, with as many
+when it ends within three times its time alone: the best, on an idle machine, of a pipeline's own call, with as many
 threads as make that fastest; for diffusers its own call, which takes longer. Rates are multiples of what one request
 at a time sustains. At each rate all subjects get the same arrivals, one subject after the other, and each runs with
 the threads that suit it best. One at a time goes in order of arrival, and once more in that of due times, where those
