@@ -21,7 +21,8 @@ import numpy as np
 from ..bundle import Defaults
 from ..errors import ArgumentError, UnsupportedError
 from .pipeline import Pipeline, load
-from .request import Request, make_request, step_options
+from .programs import step_options
+from .request import Request, make_request
 from .result import Result, Step
 from .seeds import Gaussians, TorchCpuGenerator
 from .torch_state import is_generator, read_generator, seed_of, write_back

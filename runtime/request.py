@@ -13,17 +13,16 @@ from typing import Any
 import numpy as np
 
 from ..bundle import Bundle
-from ..errors import ArgumentError, UnknownNameError
+from ..errors import ArgumentError
 from ..presets import preset_warnings
-from ..schedules import NoiseSchedule, Program, compile_program, program_from_diffusers
-from ..schedules.compat import CLASSES
-from ..schedules.names import resolve_schedule
+from ..schedules import Program
 from .call import Call, make_call, recorded
 from .checks import check_flag, check_levels, check_real, check_seed
 from .checks import check_integer as check_integer
 from .conditioning import Sizes, size_and_crop
 from .fit import Pictures, fit_pictures, open_pictures, size_of
 from .inpaint import check_mask_for
+from .programs import choose_program
 from .seeds import Gaussians, make_generator
 from .text import Float32
 from .wording import Wording, as_float32, read_wording
@@ -204,55 +203,6 @@ def _names(call: Call) -> dict[str, str]:
     """The names of the files that a call starts from, for its pictures' parameters."""
     given = (("image", call.image), ("mask", call.mask))
     return {k: Path(v).name for k, v in given if isinstance(v, (str, os.PathLike))}
-
-
-def choose_program(
-    bundle: Bundle,
-    *,
-    sampler: str | None,
-    schedule: str | None,
-    steps: int,
-    start: int = 0,
-    compat: str | None = None,
-    timesteps: Sequence[float] | None = None,
-    sigmas: Sequence[float] | None = None,
-    options: Mapping[str, Any],
-) -> Program:
-    """The program of a request; without a sampler, the checkpoint's own scheduler, in diffusers' conventions."""
-    own = bundle.defaults
-    scheduler = bundle.noise_config
-    if timesteps is None and sigmas is None and own.timesteps is not None:
-        asked = (sampler, schedule, steps)
-        timesteps = own.timesteps if asked == (own.sampler, own.schedule, len(own.timesteps)) else None
-    if own.options and sampler == own.sampler:
-        options = {**own.options, **options}
-    explicit = timesteps is not None or sigmas is not None
-    if schedule is not None and resolve_schedule(schedule) == "ays_sd" and bundle.family == "sdxl":
-        schedule = "ays_sdxl"
-    if compat not in (None, "diffusers"):
-        raise UnknownNameError("compat", str(compat), ("diffusers",))
-    if sampler is None and schedule is None and set(options) <= set(step_options(scheduler)):
-        return program_from_diffusers(
-            scheduler, steps=None if explicit else steps, timesteps=timesteps, sigmas=sigmas, start=start, **options
-        )
-    noise = NoiseSchedule.from_diffusers(scheduler)
-    return compile_program(
-        str(bundle.scheduler["_class_name"]) if sampler is None else sampler,
-        schedule=schedule,
-        steps=None if explicit else steps,
-        noise=noise,
-        start=start,
-        compat=compat,
-        timesteps=timesteps,
-        sigmas=sigmas,
-        **options,
-    )
-
-
-def step_options(scheduler: Mapping[str, Any]) -> tuple[str, ...]:
-    """The options that a diffusers scheduler's `step` takes."""
-    known = CLASSES.get(str(scheduler.get("_class_name")))
-    return () if known is None else known.step_options
 
 
 def start_step(steps: int, strength: float) -> int:

@@ -21,7 +21,8 @@ from fewstep.errors import (
     NonFiniteError,
 )
 from fewstep.runtime.images import command_line, open_image, read_parameters
-from fewstep.runtime.request import choose_program, make_request
+from fewstep.runtime.programs import choose_program
+from fewstep.runtime.request import make_request
 from fewstep.runtime.slots import Slots, Tenant
 from PIL import Image
 
@@ -256,6 +257,20 @@ def test_contexts_come_back_whatever_happens(sd1_bundle: Any) -> None:
 def test_bad_constructor_arguments(sd1_bundle: Any, given: dict[str, Any]) -> None:
     with pytest.raises(ArgumentError):
         fewstep.load(sd1_bundle, **given)
+
+
+def test_a_program_is_compiled_once_for_all_who_ask_for_the_same(sd1_bundle: Any) -> None:
+    asked = {"sampler": "dpmpp_2m", "schedule": "karras", "steps": 4}
+    one = choose_program(sd1_bundle, **asked, options={"rho": 7.0})
+    assert choose_program(sd1_bundle, **asked, options={"rho": np.float64(7.0)}) is one
+    assert choose_program(sd1_bundle, **asked, options={"rho": 5.0}).sigmas[1] != one.sigmas[1]
+    listed = choose_program(sd1_bundle, sampler="euler", schedule=None, steps=2, timesteps=[999, 500], options={})
+    array = np.array([999, 500])
+    assert choose_program(sd1_bundle, sampler="euler", schedule=None, steps=2, timesteps=array, options={}) is listed
+    other = replace(sd1_bundle, scheduler={**sd1_bundle.scheduler, "beta_end": 0.011})
+    assert choose_program(other, **asked, options={"rho": 7.0}).sigmas[0] != one.sigmas[0]
+    with pytest.raises(ArgumentError):
+        choose_program(sd1_bundle, **asked, options={"rho": object()})
 
 
 def test_explicit_levels_go_before_a_presets_schedule(sd1_bundle: Any) -> None:
