@@ -37,8 +37,9 @@ class Plan:
     """What is measured. `load` and `request` are what workers are told; `unet` evaluates the UNet alone.
 
     `variants` are named sets of `fewstep.load` options, each a contender of its own; `precisions` are those of the
-    peers. `peers_at_once` (0: all) bounds a meeting. `python` are interpreters of variants that need another
-    environment.
+    peers. A turn begins with `lead_in` requests that are not counted: they find the processor's caches as the contender
+    before left them, which a warm request does not. `peers_at_once` (0: all) bounds a meeting. `python` are
+    interpreters of variants that need another environment.
     """
 
     load: dict[str, Any]
@@ -49,6 +50,7 @@ class Plan:
     precisions: tuple[str, ...] = ("float32",)
     repeat: int = 20
     warm_up: int = 2
+    lead_in: int = 1
     cold: int = 3
     peers_at_once: int = 0
     unet: dict[str, Any] | None = None
@@ -145,6 +147,8 @@ class _Meeting:
                 self._ask(name, **question, save=self._saved[name])
         for turn in range(self.plan.repeat):
             for name in _rotated(list(self._workers), turn):
+                for _ in range(self.plan.lead_in):
+                    self._ask(name, **question)
                 answer = self._ask(name, **question)
                 if answer:
                     samples = self.found[name]

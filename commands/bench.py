@@ -31,6 +31,12 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--repeat", type=between(1, 10_000), default=20, help="rounds (default: %(default)s)")
     parser.add_argument("--warm-up", type=between(0, 100), default=2, help="requests before the first round")
+    parser.add_argument(
+        "--lead-in",
+        type=between(0, 100),
+        default=1,
+        help="requests that begin each turn and are not counted (default: %(default)s)",
+    )
     parser.add_argument("--cold", type=between(0, 100), default=3, help="cold starts of each (default: %(default)s)")
     parser.add_argument("--unet", action="store_true", help="one evaluation of the UNet instead of whole requests")
     parser.add_argument("--precision", default="float32", help="of the peers: float32, bfloat16 or both, by commas")
@@ -136,6 +142,7 @@ def _plan(options: argparse.Namespace, bundle: Bundle, checkpoint: Path | None) 
         precisions=tuple(options.precision.split(",")),
         repeat=options.repeat,
         warm_up=options.warm_up,
+        lead_in=options.lead_in,
         cold=0 if options.unet else options.cold,
         peers_at_once=options.peers_at_once,
         unet=_unet_shapes(bundle, width, height, options.batch * (2 if guidance > 1 else 1)) if options.unet else None,
