@@ -27,7 +27,7 @@ RESULTS := bench/results
 PEERS := diffusers,compile,optimum,openvino
 bench: $(FULL) bench-peers
 	$(BIN)/python bench/startup.py --output $(RESULTS)/startup-cpu.json
-	$(BIN)/python bench/samplers.py
+	$(BIN)/python bench/samplers.py --json $(RESULTS)/samplers-cpu.json
 	$(BIN)/fewstep bench student --against $(PEERS) --also ort-openvino --steps 4,1,2,8 --repeat 40 \
 		--output $(RESULTS)/embedded-cpu.json --plot build/bench/embedded-cpu.png
 	$(BIN)/python bench/floor.py student --runs 200 --output $(RESULTS)/embedded-floor-cpu.json
