@@ -32,7 +32,6 @@ from .graphs import CudaRunner, GraphCache, TapeRunner
 from .pipeline import Pipeline
 from .pool import SlotPool
 from .prepare import Prepared
-from .request import Request
 from .result import Result, Step
 from .vae import MOST_PIXELS, check_images
 
@@ -128,19 +127,15 @@ class DevicePipeline(Pipeline):
         caches = [s.graphs for s in self._pool.kept() if isinstance(s, DeviceSlots) and s.graphs is not None]
         return {n: sum(getattr(c, n) for c in caches) for n in names}
 
-    def stream(self, request: Request, *, image: Any = None, previews: bool = False) -> Generator[Step, None, Result]:
+    def _stream(self, prepared: Prepared, began: float, *, previews: bool) -> Generator[Step, None, Result]:
         """As `Pipeline.stream`. In latency mode without previews the only step comes when all is done."""
-        if self.mode == "shared" or previews:
-            return (yield from super().stream(request, image=image, previews=previews))
-        began = time.perf_counter()
-        prepared = self.prepare(request, image=image)
-        if not self.is_whole(prepared):
-            return (yield from super().stream(request, image=image))
+        if self.mode == "shared" or previews or not self.is_whole(prepared):
+            return (yield from super()._stream(prepared, began, previews=previews))
         made = self.make(prepared)
-        program = request.program
+        program = prepared.request.program
         last = program.evaluations - 1
         yield Step(index=last, total=last + 1, timestep=float(program.timesteps[last]))
-        return self.result(prepared, made, began, image)
+        return self.result(prepared, made, began)
 
     def make(self, prepared: Prepared) -> Made:
         """The pictures of a prepared request, or of a part of one, as one piece of work.
@@ -177,7 +172,7 @@ class DevicePipeline(Pipeline):
         spent = 1e3 * (time.perf_counter() - started)
         return Made(images=images, latents=latents, tensor=tensor, denoise_ms=spent, decode_ms=0.0)
 
-    def result(self, prepared: Prepared, made: Made, began: float, image: Any) -> Result:
+    def result(self, prepared: Prepared, made: Made, began: float) -> Result:
         """What a call gives back. `denoise` is the whole request, decoding included: it is one piece of work."""
         timings = {
             "text": prepared.text_ms,
@@ -195,7 +190,7 @@ class DevicePipeline(Pipeline):
             seeds=prepared.request.seeds,
             timings=timings,
             latents=made.latents,
-            parameters=self.parameters(prepared.request, image),
+            parameters=self.parameters(prepared.request),
             truncated=prepared.truncated,
             tensor=made.tensor,
         )

@@ -61,8 +61,7 @@ class PipelineGroup:
         **given: Any,
     ) -> Result:
         """Make images; see `Pipeline`. `on_step` is told of the first device's steps."""
-        request = self.request(prompt, **given)
-        return self.run(request, image=given.get("image"), cancel=cancel, on_step=on_step)
+        return self.run(self.request(prompt, **given), cancel=cancel, on_step=on_step)
 
     @takes_a_call
     def request(self, prompt: str | Sequence[str] | None = None, **given: Any) -> Request:
@@ -72,14 +71,13 @@ class PipelineGroup:
         self,
         request: Request,
         *,
-        image: Any = None,
         cancel: threading.Event | None = None,
         on_step: Callable[[Step], None] | None = None,
     ) -> Result:
         """Make a request's images. A failure on one device stops the others and is raised."""
         began = time.perf_counter()
         first, stop = self.pipelines[0], threading.Event()
-        prepared = first.prepare(request, image=image)
+        prepared = first.prepare(request)
         parts = split(prepared, 1 if request.shared_stream else len(self.pipelines))
 
         def one(index: int) -> tuple[Any, Any, dict[str, float]]:
@@ -111,7 +109,7 @@ class PipelineGroup:
             seeds=request.seeds,
             timings=timings,
             latents=np.concatenate([latents for _, latents, _ in made]),
-            parameters=first.parameters(request, image),
+            parameters=first.parameters(request),
             truncated=prepared.truncated,
         )
 

@@ -203,15 +203,9 @@ class DiffusersPipeline:
 
     def _run(self, request: Request, given: Mapping[str, Any]) -> Result:
         callback = given["callback_on_step_end"]
-        stream = self.pipeline.stream(request)
-        while True:
-            try:
-                step = next(stream)
-            except StopIteration as stop:
-                result: Result = stop.value
-                return result
-            if callback is not None:
-                self._tell(callback, step, wanted="latents" in (given["callback_on_step_end_tensor_inputs"] or ()))
+        wanted = "latents" in (given["callback_on_step_end_tensor_inputs"] or ())
+        on_step = None if callback is None else lambda step: self._tell(callback, step, wanted=wanted)
+        return self.pipeline.run(request, on_step=on_step)
 
     def _tell(self, callback: Any, step: Step, *, wanted: bool) -> None:
         """Call back after an evaluation; what it gives back may look at the latents and not replace them."""

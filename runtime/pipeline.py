@@ -112,7 +112,16 @@ class Pipeline:
         """
         if cancel is not None and cancel.is_set():
             raise CancelledError("the request was cancelled before it began")
-        request = self.request(prompt, **given)
+        return self.run(self.request(prompt, **given), cancel=cancel, on_step=on_step)
+
+    def run(
+        self,
+        request: Request,
+        *,
+        cancel: threading.Event | None = None,
+        on_step: Callable[[Step], None] | None = None,
+    ) -> Result:
+        """Make a request's images; as a call, for a request that was made before."""
         with closing(self.stream(request)) as stream:
             while True:
                 try:
@@ -136,11 +145,14 @@ class Pipeline:
         self._warned.update(request.warnings)
         return request
 
-    def stream(self, request: Request, *, image: Any = None, previews: bool = False) -> Generator[Step, None, Result]:
+    def stream(self, request: Request, *, previews: bool = False) -> Generator[Step, None, Result]:
         """A generator of `Step`s that returns the `Result`; closing it ends the request between two evaluations."""
         began = time.perf_counter()
-        prepared = self.prepare(request, image=image)
-        out = np.empty_like(prepared.gaussians)
+        return (yield from self._stream(self.prepare(request), began, previews=previews))
+
+    def _stream(self, prepared: Prepared, began: float, *, previews: bool) -> Generator[Step, None, Result]:
+        """`stream`, of a request that was prepared before."""
+        request, out = prepared.request, np.empty_like(prepared.gaussians)
         started = time.perf_counter()
         with self._pool.take(prepared.shape, request.images) as slots:
             yield from self._denoise(slots, prepared, out, previews=previews)
@@ -167,9 +179,9 @@ class Pipeline:
             truncated=prepared.truncated,
         )
 
-    def prepare(self, request: Request, *, image: Any = None) -> Prepared:
+    def prepare(self, request: Request) -> Prepared:
         """The request with prompts and picture encoded and noise drawn, ready for slots."""
-        return prepare(self.bundle, self.text, self.vae, request, image)
+        return prepare(self.bundle, self.text, self.vae, request)
 
     def make_slots(self, shape: tuple[int, int, int], count: int) -> Any:
         """Slots of a latent shape (C, h, w) on this pipeline's device, for callers that tick themselves."""
@@ -224,7 +236,7 @@ class Pipeline:
             for slot in held:
                 slots.release(slot)
 
-    def parameters(self, request: Request, image: Any = None) -> tuple[Mapping[str, Any], ...]:
+    def parameters(self, request: Request) -> tuple[Mapping[str, Any], ...]:
         """What goes into each picture: everything that made it."""
         shared: dict[str, Any] = {
             "bundle": self.bundle.name,

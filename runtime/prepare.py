@@ -5,12 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from ..bundle import Bundle
-from ..errors import ArgumentError
 from .conditioning import condition, guidance_vector
 from .inpaint import Blend, make_blend
 from .request import Request
@@ -47,15 +45,8 @@ class Prepared:
         return channels, height, width
 
 
-def prepare(bundle: Bundle, text: TextEncoders, vae: Vae, request: Request, image: Any = None) -> Prepared:
-    """Encode the prompts and the pictures, and draw the noise, in the order in which diffusers draws it.
-
-    A request holds its pictures; `image` is what callers used to hand over beside it.
-    """
-    if image is not None and not request.has_image:
-        raise ArgumentError(
-            "the request was made without an image and runs with one", remedy="Give the image to request(...)."
-        )
+def prepare(bundle: Bundle, text: TextEncoders, vae: Vae, request: Request) -> Prepared:
+    """Encode the prompts and the pictures, and draw the noise, in the order in which diffusers draws it."""
     began = time.perf_counter()
     positives, negatives = condition(bundle, text, request)
     encoded = time.perf_counter()

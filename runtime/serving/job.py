@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -35,8 +34,8 @@ class StageTimes:
 class Job:
     """The tick thread's view of a request. `slots` are its images' slots, in order, once it is admitted."""
 
-    def __init__(self, ticket: Ticket, prepared: Prepared, image: Any) -> None:
-        self.ticket, self.prepared, self.image = ticket, prepared, image
+    def __init__(self, ticket: Ticket, prepared: Prepared) -> None:
+        self.ticket, self.prepared = ticket, prepared
         self.slots: list[int] = []
         self.out: Float32 = np.empty_like(prepared.gaussians)
         self.times = StageTimes()

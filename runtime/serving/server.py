@@ -114,7 +114,6 @@ class Server:
         self,
         prompt: str | Sequence[str],
         *,
-        image: Any = None,
         deadline_s: float | None = None,
         previews: bool = False,
         name: str | None = None,
@@ -130,17 +129,16 @@ class Server:
         """
         self._check_open()
         try:
-            request = self.pipeline.request(prompt, image=image, **options)
+            request = self.pipeline.request(prompt, **options)
         except FewstepError as error:
             self._counters.rejected(type(error).__name__)
             raise
-        return self.submit_request(request, image=image, deadline_s=deadline_s, previews=previews, name=name)
+        return self.submit_request(request, deadline_s=deadline_s, previews=previews, name=name)
 
     def submit_request(
         self,
         request: Request,
         *,
-        image: Any = None,
         prepare: Callable[[], Prepared] | None = None,
         deadline_s: float | None = None,
         previews: bool = False,
@@ -167,7 +165,7 @@ class Server:
             self._outstanding[ticket] = work_s
             self._accepted += 1
         ticket.on_done(self._settled)
-        self._encoder.put(ticket.arrival + alone_s, lambda: self._prepare(ticket, image, prepare))
+        self._encoder.put(ticket.arrival + alone_s, lambda: self._prepare(ticket, prepare))
         return ticket
 
     def generate(self, prompt: str | Sequence[str], **options: Any) -> Result:
@@ -266,13 +264,13 @@ class Server:
             what = f"{images} images" if full else f"{work_s:.1f} s of work"
             raise QueueFullError(f"{what} are waiting already", retry_after_s=wait_s, remedy="Try again later.")
 
-    def _prepare(self, ticket: Ticket, image: Any, prepare: Callable[[], Prepared] | None) -> None:
+    def _prepare(self, ticket: Ticket, prepare: Callable[[], Prepared] | None) -> None:
         """On the encode thread: text and picture encoded, noise drawn."""
         if ticket.done:
             return
         try:
             with self._turns.first() if ticket.request.has_image else nullcontext():
-                prepared = prepare() if prepare else self.pipeline.prepare(ticket.request, image=image)
+                prepared = prepare() if prepare else self.pipeline.prepare(ticket.request)
             check_prepared(prepared, dict(self.pipeline.engines["unet"].inputs), self.most_slots)
         except FewstepError as error:
             ticket.fail(error)
@@ -285,7 +283,7 @@ class Server:
         self._estimates.observe_text(prepared.text_ms)
         if prepared.latents is not None:
             self._counters.observe("encode_image", prepared.encode_image_ms)
-        self._scheduler.put(Job(ticket, prepared, image))
+        self._scheduler.put(Job(ticket, prepared))
 
     def _decode(self, job: Job) -> None:
         """On the decode thread: latents to images, and the ticket settled."""
@@ -324,7 +322,7 @@ class Server:
                 seeds=ticket.request.seeds,
                 timings=timings,
                 latents=job.out,
-                parameters=self.pipeline.parameters(ticket.request, job.image),
+                parameters=self.pipeline.parameters(ticket.request),
             )
         )
 

@@ -72,7 +72,7 @@ def _prepare(pipeline: Pipeline, size: tuple[int, int], *, image: bool) -> Prepa
         "warm-up", steps=1, sampler="euler", schedule="trailing", guidance=1.0, seed=0, size=size, image=picture,
         strength=1.0,
     )  # fmt: skip
-    return pipeline.prepare(request, image=picture)
+    return pipeline.prepare(request)
 
 
 def _measure(slots: Slots, prepared: Prepared, rows: Sequence[int], *, fixed: bool) -> Buckets:

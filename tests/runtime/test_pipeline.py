@@ -228,8 +228,10 @@ def test_a_stream_runs_the_request_it_was_made_for(pipe: fewstep.Pipeline) -> No
     stream = pipe.stream(request)
     assert next(stream).total == 2
     stream.close()
-    with pytest.raises(ArgumentError, match="without an image and runs with one"):
-        next(pipe.stream(pipe.request("x", steps=4, seed=0), image=picture))
+    np.testing.assert_array_equal(
+        pipe.run(request).images,
+        pipe("x", image=picture, strength=0.5, steps=4, seed=0, sampler="ddim", eta=0.5).images,
+    )
 
 
 def test_contexts_come_back_whatever_happens(sd1_bundle: Any) -> None:

@@ -68,8 +68,8 @@ def spoiled(student: fewstep.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts that say so come out of preparation broken; everything else is real."""
     prepare = student.prepare
 
-    def broken(request: Any, *, image: Any = None) -> Any:
-        prepared = prepare(request, image=image)
+    def broken(request: Any) -> Any:
+        prepared = prepare(request)
         (tenant, *_), prompt = prepared.tenants, request.prompts[0]
         if prompt == "spoil the embedding":
             hidden = tenant.positive.hidden.copy()
