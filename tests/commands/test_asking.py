@@ -12,19 +12,10 @@ from typing import Any
 import fewstep
 import numpy as np
 import pytest
-from fewstep.cli import main
+from commandline import call
 from PIL import Image
 
 LONG = "many words " * 60
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    try:
-        code = main(arguments)
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 @pytest.fixture

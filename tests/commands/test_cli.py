@@ -12,18 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commandline import call
 from fewstep.bundle import write_manifest
-from fewstep.cli import VERBS, main
+from fewstep.cli import VERBS
 from PIL import Image
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    try:
-        code = main(arguments)
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 @pytest.mark.parametrize("verb", VERBS)

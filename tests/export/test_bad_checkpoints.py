@@ -17,24 +17,11 @@ from fewstep.errors import (
     UnsafeFileError,
     UnsupportedError,
 )
-from fewstep.export import export_bundle
 from fewstep.export.trace import _refusing
+from refusals import edit, refused
 from safetensors.numpy import load_file, save_file
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
-
-
-def refused(source: Path | str, target: Path, kind: type[FewstepError], words: str, **options: Any) -> None:
-    with pytest.raises(kind, match=words) as caught:
-        export_bundle(source, target, **options)
-    assert caught.value.remedy or caught.value.expected
-    assert not target.exists()
-    assert not list(target.parent.glob(f".{target.name}*")), "something half-written stayed"
-
-
-def edit(path: Path, **changes: Any) -> None:
-    data = json.loads(path.read_text())
-    path.write_text(json.dumps({**data, **changes}))
 
 
 @pytest.mark.parametrize(

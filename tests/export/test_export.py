@@ -13,7 +13,6 @@ from checkpoints import copy
 from fewstep.bundle import read_bundle
 from fewstep.errors import (
     ArgumentError,
-    FewstepError,
     GateError,
     MissingError,
     UnknownNameError,
@@ -23,17 +22,10 @@ from fewstep.export.embedded import embedded_bundle, embedded_checkpoint
 from fewstep.export.export import _put_in_place
 from fewstep.export.graphs import find_graph, graph_key
 from fewstep.export.plan import plan_components
+from refusals import refused
 from safetensors.numpy import load_file, save_file
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
-
-
-def refused(source: Path | str, target: Path, kind: type[FewstepError], words: str, **options: Any) -> None:
-    with pytest.raises(kind, match=words) as caught:
-        export_bundle(source, target, **options)
-    assert caught.value.remedy or caught.value.expected
-    assert not target.exists()
-    assert not list(target.parent.glob(f".{target.name}*")), "something half-written stayed"
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])

@@ -13,7 +13,6 @@ from fewstep.cli import main
 from fewstep.errors import (
     ArgumentError,
     CorruptError,
-    FewstepError,
     MissingError,
     UnsafeFileError,
     UnsupportedError,
@@ -22,25 +21,11 @@ from fewstep.export import export_bundle
 from fewstep.export.checkpoint import Checkpoint
 from fewstep.export.compose import compose_checkpoint, read_tensors
 from fewstep.export.weights import convert, open_tensors
+from refusals import refused, rewrite
 from safetensors.numpy import load_file, save_file
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
-
-
-def refused(source: Path, target: Path, kind: type[FewstepError], words: str, **options: Any) -> None:
-    with pytest.raises(kind, match=words) as caught:
-        export_bundle(source, target, gate=False, **options)
-    assert caught.value.remedy or caught.value.expected
-    assert not target.exists()
-    assert not list(target.parent.glob(f".{target.name}*")), "something half-written stayed"
-
-
-def rewrite(path: Path, target: Path, change: Any) -> Path:
-    weights = load_file(path)
-    change(weights)
-    save_file(weights, target)
-    return target
 
 
 def hashes(bundle: Any) -> dict[str, str]:

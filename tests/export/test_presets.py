@@ -12,21 +12,13 @@ from checkpoints import make_lora, write_lora
 from fewstep.bundle import Bundle, read_bundle, read_defaults, write_manifest
 from fewstep.errors import (
     ArgumentError,
-    FewstepError,
     UnknownNameError,
 )
 from fewstep.export import export_bundle
 from fewstep.export.presets import find_preset, preset_defaults, recognise_preset
 from fewstep.presets import PRESETS, preset_warnings
 from fewstep.runtime.request import make_request
-
-
-def refused(source: Path, target: Path, kind: type[FewstepError], words: str, **options: Any) -> None:
-    with pytest.raises(kind, match=words) as caught:
-        export_bundle(source, target, gate=False, **options)
-    assert caught.value.remedy or caught.value.expected
-    assert not target.exists()
-    assert not list(target.parent.glob(f".{target.name}*")), "something half-written stayed"
+from refusals import refused
 
 
 @pytest.mark.parametrize(
