@@ -19,6 +19,7 @@ parity: $(FULL)
 
 lint: $(FULL)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	@mkdir -p build/mypy && ln -sfn ../.. build/mypy/fewstep
 	MYPYPATH=build/mypy $(BIN)/mypy
 

@@ -25,8 +25,18 @@ CHURN = ("s_churn", "s_tmin", "s_tmax", "s_noise")
 COMMON = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 SPACED = ("timestep_spacing", "steps_offset")
 RESPACED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
-DPM = ("solver_order", "algorithm_type", "solver_type", "lower_order_final", "final_sigmas_type", "lambda_min_clipped",
-       "variance_type", "thresholding", "use_flow_sigmas", "use_dynamic_shifting")
+DPM = (
+    "solver_order",
+    "algorithm_type",
+    "solver_type",
+    "lower_order_final",
+    "final_sigmas_type",
+    "lambda_min_clipped",
+    "variance_type",
+    "thresholding",
+    "use_flow_sigmas",
+    "use_dynamic_shifting",
+)
 CLIPPED = ("clip_sample", "thresholding")
 ZERO_SNR = ("rescale_betas_zero_snr",)
 
@@ -53,8 +63,16 @@ _TWO = ("epsilon", "v_prediction")
 CLASSES: dict[str, SchedulerClass] = {
     "EulerDiscreteScheduler": SchedulerClass(
         layout=grids.k_family,
-        reads=(*SPACED, *RESPACED, *ZERO_SNR, "interpolation_type", "sigma_min", "sigma_max", "timestep_type",
-               "final_sigmas_type"),
+        reads=(
+            *SPACED,
+            *RESPACED,
+            *ZERO_SNR,
+            "interpolation_type",
+            "sigma_min",
+            "sigma_max",
+            "timestep_type",
+            "final_sigmas_type",
+        ),
         step_options=CHURN,
     ),
     "EulerAncestralDiscreteScheduler": SchedulerClass(
@@ -65,15 +83,16 @@ CLASSES: dict[str, SchedulerClass] = {
     "KDPM2AncestralDiscreteScheduler": SchedulerClass(
         layout=grids.k_family, reads=(*SPACED, *RESPACED), predictions=_TWO
     ),
-    "LMSDiscreteScheduler": SchedulerClass(
-        layout=grids.k_family, reads=(*SPACED, *RESPACED), step_options=("order",)
-    ),
+    "LMSDiscreteScheduler": SchedulerClass(layout=grids.k_family, reads=(*SPACED, *RESPACED), step_options=("order",)),
     "DPMSolverSDEScheduler": SchedulerClass(
         layout=grids.k_family, reads=(*SPACED, *RESPACED), step_options=("s_noise",), predictions=_TWO
     ),
     "DDIMScheduler": SchedulerClass(
-        layout=grids.ddim_family, reads=(*SPACED, *ZERO_SNR, *CLIPPED, "set_alpha_to_one"), step_options=("eta",),
-        exact_zero=True, clips=True,
+        layout=grids.ddim_family,
+        reads=(*SPACED, *ZERO_SNR, *CLIPPED, "set_alpha_to_one"),
+        step_options=("eta",),
+        exact_zero=True,
+        clips=True,
     ),
     "DDPMScheduler": SchedulerClass(
         layout=grids.ddpm_family, reads=(*SPACED, *ZERO_SNR, *CLIPPED, "variance_type"), exact_zero=True, clips=True
@@ -88,27 +107,54 @@ CLASSES: dict[str, SchedulerClass] = {
     "DPMSolverSinglestepScheduler": SchedulerClass(layout=grids.multistep_family, reads=(*RESPACED, *DPM)),
     "DEISMultistepScheduler": SchedulerClass(
         layout=grids.multistep_family,
-        reads=(*SPACED, *RESPACED, "solver_order", "algorithm_type", "solver_type", "lower_order_final",
-               "thresholding", "use_flow_sigmas", "use_dynamic_shifting"),
+        reads=(
+            *SPACED,
+            *RESPACED,
+            "solver_order",
+            "algorithm_type",
+            "solver_type",
+            "lower_order_final",
+            "thresholding",
+            "use_flow_sigmas",
+            "use_dynamic_shifting",
+        ),
     ),
     "UniPCMultistepScheduler": SchedulerClass(
         layout=grids.multistep_family,
-        reads=(*SPACED, *RESPACED, *ZERO_SNR, "solver_order", "solver_type", "lower_order_final", "predict_x0",
-               "disable_corrector", "solver_p", "final_sigmas_type", "sigma_min", "sigma_max", "thresholding",
-               "use_flow_sigmas", "use_dynamic_shifting"),
+        reads=(
+            *SPACED,
+            *RESPACED,
+            *ZERO_SNR,
+            "solver_order",
+            "solver_type",
+            "lower_order_final",
+            "predict_x0",
+            "disable_corrector",
+            "solver_p",
+            "final_sigmas_type",
+            "sigma_min",
+            "sigma_max",
+            "thresholding",
+            "use_flow_sigmas",
+            "use_dynamic_shifting",
+        ),
     ),
     "LCMScheduler": SchedulerClass(
-        layout=grids.lcm_family, reads=(*ZERO_SNR, *CLIPPED, "original_inference_steps", "timestep_scaling"),
+        layout=grids.lcm_family,
+        reads=(*ZERO_SNR, *CLIPPED, "original_inference_steps", "timestep_scaling"),
         exact_zero=True,
     ),
     "TCDScheduler": SchedulerClass(
-        layout=grids.lcm_family, reads=(*ZERO_SNR, *CLIPPED, "original_inference_steps"), step_options=("eta",),
+        layout=grids.lcm_family,
+        reads=(*ZERO_SNR, *CLIPPED, "original_inference_steps"),
+        step_options=("eta",),
         exact_zero=True,
     ),
     "EDMEulerScheduler": SchedulerClass(
         layout=grids.edm_family,
         reads=("sigma_min", "sigma_max", "sigma_data", "sigma_schedule", "rho", "final_sigmas_type"),
-        step_options=CHURN, predictions=_TWO,
+        step_options=CHURN,
+        predictions=_TWO,
     ),
 }
 
@@ -158,9 +204,7 @@ def program_from_diffusers(
     rescales = "rescale_betas_zero_snr" in kind.reads
     tables = Tables.of(config, rescales=rescales, floored=not kind.exact_zero, single=single)
     _check_steps(steps, timesteps, sigmas, start, tables.count)
-    request = Request(
-        tables=tables, steps=steps, timesteps=timesteps, sigmas=sigmas, start=start, options=options
-    )
+    request = Request(tables=tables, steps=steps, timesteps=timesteps, sigmas=sigmas, start=start, options=options)
     grid = kind.layout(request)
     first = grid.path.calls[0] if grid.path.calls else grid.path.first
     scale = first.scale if sampler.latent_space == "ve" else 1.0
@@ -188,8 +232,11 @@ def _solver(name: str, config: Mapping[str, Any], options: Mapping[str, Any]) ->
         kind = "bh2" if kind in ("midpoint", "heun", "logrho") else kind
         if kind not in ("bh1", "bh2"):
             raise UnknownNameError("solver_type", kind, ("bh1", "bh2"))
-        arguments = {"solver_type": kind, "lower_order_final": bool(config.get("lower_order_final", True)),
-                     "disable_corrector": tuple(config.get("disable_corrector") or ())}
+        arguments = {
+            "solver_type": kind,
+            "lower_order_final": bool(config.get("lower_order_final", True)),
+            "disable_corrector": tuple(config.get("disable_corrector") or ()),
+        }
         return _ordered("unipc", order), arguments
     if name == "DEISMultistepScheduler":
         return _ordered("deis", order), {"lower_order_final": bool(config.get("lower_order_final", True))}
@@ -266,8 +313,12 @@ def _schedule_name(config: Mapping[str, Any], timesteps: object, sigmas: object)
     return grids.respacing(config) or str(config.get("timestep_spacing") or config.get("sigma_schedule") or default)
 
 
-_RESPACED_BY = {"karras": "use_karras_sigmas", "exponential": "use_exponential_sigmas", "beta": "use_beta_sigmas",
-                "lu": "use_lu_lambdas"}
+_RESPACED_BY = {
+    "karras": "use_karras_sigmas",
+    "exponential": "use_exponential_sigmas",
+    "beta": "use_beta_sigmas",
+    "lu": "use_lu_lambdas",
+}
 _DEFAULT_SPACED = ("leading", "linspace", "trailing")
 
 
@@ -301,9 +352,7 @@ def compile_compat(
             raise UnknownNameError(f"option of {sampler.name} with compat='diffusers'", key, accepted)
     if schedule is not None:
         steps, timesteps = _apply_schedule(config, kind, schedule, steps, timesteps, sampler)
-    return program_from_diffusers(
-        config, steps=steps, timesteps=timesteps, sigmas=sigmas, start=start, **step_options
-    )
+    return program_from_diffusers(config, steps=steps, timesteps=timesteps, sigmas=sigmas, start=start, **step_options)
 
 
 def scheduler_config(sampler: Sampler, noise: NoiseSchedule) -> dict[str, Any]:

@@ -82,7 +82,8 @@ def chain(levels: Sequence[Level], start: int, tables: Tables) -> Path:
 def check_start(start: int, total: int) -> None:
     if start >= total:
         raise ArgumentError(
-            f"start={start} leaves none of the {total} steps", expected=f"at most {total - 1}",
+            f"start={start} leaves none of the {total} steps",
+            expected=f"at most {total - 1}",
             remedy="Use a higher strength or more steps.",
         )
 

@@ -208,7 +208,8 @@ def _spaced(spacing: Spacing, axis: Axis, steps: int, layout: dict[str, Any]) ->
     if spacing.timesteps is not None:
         if spacing.name == "lcm" and steps > int(own.get("original_steps", 50)):
             raise ArgumentError(
-                f"steps={steps} under the lcm spacing", expected=f"at most its {own.get('original_steps', 50)} steps",
+                f"steps={steps} under the lcm spacing",
+                expected=f"at most its {own.get('original_steps', 50)} steps",
                 remedy="Use fewer steps, original_steps=..., or schedule='trailing'.",
             )
         levels = [axis.at_timestep(float(t)) for t in spacing.timesteps(len(axis.noise), steps, **own)]
@@ -289,7 +290,8 @@ def _path(levels: Sequence[Level], axis: Axis, start: int) -> Path:
     total = len(levels) - 1
     if start >= total:
         raise ArgumentError(
-            f"start={start} leaves none of the {total} steps", expected=f"at most {total - 1}",
+            f"start={start} leaves none of the {total} steps",
+            expected=f"at most {total - 1}",
             remedy="Use a higher strength or more steps.",
         )
     top = max(axis.sigma_max, levels[0].sigma)

@@ -109,8 +109,10 @@ _WANTED: dict[str, tuple[tuple[str, ...], str]] = {
     "lcm": (("lcm",), "consistency-distilled for LCM's multistep sampling"),
     "tcd": (("tcd",), "consistency-distilled for TCD's strategic sampling"),
     "turbo": (("euler_ancestral", "euler"), "distilled adversarially for Euler steps from trailing timesteps"),
-    "lightning": (("euler", "dpmpp_1m", "dpmpp_1s", "ddim", "deis_1"), "distilled for first-order steps from trailing "
-                  "timesteps"),
+    "lightning": (
+        ("euler", "dpmpp_1m", "dpmpp_1s", "ddim", "deis_1"),
+        "distilled for first-order steps from trailing timesteps",
+    ),
     "hyper": (("ddim", "euler", "tcd", "lcm", "dpmpp_1m", "dpmpp_1s", "deis_1"), "distilled for first-order steps"),
 }
 

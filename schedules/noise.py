@@ -67,9 +67,14 @@ class NoiseSchedule:
         Raises UnsupportedError for flow matching and for beta schedules that no supported scheduler has, CorruptError
         for betas that are no numbers.
         """
-        if config.get("use_flow_sigmas") or "shift_terminal" in config or config.get("prediction_type") in (
-            "flow_prediction",
-            "flow",
+        if (
+            config.get("use_flow_sigmas")
+            or "shift_terminal" in config
+            or config.get("prediction_type")
+            in (
+                "flow_prediction",
+                "flow",
+            )
         ):
             raise UnsupportedError(
                 "a flow-matching scheduler config", expected="a DDPM-style noise schedule (SD 1.x, 2.x, SDXL)"

@@ -57,8 +57,13 @@ def test_zero_terminal_snr_with_epsilon_suits_nothing_that_starts_at_the_top() -
 
 @pytest.mark.parametrize(
     ("family", "suits", "not_suits"),
-    [("lcm", "lcm", "euler"), ("tcd", "tcd", "lcm"), ("turbo", "euler_ancestral", "dpmpp_2m"),
-     ("lightning", "euler", "unipc_2"), ("hyper", "ddim", "dpmpp_3m")],
+    [
+        ("lcm", "lcm", "euler"),
+        ("tcd", "tcd", "lcm"),
+        ("turbo", "euler_ancestral", "dpmpp_2m"),
+        ("lightning", "euler", "unipc_2"),
+        ("hyper", "ddim", "dpmpp_3m"),
+    ],
 )
 def test_distilled_checkpoints_want_their_own(family: str, suits: str, not_suits: str) -> None:
     verdicts = {v.sampler: v for v in listing.samplers_for(NOISE, family=family)}
