@@ -23,7 +23,7 @@ from .conditioning import Sizes, size_and_crop
 from .fit import Pictures, fit_pictures, open_pictures, size_of
 from .inpaint import check_mask_for
 from .programs import choose_program
-from .seeds import Gaussians, make_generator
+from .seeds import Gaussians, check_seed_device
 from .text import Float32
 from .wording import Wording, as_float32, read_wording
 
@@ -118,7 +118,7 @@ def make_request(
     width, height = check_size(bundle, call.size or own or default_size or (defaults.width, defaults.height))
     guidance = check_real("guidance", defaults.guidance if call.guidance is None else call.guidance, 0.0, 1000.0)
     wording, seeds = _images(bundle, call, len(opened[0]))
-    make_generator(seeds[0], call.seed_device)  # refuses devices that do not exist
+    check_seed_device(call.seed_device)
     pictures = fit_pictures(bundle, call, opened, width, height)
     sampler, schedule = call.sampler, call.schedule
     if sampler is None:

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+from numpy.random.bit_generator import ISeedSequence
 
 from ..errors import UnknownNameError
 from .checks import check_integer
@@ -29,6 +30,16 @@ class Gaussians(Protocol):
     def randn(self, shape: tuple[int, ...]) -> Float32: ...
 
 
+class _Unseeded(ISeedSequence):
+    """Nothing: NumPy would gather entropy for a state that is overwritten at once, which takes longer than the draw."""
+
+    def generate_state(self, n_words: int, dtype: npt.DTypeLike = np.uint32) -> npt.NDArray[np.uint32]:
+        return np.zeros(n_words, dtype)
+
+
+_UNSEEDED = _Unseeded()
+
+
 class TorchCpuGenerator:
     """`torch.Generator("cpu").manual_seed(seed)`: successive `randn` calls continue one stream.
 
@@ -38,7 +49,7 @@ class TorchCpuGenerator:
     def __init__(self, seed: int) -> None:
         check_seed(seed)
         self.seed = seed
-        self._bits = np.random.MT19937()
+        self._bits = np.random.MT19937(_UNSEEDED)
         self._bits._legacy_seeding(seed & 0xFFFFFFFF)
         self._spare: float | None = None
 
@@ -166,17 +177,22 @@ class RequestNoise:
 
 
 def make_generator(seed: int, device: str = "cpu") -> Gaussians:
-    """The generator of a seed as torch has it on a device: `"cpu"`, `"cuda"`, or `"cuda:43008"`.
+    """The generator of a seed as torch has it on a device; see `check_seed_device`."""
+    threads = check_seed_device(device)
+    return TorchCpuGenerator(seed) if threads is None else TorchCudaGenerator(seed, threads=threads)
 
-    The number is what a GPU runs of threads at once, which large draws depend on; an A100's without one.
+
+def check_seed_device(device: str) -> int | None:
+    """The threads that a seed's GPU runs at once, which large draws depend on; `None` for the CPU.
+
+    Devices are `"cpu"`, `"cuda"` (an A100's threads) and `"cuda:43008"`. Raises `UnknownNameError` for others.
     """
     if device == "cpu":
-        return TorchCpuGenerator(seed)
+        return None
     kind, _, threads = str(device).partition(":")
     if kind != "cuda" or (threads and not threads.isdigit()):
         raise UnknownNameError("seed device", str(device), ("cpu", "cuda", "cuda:THREADS"))
-    count = check_integer("threads", int(threads), 256, 2**31) if threads else THREADS
-    return TorchCudaGenerator(seed, threads=count)
+    return check_integer("threads", int(threads), 256, 2**31) if threads else THREADS
 
 
 def request_noise(
