@@ -22,12 +22,13 @@ from .ort import OrtEngine, engine_stream, import_onnxruntime, open_session
 from .ort_float16 import convert_saved
 from .ort_openvino import PRECISION_HINTS, OpenVinoEngine, rewrite_for_openvino
 from .ort_rewrite import rewrite_for_cpu
+from .profile import profiles_for
 from .registry import BuildJob, OpenJob
 from .weights import check_data, check_graph, check_weights, read_weights
 
 INLINE_BYTES = 1_500_000_000
 FUSING = ("extended", "all")
-REWRITING = {"ort-cpu": 2, "ort-openvino": 2, "ort-openvino-bf16": 3, "ort-cuda": 1}
+REWRITING = {"ort-cpu": 3, "ort-openvino": 2, "ort-openvino-bf16": 3, "ort-cuda": 1}
 
 
 class OrtBackend:
@@ -83,7 +84,7 @@ class OrtBackend:
 
         graph, rewritten = source.read_bytes(), dict[str, int]()
         if self.name == "ort-cpu":
-            graph, rewritten = rewrite_for_cpu(graph)
+            graph, rewritten = rewrite_for_cpu(graph, profiles_for(job.bundle)[job.name][0].optimum)
         finished = threading.Event()
         try:
             session = open_session(

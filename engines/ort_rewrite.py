@@ -1,13 +1,16 @@
 """Forms of operators for which ONNX Runtime's CPU provider has its fastest kernels, put in before it optimises a graph.
 
-Attention over [B, heads, S, D] between transposes becomes `MultiHeadAttention` over [B, S, heads * D], whose kernel
-keeps a block of scores in the cache (Dao et al. 2022) where the other writes all S x S of them to memory.
+Attention over [B, heads, S, D] between transposes becomes attention over [B, S, heads * D]. The runtime has two:
+`MultiHeadAttention` keeps a block of scores in the cache (Dao et al. 2022), where ONNX's own operator writes all S x S
+to memory, which is faster while these are few.
 
 GroupNormalization has no kernel: the runtime inlines its definition, some twenty nodes. A group is an instance once the
 activation is seen as [B, groups, rest], so it becomes y = scale * InstanceNormalization(x) + bias with scale and bias
-by channel (Wu and He 2018, 3.1).
+by channel (Wu and He 2018, 3.1): a Mul and an Add on all threads, or for small ones BatchNormalization with mean 0 and
+variance 1, which is one pass on one thread.
 
-Shapes of Reshape that are computed at each run become constants, where 0 (the input's own) and -1 can say them.
+Shapes of Reshape that are computed at each run become constants, where 0 (the input's own) and -1 can say them, or are
+read from a feature map that has them.
 """
 
 from __future__ import annotations
@@ -16,27 +19,39 @@ import struct
 from collections.abc import Mapping
 
 from .onnx_bytes import FLOAT, Graph, Node, read_graph, users_of
+from .ort_merge import ONNX, drop_unused, makers_of, merge_products, merge_projections, split_gates
+from .symbolic import count_elements
 
 CONTRIB = "com.microsoft"
-_ONNX = ("", "ai.onnx")
+SMALL = 1 << 18
+"""Elements of an activation up to which one pass on one thread is faster than two passes on all."""
 _HEADS_FIRST = [0, 2, 1, 3]
 
 
-def rewrite_for_cpu(model: bytes) -> tuple[bytes, dict[str, int]]:
-    """The model in these forms, and how many operators took each. Raises `CorruptError`."""
+def rewrite_for_cpu(model: bytes, dims: Mapping[str, int] | None = None) -> tuple[bytes, dict[str, int]]:
+    """The model in these forms, and how many operators took each; `dims` are the sizes that it runs at most often.
+
+    Raises `CorruptError`.
+    """
     graph = read_graph(model)
     counts = {
-        "MultiHeadAttention": fuse_attention(graph),
-        "InstanceNormalization": replace_group_norms(graph),
+        "Attention": fuse_attention(graph, dims),
+        "InstanceNormalization": replace_group_norms(graph, dims),
         "Reshape": fix_reshapes(graph),
+        "gated units": split_gates(graph),
+        "merged": merge_products(graph) + merge_projections(graph),
+        "unused": drop_unused(graph),
     }
     return (graph.to_bytes() if any(counts.values()) else model), counts
 
 
-def fuse_attention(graph: Graph) -> int:
-    """Put `MultiHeadAttention` in place of Attention without a mask and the transposes round it; returns how many."""
-    makers = {o: n for n in graph.nodes for o in n.outputs}
-    users = users_of(graph.nodes)
+def fuse_attention(graph: Graph, dims: Mapping[str, int] | None = None) -> int:
+    """Put attention that splits heads itself in place of Attention and the transposes round it; returns how many.
+
+    Where all scores have at most `SMALL` elements, when dimensions are `dims`, it is ONNX's own in its form of rank 3;
+    elsewhere `MultiHeadAttention`, which knows no mask of this kind.
+    """
+    makers, users = makers_of(graph.nodes), users_of(graph.nodes)
     made: dict[int, Node] = {}
     dropped: set[int] = set()
     for node in graph.nodes:
@@ -50,12 +65,18 @@ def fuse_attention(graph: Graph) -> int:
             continue
         if graph.shapes.get(last.outputs[0], ())[2:] != (heads * width,):
             continue
-        attributes: dict[str, float | int | list[int]] = {"num_heads": heads}
+        rows, near, far = (*graph.shapes[node.inputs[0]][::2][:2], graph.shapes[node.inputs[1]][2])
+        scores = count_elements((rows, heads, near, far), dims) if dims else None
+        small = scores is not None and scores <= SMALL
+        if len(sources) > 3 and not small:
+            continue
+        names = ("q_num_heads", "kv_num_heads") if small else ("num_heads",)
+        attributes: dict[str, float | int | list[int]] = dict.fromkeys(names, heads)
         if "scale" in node.attributes:
             attributes["scale"] = node.attributes["scale"]
         made[id(last)] = Node(
-            operator="MultiHeadAttention",
-            domain=CONTRIB,
+            operator="Attention" if small else "MultiHeadAttention",
+            domain="" if small else CONTRIB,
             inputs=sources,
             outputs=list(last.outputs),
             attributes=attributes,
@@ -68,13 +89,13 @@ def fuse_attention(graph: Graph) -> int:
 
 
 def _attention_sources(node: Node, makers: Mapping[str, Node], graph: Graph) -> list[str] | None:
-    """Query, key and value as [B, S, heads * D], where a plain Attention got them split and transposed."""
-    if node.operator != "Attention" or node.domain not in _ONNX or len(node.inputs) != 3 or len(node.outputs) != 1:
+    """Query, key and value as [B, S, heads * D], where Attention got them split and transposed, and the mask if any."""
+    if node.operator != "Attention" or node.domain not in ONNX or len(node.outputs) != 1:
         return None
-    if node.attributes.get("is_causal") or node.attributes.get("softcap"):
+    if len(node.inputs) not in (3, 4) or node.attributes.get("is_causal") or node.attributes.get("softcap"):
         return None
     found = []
-    for name in node.inputs:
+    for name in node.inputs[:3]:
         transpose = makers.get(name)
         reshape = makers.get(transpose.inputs[0]) if transpose is not None else None
         if transpose is None or reshape is None or len(graph.shapes.get(name, ())) != 4:
@@ -85,7 +106,7 @@ def _attention_sources(node: Node, makers: Mapping[str, Node], graph: Graph) -> 
         if reshape.operator != "Reshape" or len(whole) != 3 or whole[2] != _product(shape[1], shape[3]):
             return None
         found.append(reshape.inputs[0])
-    return found
+    return found + node.inputs[3:]
 
 
 def _only_user(name: str, users: Mapping[str, list[Node]], graph: Graph, operator: str) -> Node | None:
@@ -96,21 +117,25 @@ def _only_user(name: str, users: Mapping[str, list[Node]], graph: Graph, operato
     return found[0]
 
 
-def replace_group_norms(graph: Graph) -> int:
-    """Put `InstanceNormalization` of the groups in place of each GroupNormalization; returns how many there were."""
+def replace_group_norms(graph: Graph, dims: Mapping[str, int] | None = None) -> int:
+    """Put `InstanceNormalization` of the groups in place of each GroupNormalization; returns how many there were.
+
+    What has at most `SMALL` elements where dimensions are `dims` gets its scale and bias from BatchNormalization.
+    """
     nodes: list[Node] = []
     count = 0
     for node in graph.nodes:
-        made = _group_norm(node, graph, f"groupnorm_{count}_")
+        size = count_elements(graph.shapes.get(node.inputs[0]) or (None,), dims) if dims and node.inputs else None
+        made = _group_norm(node, graph, f"groupnorm_{count}_", small=size is not None and size <= SMALL)
         nodes += made or [node]
         count += bool(made)
     graph.nodes = nodes
     return count
 
 
-def _group_norm(node: Node, graph: Graph, prefix: str) -> list[Node]:
+def _group_norm(node: Node, graph: Graph, prefix: str, *, small: bool) -> list[Node]:
     """The nodes of one normalisation; none for another operator, another type, or unknown shapes."""
-    if node.operator != "GroupNormalization" or node.domain not in _ONNX or len(node.inputs) != 3:
+    if node.operator != "GroupNormalization" or node.domain not in ONNX or len(node.inputs) != 3:
         return []
     x, scale, bias = node.inputs
     channels = graph.constants.get(scale, ())
@@ -124,9 +149,7 @@ def _group_norm(node: Node, graph: Graph, prefix: str) -> list[Node]:
     rest = [0] * (rank - 3)
     split = graph.add_integers(f"groupnorm_split_{groups}_{rank}", [0, groups, -1, *rest])
     joined = graph.add_integers(f"groupnorm_joined_{channels[0]}_{rank}", [0, channels[0], -1, *rest])
-    affine = graph.add_integers(f"groupnorm_affine_{rank}", [-1] + [1] * (rank - 2))
-    ones = graph.add_constant(f"groupnorm_ones_{groups}", FLOAT, [groups], struct.pack("<f", 1.0) * groups)
-    zeros = graph.add_constant(f"groupnorm_zeros_{groups}", FLOAT, [groups], bytes(4 * groups))
+    ones, zeros = (_filled(graph, groups, value) for value in (1.0, 0.0))
 
     def made(operator: str, inputs: list[str], output: str, **attributes: float) -> Node:
         return Node(operator=operator, inputs=inputs, outputs=[output], attributes=dict(attributes))
@@ -135,30 +158,68 @@ def _group_norm(node: Node, graph: Graph, prefix: str) -> list[Node]:
         made("Reshape", [x, split], prefix + "groups"),
         made("InstanceNormalization", [prefix + "groups", ones, zeros], prefix + "normal", epsilon=epsilon),
         made("Reshape", [prefix + "normal", joined], prefix + "joined"),
-        made("Reshape", [scale, affine], prefix + "scale"),
-        made("Reshape", [bias, affine], prefix + "bias"),
-        made("Mul", [prefix + "joined", prefix + "scale"], prefix + "scaled"),
-        made("Add", [prefix + "scaled", prefix + "bias"], node.outputs[0] if known else prefix + "moved"),
     ]
+    output = node.outputs[0] if known else prefix + "moved"
+    if small:
+        mean, variance = (_filled(graph, channels[0], value) for value in (0.0, 1.0))
+        result.append(made("BatchNormalization", [prefix + "joined", scale, bias, mean, variance], output, epsilon=0.0))
+    else:
+        affine = graph.add_integers(f"groupnorm_affine_{rank}", [-1] + [1] * (rank - 2))
+        result += [
+            made("Reshape", [scale, affine], prefix + "scale"),
+            made("Reshape", [bias, affine], prefix + "bias"),
+            made("Mul", [prefix + "joined", prefix + "scale"], prefix + "scaled"),
+            made("Add", [prefix + "scaled", prefix + "bias"], output),
+        ]
     if not known:
         result.append(made("Shape", [x], prefix + "shape"))
         result.append(made("Reshape", [prefix + "moved", prefix + "shape"], node.outputs[0]))
     return result
 
 
+def _filled(graph: Graph, count: int, value: float) -> str:
+    return graph.add_constant(f"{count}_times_{value:g}", FLOAT, [count], struct.pack("<f", value) * count)
+
+
 def fix_reshapes(graph: Graph) -> int:
-    """Give every Reshape that allows it a constant shape; what computed the shape falls away. Returns how many."""
+    """Give every Reshape that allows it a constant shape, or that of a feature map; returns how many took one.
+
+    What computed the shape falls away.
+    """
+    nodes: list[Node] = []
+    maps: dict[tuple[int | str | None, ...], str] = {}
+    makers = makers_of(graph.nodes)
     count = 0
-    for index, node in enumerate(graph.nodes):
-        if node.operator != "Reshape" or node.domain not in _ONNX or node.inputs[1] in graph.constants:
+    for node in graph.nodes:
+        if node.operator == "InstanceNormalization" and (grouped := makers.get(node.inputs[0])) is not None:
+            maps.setdefault(graph.shapes.get(grouped.inputs[0], ()), grouped.inputs[0])
+        if node.operator != "Reshape" or node.domain not in ONNX or node.inputs[1] in graph.constants:
+            nodes.append(node)
             continue
-        target = _constant_target(graph.shapes.get(node.inputs[0]), graph.shapes.get(node.outputs[0]))
-        if target is None:
+        wanted = graph.shapes.get(node.outputs[0])
+        target = _constant_target(graph.shapes.get(node.inputs[0]), wanted)
+        name = None if target is None else graph.add_integers("reshape_to_" + "_".join(map(str, target)), target)
+        if name is None and wanted is not None and len(wanted) == 4 and None not in wanted:
+            name = _shape_of(maps.get((wanted[0], wanted[3], wanted[1], wanted[2])), nodes, graph)
+        if name is None:
+            nodes.append(node)
             continue
-        name = graph.add_integers("reshape_to_" + "_".join(map(str, target)), target)
-        graph.nodes[index] = Node(operator="Reshape", inputs=[node.inputs[0], name], outputs=list(node.outputs))
+        nodes.append(Node(operator="Reshape", inputs=[node.inputs[0], name], outputs=list(node.outputs)))
         count += 1
+    graph.nodes = nodes
     return count
+
+
+def _shape_of(found: str | None, nodes: list[Node], graph: Graph) -> str | None:
+    """The shape [B, H, W, C] of a feature map [B, C, H, W], which Reshape gives to tokens; `None` for no map."""
+    if found is None:
+        return None
+    name = f"{found}_channels_last"
+    if not any(name in n.outputs for n in nodes):
+        order = graph.add_integers("channels_last", [0, 2, 3, 1])
+        nodes.append(Node(operator="Shape", inputs=[found], outputs=[f"{found}_shape"]))
+        nodes.append(Node(operator="Gather", inputs=[f"{found}_shape", order], outputs=[name]))
+    return name
 
 
 def _constant_target(

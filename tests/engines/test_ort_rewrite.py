@@ -4,50 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from fewstep.engines.accounting import count_operators
 from fewstep.engines.onnx_bytes import read_graph
 from fewstep.engines.ort_rewrite import rewrite_for_cpu
 from fewstep.errors import CorruptError
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
-
-Shape = list[int | str]
-
-
-def model(
-    nodes: list[onnx.NodeProto],
-    inputs: dict[str, Shape],
-    output: Shape,
-    constants: dict[str, np.ndarray],
-    **between: Shape,
-) -> bytes:
-    """A graph with the one output `y`; `between` are the shapes of tensors inside it."""
-
-    def values(shapes: dict[str, Shape]) -> list[onnx.ValueInfoProto]:
-        return [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in shapes.items()]
-
-    graph = helper.make_graph(
-        nodes,
-        "rewritten",
-        values(inputs),
-        values({"y": output}),
-        [numpy_helper.from_array(v, n) for n, v in constants.items()],
-        value_info=values(between),
-    )
-    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
-    onnx.checker.check_model(made, full_check=True)
-    return bytes(made.SerializeToString())
-
-
-def run(graph: bytes, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
-    return np.asarray(session.run(None, inputs)[0])
-
-
-def noise(*shape: int, seed: int = 1) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+from small_graph import Shape, model, noise, run
 
 
 @pytest.mark.parametrize("shape", [(2, 12, 5, 3), (2, 12, 7)], ids=["an image", "a sequence"])
@@ -69,6 +33,20 @@ def test_group_norm_is_what_onnx_defines(shape: tuple[int, ...], known: bool) ->
     np.testing.assert_allclose(run(rewritten, {"x": x}), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("side", [8, 512], ids=["small", "large"])
+def test_a_small_group_norm_gets_scale_and_bias_in_one_pass(side: int) -> None:
+    symbols: Shape = ["rows", 12, "2*side", "(((side - 1)//2)) + 1"]
+    nodes = [helper.make_node("GroupNormalization", ["x", "scale", "bias"], ["y"], num_groups=3, epsilon=1e-3)]
+    constants = {"scale": noise(12, seed=2), "bias": noise(12, seed=3)}
+    graph = model(nodes, {"x": symbols}, symbols, constants)
+    rewritten, _ = rewrite_for_cpu(graph, {"rows": 1, "side": side})
+    found = count_operators(rewritten)
+    assert (found["BatchNormalization"], found["Mul"]) == ((1, 0) if side == 8 else (0, 1))
+    x = noise(2, 12, 16, 4)
+    expected = ReferenceEvaluator(onnx.load_model_from_string(graph)).run(None, {"x": x})[0]
+    np.testing.assert_allclose(run(rewritten, {"x": x}), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_group_norm_in_half_precision_is_left_alone() -> None:
     node = helper.make_node
     nodes = [
@@ -86,7 +64,7 @@ def test_group_norm_in_half_precision_is_left_alone() -> None:
 
 
 def attention(
-    perm: tuple[int, ...] = (0, 2, 1, 3), second_user: bool = False, **attributes: float
+    perm: tuple[int, ...] = (0, 2, 1, 3), second_user: bool = False, masked: bool = False, **attributes: float
 ) -> tuple[bytes, dict[str, np.ndarray]]:
     """Attention of two heads between reshapes and transposes, as our exporter writes it; more keys than queries."""
     node = helper.make_node
@@ -95,7 +73,7 @@ def attention(
         nodes.append(node("Reshape", [name, "split"], [f"{name}4"]))
         nodes.append(node("Transpose", [f"{name}4"], [f"{name}t"], perm=perm))
     nodes += [
-        node("Attention", ["qt", "kt", "vt"], ["a"], **attributes),
+        node("Attention", ["qt", "kt", "vt", *(["mask"] if masked else [])], ["a"], **attributes),
         node("Transpose", ["a"], ["at"], perm=perm),
         node("Reshape", ["at", "joined"], ["joined_a"]),
         node("Add", ["joined_a", "at_sum"], ["y"]) if second_user else node("Identity", ["joined_a"], ["y"]),
@@ -106,6 +84,8 @@ def attention(
     if perm != (0, 2, 1, 3):
         heads_first = {n: [s[0], *s[2:0:-1], s[3]] for n, s in heads_first.items()}
     constants = {"split": np.array([0, 0, 2, 4]), "joined": np.array([0, 0, 8])}
+    if masked:
+        constants["mask"] = np.tri(5, 7, 1, dtype=bool)[None, None]
     inputs: dict[str, Shape] = {"q": ["rows", "near", 8], "k": ["rows", "far", 8], "v": ["rows", "far", 8]}
     shapes: dict[str, Shape] = {**heads_first, "joined_a": ["rows", "near", 8]}
     graph = model(nodes, inputs, ["rows", "near", 8], constants, **shapes)
@@ -116,18 +96,38 @@ def attention(
 def test_attention_between_transposes_is_one_operator(attributes: dict[str, float]) -> None:
     graph, inputs = attention(**attributes)
     rewritten, counts = rewrite_for_cpu(graph)
-    assert counts["MultiHeadAttention"] == 1
+    assert counts["Attention"] == 1
     assert not {"Attention"} & count_operators(rewritten).keys()
     np.testing.assert_allclose(run(rewritten, inputs), run(graph, inputs), rtol=1e-5, atol=1e-6)
     if attributes:  # the scale must have mattered
         assert np.abs(run(rewritten, inputs) - run(rewrite_for_cpu(attention()[0])[0], inputs)).max() > 1e-3
 
 
+@pytest.mark.parametrize("form", [{}, {"scale": 0.9}, {"masked": True}], ids=["plain", "scaled", "masked"])
+def test_attention_with_few_scores_stays_onnx_own(form: dict[str, float]) -> None:
+    graph, inputs = attention(**form)  # type: ignore[arg-type]
+    rewritten, counts = rewrite_for_cpu(graph, {"rows": 1, "near": 5, "far": 7})
+    assert counts["Attention"] == 1
+    found = count_operators(rewritten)
+    assert (found["Attention"], found["Transpose"]) == (1, 0)
+    np.testing.assert_allclose(run(rewritten, inputs), run(graph, inputs), rtol=1e-5, atol=1e-6)
+    if form:  # scale and mask must have mattered
+        assert np.abs(run(rewritten, inputs) - run(rewrite_for_cpu(attention()[0])[0], inputs)).max() > 1e-3
+
+
+@pytest.mark.parametrize("form", [{}, {"masked": True}], ids=["plain", "masked"])
+def test_attention_with_many_scores_is_done_by_blocks_unless_masked(form: dict[str, bool]) -> None:
+    graph, _ = attention(**form)  # type: ignore[arg-type]
+    rewritten, counts = rewrite_for_cpu(graph, {"rows": 1, "near": 1024, "far": 1024})
+    assert counts["Attention"] == (0 if form else 1)
+    assert count_operators(rewritten)["MultiHeadAttention"] == (0 if form else 1)
+
+
 @pytest.mark.parametrize("changed", [{"is_causal": 1}, {"softcap": 2.0}, {"second_user": True}], ids=str)
 def test_attention_of_another_form_stays(changed: dict[str, float]) -> None:
     graph, _ = attention(**changed)  # type: ignore[arg-type]
     rewritten, counts = rewrite_for_cpu(graph)
-    assert counts["MultiHeadAttention"] == 0
+    assert counts["Attention"] == 0
     assert count_operators(rewritten)["Attention"] == 1
 
 
@@ -145,6 +145,30 @@ def test_a_computed_shape_becomes_constant_where_the_symbols_say_it() -> None:
     assert read_graph(rewritten).constants[target] == (3,)
     x = noise(5, 6)
     np.testing.assert_array_equal(run(rewritten, {"x": x}), x.reshape(5, 2, 3))
+
+
+def test_tokens_take_their_shape_from_the_feature_map_they_came_from() -> None:
+    node = helper.make_node
+    feature: Shape = ["rows", 6, "height", "width"]
+    nodes = [
+        node("GroupNormalization", ["x", "ones", "zeros"], ["normal"], num_groups=2),
+        node("Transpose", ["normal"], ["last"], perm=[0, 2, 3, 1]),
+        node("Reshape", ["last", "flat"], ["tokens"]),
+        node("Exp", ["tokens"], ["more"]),
+        *(node("Shape", ["x"], [f"s{i}"], start=i, end=i + 1) for i in (0, 2, 3)),
+        node("Concat", ["s0", "s2", "s3", "channels"], ["target"], axis=0),
+        node("Reshape", ["more", "target"], ["y"]),
+    ]
+    constants = {"flat": np.array([0, -1, 6]), "channels": np.array([6])}
+    constants |= {"ones": np.ones(6, np.float32), "zeros": np.zeros(6, np.float32)}
+    last: Shape = ["rows", "height", "width", 6]
+    tokens: Shape = ["rows", "height*width", 6]
+    graph = model(nodes, {"x": feature}, last, constants, normal=feature, last=last, tokens=tokens, more=tokens)
+    rewritten, counts = rewrite_for_cpu(graph)
+    assert counts["Reshape"] == 1
+    assert count_operators(rewritten)["Concat"] == 0
+    x = noise(2, 6, 3, 5)
+    np.testing.assert_allclose(run(rewritten, {"x": x}), run(graph, {"x": x}), rtol=1e-5, atol=1e-5)
 
 
 def test_a_shape_of_two_unknowns_stays_computed() -> None:
