@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from numpy.random.bit_generator import ISeedSequence
 
 from ..errors import UnknownNameError
 from .checks import check_integer
@@ -30,14 +29,14 @@ class Gaussians(Protocol):
     def randn(self, shape: tuple[int, ...]) -> Float32: ...
 
 
-class _Unseeded(ISeedSequence):
+class _Unseeded(np.random.SeedSequence):
     """Nothing: NumPy would gather entropy for a state that is overwritten at once, which takes longer than the draw."""
 
-    def generate_state(self, n_words: int, dtype: npt.DTypeLike = np.uint32) -> npt.NDArray[np.uint32]:
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> npt.NDArray[Any]:
         return np.zeros(n_words, dtype)
 
 
-_UNSEEDED = _Unseeded()
+_UNSEEDED = _Unseeded(0)
 
 
 class TorchCpuGenerator:
