@@ -38,7 +38,7 @@ bench: $(FULL) bench-peers
 SD15 := build/bench/sd15
 SD15_PEERS := diffusers,compile,openvino
 SD15_BENCH := $(BIN)/fewstep bench $(SD15)/bundle --checkpoint $(SD15)/model --size 512x512 --guidance 0 \
-	--against $(SD15_PEERS) --backend ort-openvino --warm-up 1 --lead-in 0
+	--against $(SD15_PEERS) --backend ort-cpu --warm-up 1 --lead-in 0
 bench-sd15: $(FULL) $(SD15)/.built
 	$(SD15_BENCH) --unet --also ort-openvino-bf16 --precision float32,bfloat16 --peers-at-once 1 --repeat 5 \
 		--output $(RESULTS)/sd15-unet-cpu.json
@@ -49,8 +49,7 @@ bench-sd15-request: $(FULL) $(SD15)/.built
 	$(SD15_BENCH) --steps 4 --peers-at-once 1 --repeat 2 --cold 0 --output $(RESULTS)/sd15-request-cpu.json
 
 $(SD15)/.built: $(SD15)/bundle/bundle.json | bench-peers
-	$(BIN)/fewstep build $(SD15)/bundle --backend ort-cpu --component unet
-	build/bench/fewstep-openvino/bin/fewstep build $(SD15)/bundle --backend ort-openvino
+	$(BIN)/fewstep build $(SD15)/bundle --backend ort-cpu
 	build/bench/fewstep-openvino/bin/fewstep build $(SD15)/bundle --backend ort-openvino-bf16
 	@touch $@
 

@@ -2,10 +2,14 @@
 
 Workers live as long as the run; only the one that was asked computes. Where all of them do not fit into memory
 together, fewstep meets some of its peers at a time (`peers_at_once`), and each meeting has rounds of its own.
+
+Before and after each round a probe tells how many cores the machine gives. Figures are of all rounds, and once more of
+those alone in which it gave all.
 """
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,19 +21,15 @@ from typing import Any
 import numpy as np
 
 from ..errors import FewstepError
-from .summary import (
-    fixed_and_per_step,
-    percentiles,
-    psnr,
-    ratio_of_medians,
-    relative_error,
-    stage_percentiles,
-)
+from .probe import CoreProbe
+from .report import make_report
 from .workers import CONTENDERS, Worker, contender
 
 Say = Callable[[str], None]
 OURS = "fewstep"
 SLOW_START_MS = 20_000.0
+ALL_CORES = 0.85
+"""The share of its threads that a round needs to count as one with all cores."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,27 +84,29 @@ def run(plan: Plan, say: Say) -> dict[str, Any]:
     if plan.peers_at_once and peers:
         size = plan.peers_at_once
         meetings = [[*plan.variants, *peers[i : i + size]] for i in range(0, len(peers), size)]
-    rounds: list[tuple[list[str], dict[str, Samples]]] = []
+    met = []
     for meeting in meetings:
         with tempfile.TemporaryDirectory() as folder:
-            rounds.append((meeting, _Meeting(plan, meeting, Path(folder), say).run()))
+            met.append(Meeting(plan, meeting, Path(folder), say))
+            met[-1].run()
     _cold_starts(plan, names, found, say)
-    for _, part in rounds:
-        for name, samples in part.items():
+    for part in met:
+        for name, samples in part.found.items():
             _merge(found[name], samples)
-    return _report(plan, found, rounds)
+    return make_report(plan, found, met)
 
 
 def _label(peer: str, precision: str) -> str:
     return peer if precision == "float32" else f"{peer} {precision}"
 
 
-class _Meeting:
+class Meeting:
     """Workers that take turns. One that fails is out, with its error in its samples."""
 
     def __init__(self, plan: Plan, names: Sequence[str], folder: Path, say: Say) -> None:
         self.plan, self.say = plan, say
         self.found = {n: Samples() for n in names}
+        self.cores: dict[int, list[float]] = {}
         self._saved = {n: str(folder / f"{i}.npy") for i, n in enumerate(names)}
         self._inputs = folder / "inputs.npz"
         self._workers: dict[str, Worker] = {}
@@ -112,20 +114,26 @@ class _Meeting:
             arrays: dict[str, Any] = dict(_unet_inputs(plan.unet))
             np.savez(self._inputs, **arrays)
 
-    def run(self) -> dict[str, Samples]:
-        """Start the workers, warm them, and measure; returns the samples by contender."""
+    def run(self) -> None:
+        """Start the workers, warm them, and measure: `found` are samples by contender, `cores` what each round had."""
+        probe = CoreProbe(self.plan.load["threads"] or os.cpu_count() or 1)
         try:
             for name in self.found:
                 self._load(name)
             for steps in self.plan.steps:
-                self._rounds(steps)
+                self._rounds(steps, probe)
             for name in self._workers:
                 if Path(self._saved[name]).is_file():
                     self.found[name].output = np.load(self._saved[name])
         finally:
+            probe.close()
             for worker in self._workers.values():
                 worker.close()
-        return self.found
+
+    def all_cores(self, steps: int) -> list[bool]:
+        """By round, whether the machine gave all cores before it and after it."""
+        threads = self.plan.load["threads"] or os.cpu_count() or 1
+        return [cores >= ALL_CORES * threads for cores in self.cores.get(steps, ())]
 
     def _load(self, name: str) -> None:
         try:
@@ -140,12 +148,13 @@ class _Meeting:
             samples.versions, samples.facts = answer["versions"], answer["facts"]
             self.say(f"{name}: loaded in {answer['load_ms']:.0f} ms")
 
-    def _rounds(self, steps: int) -> None:
+    def _rounds(self, steps: int, probe: CoreProbe) -> None:
         question = _question(self.plan, steps, self._inputs)
         for name in list(self._workers):
             for _ in range(max(1, self.plan.warm_up)):
                 self._ask(name, **question, save=self._saved[name])
         for turn in range(self.plan.repeat):
+            before = probe.cores()
             for name in _rotated(list(self._workers), turn):
                 for _ in range(self.plan.lead_in):
                     self._ask(name, **question)
@@ -156,6 +165,7 @@ class _Meeting:
                     samples.cpu.setdefault(steps, []).append(answer["cpu_ms"])
                     samples.stages.setdefault(steps, []).append(answer["stages"])
                     samples.peak_mb = answer["peak_mb"]
+            self.cores.setdefault(steps, []).append(round(min(before, probe.cores()), 2))
         medians = ", ".join(f"{n} {np.median(self.found[n].wall[steps]):.1f} ms" for n in self._workers)
         self.say(f"{steps} step{'s' * (steps != 1)}: {medians}")
 
@@ -250,54 +260,4 @@ def _merge(into: Samples, part: Samples) -> None:
     into.output = part.output if part.output is not None else into.output
 
 
-def _report(
-    plan: Plan, found: dict[str, Samples], rounds: list[tuple[list[str], dict[str, Samples]]]
-) -> dict[str, Any]:
-    reference = found["diffusers"].output if "diffusers" in found else None
-    contenders = {n: _figures(plan, s, reference) for n, s in found.items()}
-    ratios: dict[str, Any] = {}
-    for meeting, part in rounds:
-        for ours in (n for n in meeting if n in plan.variants):
-            for other in meeting:
-                if other != ours and part[other].wall and part[ours].wall:
-                    ratios.setdefault(ours, {})[other] = {
-                        str(s): ratio_of_medians(part[other].wall[s], part[ours].wall[s])
-                        for s in plan.steps
-                        if s in part[other].wall and s in part[ours].wall
-                    }
-    for ours in plan.variants:
-        for other in (n for n in found if n not in plan.variants):
-            if found[other].cold and found[ours].cold:
-                entry = ratios.setdefault(ours, {}).setdefault(other, {})
-                entry["cold start"] = ratio_of_medians(found[other].cold, found[ours].cold)
-            if found[other].peak_mb and found[ours].peak_mb:
-                entry = ratios.setdefault(ours, {}).setdefault(other, {})
-                entry["peak memory"] = round(found[other].peak_mb / found[ours].peak_mb, 3)
-    return {"contenders": contenders, "ratios": ratios}
-
-
-def _figures(plan: Plan, samples: Samples, reference: np.ndarray | None) -> dict[str, Any]:
-    """One contender's part of the report."""
-    if samples.error:
-        return {"error": samples.error}
-    data: dict[str, Any] = {
-        "versions": samples.versions,
-        "facts": samples.facts,
-        "import_ms": round(samples.import_ms, 2),
-        "load_ms": round(samples.load_ms, 2),
-        "peak_mb": round(samples.peak_mb, 1),
-        "whole": {str(s): percentiles(v) for s, v in samples.wall.items()},
-        "cpu": {str(s): percentiles(v) for s, v in samples.cpu.items()},
-        "stages": {str(s): stage_percentiles(v) for s, v in samples.stages.items()} if plan.unet is None else {},
-        "fit": fixed_and_per_step({s: float(np.median(v)) for s, v in samples.wall.items()}),
-        "cold_start": percentiles(samples.cold) if samples.cold else None,
-        "samples_ms": {str(s): [round(v, 4) for v in w] for s, w in samples.wall.items()},
-    }
-    if reference is not None and samples.output is not None and samples.output.shape == reference.shape:
-        if plan.unet is None:
-            data["psnr_db"] = psnr(samples.output, reference)
-        data["relative_error"] = relative_error(samples.output, reference)
-    return data
-
-
-__all__ = ["CONTENDERS", "OURS", "Plan", "run"]
+__all__ = ["CONTENDERS", "OURS", "Meeting", "Plan", "Samples", "run"]

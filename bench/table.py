@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import MissingExtraError
 
 
 def lines(report: dict[str, Any], steps: tuple[int, ...]) -> list[str]:
     """The table: one line a contender, then its stages, then the ratios to fewstep."""
-    columns = f"{'p50 ms':>10} {'p90 ms':>10} {'p99 ms':>10} {'peak MB':>9} {'start ms':>9} {'PSNR dB':>8}"
+    alone = report["what"]["measured"] != "whole requests"
+    agreement = "rel.error" if alone else "PSNR dB"
+    columns = f"{'p50 ms':>10} {'p90 ms':>10} {'p99 ms':>10} {'peak MB':>9} {'start ms':>9} {agreement:>8}"
     made = [f"{'':20} {'steps':>5} {columns}"]
     for name, data in report["contenders"].items():
         if "error" in data:
@@ -37,10 +41,20 @@ def lines(report: dict[str, Any], steps: tuple[int, ...]) -> list[str]:
                 if key == "peak memory":
                     parts.append(f"memory {value:.2f}x")
                 else:
-                    label = key if key == "cold start" else f"{key} steps"
-                    parts.append(f"{label} {value['ratio']:.2f}x [{value['low']:.2f}, {value['high']:.2f}]")
+                    parts.append(f"{key if key == 'cold start' else f'{key} steps'} {_ratio(value)}")
             made.append(f"{other} over {ours}: " + "; ".join(parts))
-    return made
+    return made + [_cores(s, given) for s, given in report["cores"].items()]
+
+
+def _ratio(value: dict[str, Any]) -> str:
+    text = f"{value['ratio']:.2f}x [{value['low']:.2f}, {value['high']:.2f}]"
+    return f"{text} ({_ratio(value['all_cores'])} with all cores)" if "all_cores" in value else text
+
+
+def _cores(steps: str, given: list[float]) -> str:
+    """What the machine gave while rounds of so many steps ran."""
+    low, middle, high = np.percentile(given, (10, 50, 90))
+    return f"cores given in {len(given)} rounds of {steps} steps: median {middle:.2f}, p10 {low:.2f}, p90 {high:.2f}"
 
 
 def _or_dash(value: float | None, form: str) -> str:

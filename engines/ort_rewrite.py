@@ -25,6 +25,8 @@ from .symbolic import count_elements
 CONTRIB = "com.microsoft"
 SMALL = 1 << 18
 """Elements of an activation up to which one pass on one thread is faster than two passes on all."""
+FEW_SCORES = 1 << 15
+"""Of one attention: up to so many, writing them all to memory is faster than working by blocks."""
 _HEADS_FIRST = [0, 2, 1, 3]
 
 
@@ -48,8 +50,8 @@ def rewrite_for_cpu(model: bytes, dims: Mapping[str, int] | None = None) -> tupl
 def fuse_attention(graph: Graph, dims: Mapping[str, int] | None = None) -> int:
     """Put attention that splits heads itself in place of Attention and the transposes round it; returns how many.
 
-    Where all scores have at most `SMALL` elements, when dimensions are `dims`, it is ONNX's own in its form of rank 3;
-    elsewhere `MultiHeadAttention`, which knows no mask of this kind.
+    Where there are at most `FEW_SCORES`, when dimensions are `dims`, it is ONNX's own in its form of rank 3; elsewhere
+    `MultiHeadAttention`. That knows no mask of this kind, for which ONNX's own is taken up to `SMALL` scores.
     """
     makers, users = makers_of(graph.nodes), users_of(graph.nodes)
     made: dict[int, Node] = {}
@@ -67,8 +69,9 @@ def fuse_attention(graph: Graph, dims: Mapping[str, int] | None = None) -> int:
             continue
         rows, near, far = (*graph.shapes[node.inputs[0]][::2][:2], graph.shapes[node.inputs[1]][2])
         scores = count_elements((rows, heads, near, far), dims) if dims else None
-        small = scores is not None and scores <= SMALL
-        if len(sources) > 3 and not small:
+        masked = len(sources) > 3
+        small = scores is not None and scores <= (SMALL if masked else FEW_SCORES)
+        if masked and not small:
             continue
         names = ("q_num_heads", "kv_num_heads") if small else ("num_heads",)
         attributes: dict[str, float | int | list[int]] = dict.fromkeys(names, heads)

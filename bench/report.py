@@ -1,0 +1,90 @@
+"""The report's data: figures by contender, and the ratios of each to each variant of fewstep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import compress
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .summary import fixed_and_per_step, percentiles, psnr, ratio_of_medians, relative_error, stage_percentiles
+
+if TYPE_CHECKING:
+    from .measure import Meeting, Plan, Samples
+
+FEWEST_ROUNDS = 5
+"""How many rounds with all cores make a figure."""
+
+
+def make_report(plan: Plan, found: dict[str, Samples], met: Sequence[Meeting]) -> dict[str, Any]:
+    """Contenders, ratios and the cores that the machine gave, for JSON; `found` are the samples of all meetings."""
+    reference = found["diffusers"].output if "diffusers" in found else None
+    contenders = {n: _figures(plan, s, reference) for n, s in found.items()}
+    ratios: dict[str, Any] = {}
+    given: dict[str, list[float]] = {}
+    for meeting in met:
+        for s in plan.steps:
+            given.setdefault(str(s), []).extend(meeting.cores.get(s, ()))
+        for ours in (n for n in meeting.found if n in plan.variants):
+            for other in meeting.found:
+                if other != ours:
+                    ratios.setdefault(ours, {})[other] = dict(_ratios(meeting, ours, other))
+    for name, data in contenders.items():
+        if "error" not in data:
+            data["whole_all_cores"] = {str(s): p for s in plan.steps if (p := _all_cores(met, name, s))}
+    for ours in plan.variants:
+        for other in (n for n in found if n not in plan.variants):
+            if found[other].cold and found[ours].cold:
+                entry = ratios.setdefault(ours, {}).setdefault(other, {})
+                entry["cold start"] = ratio_of_medians(found[other].cold, found[ours].cold)
+            if found[other].peak_mb and found[ours].peak_mb:
+                entry = ratios.setdefault(ours, {}).setdefault(other, {})
+                entry["peak memory"] = round(found[other].peak_mb / found[ours].peak_mb, 3)
+    return {"contenders": contenders, "ratios": ratios, "cores": given}
+
+
+def _ratios(meeting: Meeting, ours: str, other: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """By number of steps: how many times longer the other took, in all rounds and in those with all cores."""
+    theirs, mine = meeting.found[other].wall, meeting.found[ours].wall
+    for steps in meeting.plan.steps:
+        if steps not in theirs or steps not in mine:
+            continue
+        result: dict[str, Any] = ratio_of_medians(theirs[steps], mine[steps])
+        whole = meeting.all_cores(steps)
+        if sum(whole) >= FEWEST_ROUNDS and len(theirs[steps]) == len(mine[steps]) == len(whole):
+            result["all_cores"] = ratio_of_medians(*(list(compress(w[steps], whole)) for w in (theirs, mine)))
+        yield str(steps), result
+
+
+def _all_cores(met: Sequence[Meeting], name: str, steps: int) -> dict[str, float] | None:
+    """Percentiles of the rounds in which the machine gave all cores; `None` where these are too few."""
+    found: list[float] = []
+    for meeting in met:
+        if name in meeting.found and steps in meeting.found[name].wall:
+            found += compress(meeting.found[name].wall[steps], meeting.all_cores(steps))
+    return percentiles(found) if len(found) >= FEWEST_ROUNDS else None
+
+
+def _figures(plan: Plan, samples: Samples, reference: np.ndarray | None) -> dict[str, Any]:
+    """One contender's part of the report."""
+    if samples.error:
+        return {"error": samples.error}
+    data: dict[str, Any] = {
+        "versions": samples.versions,
+        "facts": samples.facts,
+        "import_ms": round(samples.import_ms, 2),
+        "load_ms": round(samples.load_ms, 2),
+        "peak_mb": round(samples.peak_mb, 1),
+        "whole": {str(s): percentiles(v) for s, v in samples.wall.items()},
+        "cpu": {str(s): percentiles(v) for s, v in samples.cpu.items()},
+        "stages": {str(s): stage_percentiles(v) for s, v in samples.stages.items()} if plan.unet is None else {},
+        "fit": fixed_and_per_step({s: float(np.median(v)) for s, v in samples.wall.items()}),
+        "cold_start": percentiles(samples.cold) if samples.cold else None,
+        "samples_ms": {str(s): [round(v, 4) for v in w] for s, w in samples.wall.items()},
+    }
+    if reference is not None and samples.output is not None and samples.output.shape == reference.shape:
+        if plan.unet is None:
+            data["psnr_db"] = psnr(samples.output, reference)
+        data["relative_error"] = relative_error(samples.output, reference)
+    return data
