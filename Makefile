@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 CORE := $(VENV)/.core
 FULL := $(VENV)/.full
 
-.PHONY: bench-export bench-sd15 bench-sd15-request bench-peers demo test lint parity bench bindings-check install-check ray-test load-bench load-bench-sd15 soak live-bench model clean
+.PHONY: bench-export bench-sd15 bench-sd15-request bench-sdxl bench-peers demo test lint parity bench bindings-check install-check ray-test load-bench load-bench-sd15 soak live-bench model clean
 
 demo: $(CORE)
 	$(BIN)/fewstep demo
@@ -38,18 +38,20 @@ bench: $(FULL) bench-peers
 SD15 := build/bench/sd15
 SD15_PEERS := diffusers,compile,openvino
 SD15_BENCH := $(BIN)/fewstep bench $(SD15)/bundle --checkpoint $(SD15)/model --size 512x512 --guidance 0 \
-	--against $(SD15_PEERS) --backend ort-cpu --warm-up 1 --lead-in 0
+	--against $(SD15_PEERS) --peers-at-once 1 --warm-up 1 --lead-in 0
 bench-sd15: $(FULL) $(SD15)/.built
-	$(SD15_BENCH) --unet --also ort-openvino-bf16 --precision float32,bfloat16 --peers-at-once 1 --repeat 5 \
+	$(SD15_BENCH) --unet --backend ort-openvino --also ort-openvino-bf16 --precision float32,bfloat16 --repeat 5 \
 		--output $(RESULTS)/sd15-unet-cpu.json
 	$(BIN)/python bench/floor.py $(SD15)/bundle --components unet --size 512x512 --runs 3 \
 		--output $(RESULTS)/sd15-floor-cpu.json
 
 bench-sd15-request: $(FULL) $(SD15)/.built
-	$(SD15_BENCH) --steps 4 --peers-at-once 1 --repeat 2 --cold 0 --output $(RESULTS)/sd15-request-cpu.json
+	$(SD15_BENCH) --backend ort-openvino --steps 4 --repeat 2 --cold 0 --output $(RESULTS)/sd15-request-cpu.json
+	$(SD15_BENCH) --backend ort-cpu --steps 4 --repeat 2 --cold 0 --output $(RESULTS)/sd15-request-ort-cpu.json
 
 $(SD15)/.built: $(SD15)/bundle/bundle.json | bench-peers
 	$(BIN)/fewstep build $(SD15)/bundle --backend ort-cpu
+	build/bench/fewstep-openvino/bin/fewstep build $(SD15)/bundle --backend ort-openvino
 	build/bench/fewstep-openvino/bin/fewstep build $(SD15)/bundle --backend ort-openvino-bf16
 	@touch $@
 
@@ -59,6 +61,20 @@ $(SD15)/model/model_index.json: | $(FULL)
 
 $(SD15)/bundle/bundle.json: $(SD15)/model/model_index.json
 	$(BIN)/fewstep export $(SD15)/model $(SD15)/bundle --quick-gate --overwrite
+
+# SDXL's size: one evaluation of its UNet, in bfloat16, because float32 and its copies take more than 24 GB. 30 GB of disk.
+SDXL := build/bench/sdxl
+bench-sdxl: $(FULL) $(SDXL)/bundle/bundle.json | bench-peers
+	$(BIN)/fewstep bench $(SDXL)/bundle --checkpoint $(SDXL)/model --size 1024x1024 --guidance 0 --unet \
+		--backend ort-openvino-bf16 --against diffusers --precision bfloat16 --warm-up 1 --lead-in 0 --repeat 3 \
+		--output $(RESULTS)/sdxl-unet-cpu.json
+
+$(SDXL)/model/model_index.json: | $(FULL)
+	rm -rf $(SDXL)/model
+	$(BIN)/python tools/random_checkpoint.py sdxl $(SDXL)/model
+
+$(SDXL)/bundle/bundle.json: $(SDXL)/model/model_index.json
+	$(BIN)/fewstep export $(SDXL)/model $(SDXL)/bundle --quick-gate --overwrite
 
 # Full-size checkpoints of random weights through our exporter and optimum's: half an hour, and 30 GB of disk.
 bench-export: $(FULL) build/bench/optimum/.ready

@@ -5,13 +5,14 @@ Nothing inside a virtual machine tells so (no frequency, no stolen time); arithm
 
 from __future__ import annotations
 
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 import numpy.typing as npt
 
-ELEMENTS, CALLS = 1 << 15, 40
+ELEMENTS, CALLS, TURNS = 1 << 15, 100, 3
 
 
 class CoreProbe:
@@ -19,21 +20,32 @@ class CoreProbe:
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
-        self._pool = ThreadPoolExecutor(threads)
+        self._pools = [ThreadPoolExecutor(1, initializer=_settle, initargs=(i,)) for i in range(threads)]
         self._arrays = [(np.full(ELEMENTS, 0.5, np.float32), np.empty(ELEMENTS, np.float32)) for _ in range(threads)]
 
     def cores(self) -> float:
-        """The work done by all threads at once over that of one thread alone, in as much time: 1.0 to `threads`."""
-        alone = self._spent(1)
-        return self.threads * alone / self._spent(self.threads)
+        """The work done by all threads at once over that of one thread alone, in as much time: 1.0 to `threads`.
+
+        The shortest of a few turns counts each time: a turn can only be held up.
+        """
+        turns = [(self._spent(1), self._spent(self.threads)) for _ in range(TURNS)]
+        return self.threads * min(one for one, _ in turns) / min(all_ for _, all_ in turns)
 
     def close(self) -> None:
-        self._pool.shutdown()
+        for pool in self._pools:
+            pool.shutdown()
 
     def _spent(self, threads: int) -> float:
         began = time.perf_counter()
-        wait([self._pool.submit(_work, *pair) for pair in self._arrays[:threads]])
+        wait([p.submit(_work, *a) for p, a in zip(self._pools[:threads], self._arrays, strict=False)])
         return time.perf_counter() - began
+
+
+def _settle(index: int) -> None:
+    """Give this thread a processor of its own, where the system has such calls: a scheduler may put two on one."""
+    if hasattr(os, "sched_getaffinity"):
+        allowed = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {allowed[index % len(allowed)]})
 
 
 def _work(given: npt.NDArray[np.float32], out: npt.NDArray[np.float32]) -> None:

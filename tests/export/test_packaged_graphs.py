@@ -10,6 +10,8 @@ from pathlib import Path
 
 import onnx
 import pytest
+from fewstep.engines.accounting import ATTENTION, count_operators
+from fewstep.engines.ort_rewrite import rewrite_for_cpu
 from fewstep.export.embedded import embedded_checkpoint
 from fewstep.export.graphs import find_graph, graph_key
 from fewstep.export.layout import plan_layout
@@ -63,6 +65,25 @@ def test_every_graph_is_sound_onnx() -> None:
         assert graph is not None
         model = onnx.load_from_string(graph.onnx)
         onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+
+
+@pytest.mark.parametrize("name", STANDARD)
+def test_every_graph_is_sound_as_rewritten_for_the_cpu(name: str) -> None:
+    """In float32, at the family's own size: types agree, no normalisation was missed, and every node is read."""
+    for kind, config in standard_components(name):
+        graph = find_graph(graph_key(kind, {**config, "sample_size": 1}, "float32"))
+        assert graph is not None
+        dims = {"rows": 1, "prompts": 1, "batch": 1, "height": 64, "width": 64, "tokens": 77}
+        rewritten, counts = rewrite_for_cpu(graph.onnx, dims)
+        before, after = count_operators(graph.onnx), count_operators(rewritten)
+        assert kind != "unet" or counts["Attention"] == before["Attention"]
+        assert after["GroupNormalization"] == 0
+        assert after["InstanceNormalization"] == before["GroupNormalization"]
+        assert sum(after[n] for n in ATTENTION) == before["Attention"]
+        model = onnx.load_from_string(rewritten)
+        onnx.shape_inference.infer_shapes(model, check_type=True)
+        read = {i for n in model.graph.node for i in n.input} | {o.name for o in model.graph.output}
+        assert all(read.intersection(n.output) for n in model.graph.node)
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", "sd1-lcm"])
