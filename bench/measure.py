@@ -3,7 +3,7 @@
 Workers live as long as the run; only the one that was asked computes. Where all of them do not fit into memory
 together, fewstep meets some of its peers at a time (`peers_at_once`), and each meeting has rounds of its own.
 
-Before and after each round a probe tells how many cores the machine gives. Figures are of all rounds, and once more of
+Before and after each turn a probe tells how many cores the machine gives. Figures are of all turns, and once more of
 those alone in which it gave all.
 """
 
@@ -29,7 +29,7 @@ Say = Callable[[str], None]
 OURS = "fewstep"
 SLOW_START_MS = 20_000.0
 ALL_CORES = 0.85
-"""The share of its threads that a round needs to count as one with all cores."""
+"""The share of its threads that a turn needs to count as one with all cores."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,13 +57,22 @@ class Plan:
     python: dict[str, Path] = field(default_factory=dict)
     environments: Path = Path("build/bench")
 
+    @property
+    def threads(self) -> int:
+        """Of every contender: as many as asked for, or one a core."""
+        return int(self.load["threads"]) or os.cpu_count() or 1
+
 
 @dataclass(slots=True)
 class Samples:
-    """What one contender did: milliseconds by number of steps, stages, and what it was made of."""
+    """What one contender did: milliseconds by number of steps, stages, and what it was made of.
+
+    `cores` are those that the machine gave round each turn.
+    """
 
     wall: dict[int, list[float]] = field(default_factory=dict)
     cpu: dict[int, list[float]] = field(default_factory=dict)
+    cores: dict[int, list[float]] = field(default_factory=dict)
     stages: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     cold: list[float] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
@@ -73,6 +82,11 @@ class Samples:
     peak_mb: float = 0.0
     error: str = ""
     output: np.ndarray | None = None
+
+    def with_all_cores(self, steps: int, threads: int) -> list[float]:
+        """The milliseconds of the turns in which the machine gave as many cores as there were threads."""
+        turns = zip(self.wall.get(steps, ()), self.cores.get(steps, ()), strict=True)
+        return [wall for wall, cores in turns if cores >= ALL_CORES * threads]
 
 
 def run(plan: Plan, say: Say) -> dict[str, Any]:
@@ -106,7 +120,6 @@ class Meeting:
     def __init__(self, plan: Plan, names: Sequence[str], folder: Path, say: Say) -> None:
         self.plan, self.say = plan, say
         self.found = {n: Samples() for n in names}
-        self.cores: dict[int, list[float]] = {}
         self._saved = {n: str(folder / f"{i}.npy") for i, n in enumerate(names)}
         self._inputs = folder / "inputs.npz"
         self._workers: dict[str, Worker] = {}
@@ -115,8 +128,8 @@ class Meeting:
             np.savez(self._inputs, **arrays)
 
     def run(self) -> None:
-        """Start the workers, warm them, and measure: `found` are samples by contender, `cores` what each round had."""
-        probe = CoreProbe(self.plan.load["threads"] or os.cpu_count() or 1)
+        """Start the workers, warm them, and measure: `found` are the samples by contender."""
+        probe = CoreProbe(self.plan.threads)
         try:
             for name in self.found:
                 self._load(name)
@@ -129,11 +142,6 @@ class Meeting:
             probe.close()
             for worker in self._workers.values():
                 worker.close()
-
-    def all_cores(self, steps: int) -> list[bool]:
-        """By round, whether the machine gave all cores before it and after it."""
-        threads = self.plan.load["threads"] or os.cpu_count() or 1
-        return [cores >= ALL_CORES * threads for cores in self.cores.get(steps, ())]
 
     def _load(self, name: str) -> None:
         try:
@@ -159,13 +167,15 @@ class Meeting:
                 for _ in range(self.plan.lead_in):
                     self._ask(name, **question)
                 answer = self._ask(name, **question)
+                after = probe.cores()
                 if answer:
                     samples = self.found[name]
+                    samples.cores.setdefault(steps, []).append(round(min(before, after), 2))
                     samples.wall.setdefault(steps, []).append(answer["wall_ms"])
                     samples.cpu.setdefault(steps, []).append(answer["cpu_ms"])
                     samples.stages.setdefault(steps, []).append(answer["stages"])
                     samples.peak_mb = answer["peak_mb"]
-            self.cores.setdefault(steps, []).append(round(min(before, probe.cores()), 2))
+                before = after
         medians = ", ".join(f"{n} {np.median(self.found[n].wall[steps]):.1f} ms" for n in self._workers)
         self.say(f"{steps} step{'s' * (steps != 1)}: {medians}")
 
@@ -251,6 +261,7 @@ def _starting(plan: Plan, name: str) -> Iterator[Worker]:
 def _merge(into: Samples, part: Samples) -> None:
     for steps in part.wall:
         into.wall.setdefault(steps, []).extend(part.wall[steps])
+        into.cores.setdefault(steps, []).extend(part.cores[steps])
         into.cpu.setdefault(steps, []).extend(part.cpu[steps])
         into.stages.setdefault(steps, []).extend(part.stages[steps])
     into.versions, into.facts = part.versions or into.versions, part.facts or into.facts

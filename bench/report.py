@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,8 +12,8 @@ from .summary import fixed_and_per_step, percentiles, psnr, ratio_of_medians, re
 if TYPE_CHECKING:
     from .measure import Meeting, Plan, Samples
 
-FEWEST_ROUNDS = 5
-"""How many rounds with all cores make a figure."""
+FEWEST = 5
+"""How many turns with all cores make a figure."""
 
 
 def make_report(plan: Plan, found: dict[str, Samples], met: Sequence[Meeting]) -> dict[str, Any]:
@@ -22,17 +21,11 @@ def make_report(plan: Plan, found: dict[str, Samples], met: Sequence[Meeting]) -
     reference = found["diffusers"].output if "diffusers" in found else None
     contenders = {n: _figures(plan, s, reference) for n, s in found.items()}
     ratios: dict[str, Any] = {}
-    given: dict[str, list[float]] = {}
     for meeting in met:
-        for s in plan.steps:
-            given.setdefault(str(s), []).extend(meeting.cores.get(s, ()))
         for ours in (n for n in meeting.found if n in plan.variants):
             for other in meeting.found:
                 if other != ours:
                     ratios.setdefault(ours, {})[other] = dict(_ratios(meeting, ours, other))
-    for name, data in contenders.items():
-        if "error" not in data:
-            data["whole_all_cores"] = {str(s): p for s in plan.steps if (p := _all_cores(met, name, s))}
     for ours in plan.variants:
         for other in (n for n in found if n not in plan.variants):
             if found[other].cold and found[ours].cold:
@@ -41,35 +34,28 @@ def make_report(plan: Plan, found: dict[str, Samples], met: Sequence[Meeting]) -
             if found[other].peak_mb and found[ours].peak_mb:
                 entry = ratios.setdefault(ours, {}).setdefault(other, {})
                 entry["peak memory"] = round(found[other].peak_mb / found[ours].peak_mb, 3)
-    return {"contenders": contenders, "ratios": ratios, "cores": given}
+    cores = {str(s): [c for samples in found.values() for c in samples.cores.get(s, ())] for s in plan.steps}
+    return {"contenders": contenders, "ratios": ratios, "cores": {s: percentiles(v) for s, v in cores.items() if v}}
 
 
 def _ratios(meeting: Meeting, ours: str, other: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """By number of steps: how many times longer the other took, in all rounds and in those with all cores."""
-    theirs, mine = meeting.found[other].wall, meeting.found[ours].wall
+    """By number of steps: how many times longer the other took, in all rounds and in the turns with all cores."""
+    theirs, mine = meeting.found[other], meeting.found[ours]
     for steps in meeting.plan.steps:
-        if steps not in theirs or steps not in mine:
+        if steps not in theirs.wall or steps not in mine.wall:
             continue
-        result: dict[str, Any] = ratio_of_medians(theirs[steps], mine[steps])
-        whole = meeting.all_cores(steps)
-        if sum(whole) >= FEWEST_ROUNDS and len(theirs[steps]) == len(mine[steps]) == len(whole):
-            result["all_cores"] = ratio_of_medians(*(list(compress(w[steps], whole)) for w in (theirs, mine)))
+        result: dict[str, Any] = ratio_of_medians(theirs.wall[steps], mine.wall[steps])
+        few, many = (s.with_all_cores(steps, meeting.plan.threads) for s in (theirs, mine))
+        if min(len(few), len(many)) >= FEWEST:
+            result["all_cores"] = ratio_of_medians(few, many, paired=False)
         yield str(steps), result
-
-
-def _all_cores(met: Sequence[Meeting], name: str, steps: int) -> dict[str, float] | None:
-    """Percentiles of the rounds in which the machine gave all cores; `None` where these are too few."""
-    found: list[float] = []
-    for meeting in met:
-        if name in meeting.found and steps in meeting.found[name].wall:
-            found += compress(meeting.found[name].wall[steps], meeting.all_cores(steps))
-    return percentiles(found) if len(found) >= FEWEST_ROUNDS else None
 
 
 def _figures(plan: Plan, samples: Samples, reference: np.ndarray | None) -> dict[str, Any]:
     """One contender's part of the report."""
     if samples.error:
         return {"error": samples.error}
+    whole = {s: samples.with_all_cores(s, plan.threads) for s in samples.wall}
     data: dict[str, Any] = {
         "versions": samples.versions,
         "facts": samples.facts,
@@ -77,6 +63,7 @@ def _figures(plan: Plan, samples: Samples, reference: np.ndarray | None) -> dict
         "load_ms": round(samples.load_ms, 2),
         "peak_mb": round(samples.peak_mb, 1),
         "whole": {str(s): percentiles(v) for s, v in samples.wall.items()},
+        "whole_all_cores": {str(s): percentiles(v) for s, v in whole.items() if len(v) >= FEWEST},
         "cpu": {str(s): percentiles(v) for s, v in samples.cpu.items()},
         "stages": {str(s): stage_percentiles(v) for s, v in samples.stages.items()} if plan.unet is None else {},
         "fit": fixed_and_per_step({s: float(np.median(v)) for s, v in samples.wall.items()}),

@@ -25,17 +25,23 @@ def percentiles(samples: Sequence[float]) -> dict[str, float]:
     }
 
 
-def ratio_of_medians(theirs: Sequence[float], ours: Sequence[float], *, seed: int = 0) -> dict[str, float]:
+def ratio_of_medians(
+    theirs: Sequence[float], ours: Sequence[float], *, paired: bool = True, seed: int = 0
+) -> dict[str, float]:
     """How many times longer theirs take, with its 95% bootstrap interval.
 
     Samples of one round were taken next to each other, so whole rounds are resampled: what the machine was doing then
-    weighs on both.
+    weighs on both. Without `paired` each side is resampled by itself.
     """
     a, b = np.asarray(theirs, np.float64), np.asarray(ours, np.float64)
     rounds = min(len(a), len(b))
-    a, b = a[:rounds], b[:rounds]
-    picks = np.random.default_rng(seed).integers(0, rounds, (RESAMPLES, rounds))
-    drawn = np.median(a[picks], axis=1) / np.median(b[picks], axis=1)
+    rng = np.random.default_rng(seed)
+    if paired:
+        a, b = a[:rounds], b[:rounds]
+        first = second = rng.integers(0, rounds, (RESAMPLES, rounds))
+    else:
+        first, second = (rng.integers(0, len(side), (RESAMPLES, len(side))) for side in (a, b))
+    drawn = np.median(a[first], axis=1) / np.median(b[second], axis=1)
     low, high = np.percentile(drawn, (2.5, 97.5))
     ratio = float(np.median(a) / np.median(b))
     return {"ratio": round(ratio, 4), "low": round(float(low), 4), "high": round(float(high), 4), "rounds": rounds}

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..errors import MissingExtraError
 
 
@@ -43,18 +41,16 @@ def lines(report: dict[str, Any], steps: tuple[int, ...]) -> list[str]:
                 else:
                     parts.append(f"{key if key == 'cold start' else f'{key} steps'} {_ratio(value)}")
             made.append(f"{other} over {ours}: " + "; ".join(parts))
-    return made + [_cores(s, given) for s, given in report["cores"].items()]
+    for s, given in report["cores"].items():
+        made.append(
+            f"cores given round {given['n']} turns of {s} steps: median {given['p50']:.2f}, least {given['min']:.2f}"
+        )
+    return made
 
 
 def _ratio(value: dict[str, Any]) -> str:
     text = f"{value['ratio']:.2f}x [{value['low']:.2f}, {value['high']:.2f}]"
     return f"{text} ({_ratio(value['all_cores'])} with all cores)" if "all_cores" in value else text
-
-
-def _cores(steps: str, given: list[float]) -> str:
-    """What the machine gave while rounds of so many steps ran."""
-    low, middle, high = np.percentile(given, (10, 50, 90))
-    return f"cores given in {len(given)} rounds of {steps} steps: median {middle:.2f}, p10 {low:.2f}, p90 {high:.2f}"
 
 
 def _or_dash(value: float | None, form: str) -> str:

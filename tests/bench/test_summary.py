@@ -37,6 +37,13 @@ def test_what_weighs_on_whole_rounds_cancels() -> None:
     assert found["ratio"] == found["low"] == found["high"] == 3.0
 
 
+def test_sides_that_were_not_taken_together_are_resampled_apart() -> None:
+    mood = np.tile([1.0, 10.0], 10)
+    found = ratio_of_medians(3.0 * mood, mood[:15], paired=False)
+    assert found["low"] < found["ratio"] < found["high"]
+    assert ratio_of_medians([6.0] * 3, [2.0] * 9, paired=False)["ratio"] == 3.0
+
+
 def test_the_fit_separates_fixed_from_per_step_cost() -> None:
     assert fixed_and_per_step({1: 12.0, 2: 14.0, 8: 26.0}) == {"fixed_ms": 10.0, "per_step_ms": 2.0}
     assert fixed_and_per_step({4: 1.0}) is None
