@@ -28,6 +28,8 @@ from .workers import CONTENDERS, Worker, contender
 Say = Callable[[str], None]
 OURS = "fewstep"
 SLOW_START_MS = 20_000.0
+SETTLE_S = 0.1
+"""Between turns: the threads of some libraries go on spinning after their work, and would slow the next contender's."""
 ALL_CORES = 0.85
 """The share of its threads that a turn needs to count as one with all cores."""
 
@@ -167,6 +169,7 @@ class Meeting:
                 for _ in range(self.plan.lead_in):
                     self._ask(name, **question)
                 answer = self._ask(name, **question)
+                time.sleep(SETTLE_S)
                 after = probe.cores()
                 if answer:
                     samples = self.found[name]
