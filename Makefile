@@ -62,7 +62,7 @@ $(SD15)/model/model_index.json: | $(FULL)
 $(SD15)/bundle/bundle.json: $(SD15)/model/model_index.json
 	$(BIN)/fewstep export $(SD15)/model $(SD15)/bundle --quick-gate --overwrite
 
-# SDXL's size: one evaluation of its UNet, in bfloat16, because float32 and its copies take more than 24 GB. 30 GB of disk.
+# SDXL's size: one evaluation of its UNet, in bfloat16, because float32 and its copies take more than 24 GB. 22 GB of disk.
 SDXL := build/bench/sdxl
 bench-sdxl: $(FULL) $(SDXL)/bundle/bundle.json | bench-peers
 	$(BIN)/fewstep bench $(SDXL)/bundle --checkpoint $(SDXL)/model --size 1024x1024 --guidance 0 --unet \
@@ -71,10 +71,10 @@ bench-sdxl: $(FULL) $(SDXL)/bundle/bundle.json | bench-peers
 
 $(SDXL)/model/model_index.json: | $(FULL)
 	rm -rf $(SDXL)/model
-	$(BIN)/python tools/random_checkpoint.py sdxl $(SDXL)/model
+	$(BIN)/python tools/random_checkpoint.py sdxl $(SDXL)/model --dtype float16
 
 $(SDXL)/bundle/bundle.json: $(SDXL)/model/model_index.json
-	$(BIN)/fewstep export $(SDXL)/model $(SDXL)/bundle --quick-gate --overwrite
+	$(BIN)/fewstep export $(SDXL)/model $(SDXL)/bundle --dtype fp32 --no-gate --overwrite
 
 # Full-size checkpoints of random weights through our exporter and optimum's: half an hour, and 30 GB of disk.
 bench-export: $(FULL) build/bench/optimum/.ready
