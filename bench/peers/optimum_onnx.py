@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from diffusers_loop import DiffusersLoop
 from protocol import serve
+
+
+def _with_old_names(checkpoint: Path, copy: Path) -> Path:
+    """The checkpoint with text encoders' weights named as transformers 4 has them, which is all that optimum admits.
+
+    transformers 5 leaves out the prefix; 4 then draws the embeddings at random, with a warning.
+    """
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(checkpoint, copy)
+    for path in copy.glob("text_encoder*/*.safetensors"):
+        weights = load_file(path)
+        if not any(n.startswith("text_model.") for n in weights):
+            bare = ("text_projection.", "logit_scale")
+            named = {n if n.startswith(bare) else f"text_model.{n}": w for n, w in weights.items()}
+            save_file(named, path, metadata={"format": "pt"})
+    return copy
 
 
 class Optimum(DiffusersLoop):
@@ -25,8 +44,9 @@ class Optimum(DiffusersLoop):
         index = json.loads((Path(spec["checkpoint"]) / "model_index.json").read_text())
         kind: Any = getattr(optimum, "ORT" + index["_class_name"])  # the general class cannot export a folder
         if not (folder / "model_index.json").is_file():
-            exported = kind.from_pretrained(spec["checkpoint"], export=True, local_files_only=True)
-            exported.save_pretrained(folder)
+            with tempfile.TemporaryDirectory() as place:
+                checkpoint = _with_old_names(Path(spec["checkpoint"]), Path(place) / "checkpoint")
+                kind.from_pretrained(str(checkpoint), export=True, local_files_only=True).save_pretrained(folder)
         return kind.from_pretrained(folder, session_options=options, local_files_only=True)
 
     def time_parts(self) -> None:
