@@ -54,7 +54,8 @@ def build_engines(
 ) -> dict[str, BuiltEngine]:
     """Make the engines that are not in the store yet; `force` makes them anew.
 
-    `profiles` are by component (`profiles_for`; the bundle's default size otherwise) and mean nothing to ONNX Runtime.
+    `profiles` are by component (`profiles_for`; the bundle's default size otherwise) and mean nothing to ONNX Runtime,
+    whose engines take any size and are tuned for the default size of the bundle that they were first built for.
     `gate` compares each new engine with the reference stored in the bundle, if there is one and the engine can run
     here; an engine that fails is marked, never used, and raises `GateError`. `CancelledError` once `cancel` is set.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -66,6 +67,8 @@ def session_options(onnxruntime: ModuleType, run: RunOptions, optimization: str)
     }[optimization]
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.intra_op_num_threads = run.threads
+    if places := _places(run.threads):
+        options.add_session_config_entry("session.intra_op_thread_affinities", places)
     options.inter_op_num_threads = 1
     options.enable_cpu_mem_arena = run.arena
     options.enable_mem_pattern = True
@@ -74,6 +77,16 @@ def session_options(onnxruntime: ModuleType, run: RunOptions, optimization: str)
     options.add_session_config_entry("session.force_spinning_stop", "1" if run.spinning == "run" else "0")
     options.add_session_config_entry("session.set_denormal_as_zero", "0")
     return options
+
+
+def _places(threads: int) -> str:
+    """Processors, counted from 1, for all threads but the caller's, where every processor gets a thread; else nothing.
+
+    ONNX Runtime ties its threads so when it is left to count them. A thread that wakes may else be put where its caller
+    runs, and both take turns spinning: 16 ms instead of 8 for a request of one step after a pause.
+    """
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return ";".join(str(c + 1) for c in allowed[1:]) if 1 < threads == len(allowed) else ""
 
 
 def providers(backend: str, run: RunOptions, stream: int | None = None) -> list[tuple[str, dict[str, str]]]:

@@ -28,7 +28,7 @@ from .weights import check_data, check_graph, check_weights, read_weights
 
 INLINE_BYTES = 1_500_000_000
 FUSING = ("extended", "all")
-REWRITING = {"ort-cpu": 3, "ort-openvino": 2, "ort-openvino-bf16": 3, "ort-cuda": 1}
+REWRITING = {"ort-cpu": 4, "ort-openvino": 3, "ort-openvino-bf16": 4, "ort-cuda": 1}
 
 
 class OrtBackend:

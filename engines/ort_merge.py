@@ -14,11 +14,10 @@ from .onnx_bytes import Graph, Node, users_of
 ONNX = ("", "ai.onnx")
 MOST_COLUMNS = 4096
 """Of a merged product: larger ones fill the cores by themselves, and their results would all lie in memory at once."""
-_WITH_GRAPHS = ("If", "Loop", "Scan")
 
 
 def merge_products(graph: Graph) -> int:
-    """Multiply what several linear layers without a bias read by all their weights at once, and split the result.
+    """Multiply what several linear layers read by all their weights at once, and split the result before any biases.
 
     Queries, keys and values of self-attention are three of one input; keys and values of cross-attention, in all of a
     UNet's blocks, are products of the one prompt. Returns how many products are gone.
@@ -44,8 +43,13 @@ def _columns(found: Sequence[tuple[Node, str]], graph: Graph) -> int:
 
 def _weight(node: Node, makers: Mapping[str, Node], graph: Graph) -> str | None:
     """The constant [D, C] of x W^T, before its transposition."""
-    turned = makers.get(node.inputs[1]) if node.operator == "MatMul" else None
-    if turned is None or turned.operator != "Transpose" or turned.attributes.get("perm") != [1, 0]:
+    turned = makers.get(node.inputs[1]) if node.operator == "MatMul" and node.domain in ONNX else None
+    if (
+        turned is None
+        or turned.domain not in ONNX
+        or turned.operator != "Transpose"
+        or turned.attributes.get("perm") != [1, 0]
+    ):
         return None
     return turned.inputs[0] if len(graph.constants.get(turned.inputs[0], ())) == 2 else None
 
@@ -80,7 +84,7 @@ def merge_projections(graph: Graph) -> int:
 
 def _is_projection(node: Node, after: Node, graph: Graph) -> bool:
     """Whether this is x W^T + b with constants W [C, D] and b [C], and what follows makes [B, C, 1, 1] of it."""
-    if node.operator != "Gemm" or len(node.inputs) != 3 or node.outputs[0] in graph.outputs:
+    if node.operator != "Gemm" or node.domain not in ONNX or len(node.inputs) != 3 or node.outputs[0] in graph.outputs:
         return False
     plain = {"transA": 0, "transB": 1, "alpha": 1.0, "beta": 1.0}
     if any(node.attributes.get(k, 0 if k.startswith("trans") else 1.0) != v for k, v in plain.items()):
@@ -129,7 +133,7 @@ def _gate(
     node: Node, makers: Mapping[str, Node], users: Mapping[str, Sequence[Node]], graph: Graph
 ) -> tuple[Node, str, Node, str] | None:
     """Before a split in two: the product, its weight [2 D, C], the sum with its bias [2 D], and that bias."""
-    if node.operator != "Split" or len(node.outputs) != 2 or len(node.inputs) != 1:
+    if node.operator != "Split" or node.domain not in ONNX or len(node.outputs) != 2 or len(node.inputs) != 1:
         return None
     shape, total = graph.shapes.get(node.inputs[0], ()), makers.get(node.inputs[0])
     if len(shape) != 3 or node.attributes.get("axis") not in (2, -1) or total is None or total.operator != "Add":
@@ -158,8 +162,6 @@ def _halves(node: Node, source: str, weight: str, bias: str) -> Iterator[Node]:
 
 def drop_unused(graph: Graph) -> int:
     """Remove the nodes that nothing reads, and what only they read; returns how many."""
-    if any(n.operator in _WITH_GRAPHS for n in graph.nodes):
-        return 0  # the graphs inside them read tensors that no list of inputs names
     needed, kept = set(graph.outputs), []
     for node in reversed(graph.nodes):
         if needed.intersection(node.outputs):

@@ -27,6 +27,7 @@ SMALL = 1 << 18
 """Elements of an activation up to which one pass on one thread is faster than two passes on all."""
 FEW_SCORES = 1 << 15
 """Of one attention: up to so many, writing them all to memory is faster than working by blocks."""
+_WITH_GRAPHS = ("If", "Loop", "Scan")
 _HEADS_FIRST = [0, 2, 1, 3]
 
 
@@ -36,6 +37,8 @@ def rewrite_for_cpu(model: bytes, dims: Mapping[str, int] | None = None) -> tupl
     Raises `CorruptError`.
     """
     graph = read_graph(model)
+    if any(n.operator in _WITH_GRAPHS for n in graph.nodes):
+        return model, {}  # the graphs inside them read tensors that no list of inputs names
     counts = {
         "Attention": fuse_attention(graph, dims),
         "InstanceNormalization": replace_group_norms(graph, dims),
@@ -66,6 +69,8 @@ def fuse_attention(graph: Graph, dims: Mapping[str, int] | None = None) -> int:
         if not isinstance(heads, int) or not isinstance(width, int):
             continue
         if graph.shapes.get(last.outputs[0], ())[2:] != (heads * width,):
+            continue
+        if any(graph.shapes[n][1::2] != (heads, width) for n in node.inputs[1:3]):
             continue
         rows, near, far = (*graph.shapes[node.inputs[0]][::2][:2], graph.shapes[node.inputs[1]][2])
         scores = count_elements((rows, heads, near, far), dims) if dims else None

@@ -24,7 +24,7 @@ def count_elements(shape: Sequence[int | str | None], dims: Mapping[str, int]) -
 def _evaluate(formula: str, dims: Mapping[str, int]) -> int | None:
     try:
         return _value(ast.parse(formula, mode="eval").body, dims)
-    except (SyntaxError, KeyError, TypeError, ZeroDivisionError):
+    except (SyntaxError, KeyError, TypeError, ZeroDivisionError, RecursionError, MemoryError):
         return None
 
 

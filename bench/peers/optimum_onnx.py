@@ -19,8 +19,13 @@ def _with_old_names(checkpoint: Path, copy: Path) -> Path:
     """
     from safetensors.torch import load_file, save_file
 
-    shutil.copytree(checkpoint, copy)
-    for path in copy.glob("text_encoder*/*.safetensors"):
+    copy.mkdir()
+    for part in checkpoint.iterdir():
+        if part.name.startswith("text_encoder"):
+            shutil.copytree(part, copy / part.name)
+        else:
+            (copy / part.name).symlink_to(part.absolute())
+    for path in copy.glob("text_encoder*/model.safetensors"):
         weights = load_file(path)
         if not any(n.startswith("text_model.") for n in weights):
             bare = ("text_projection.", "logit_scale")
@@ -40,7 +45,7 @@ class Optimum(DiffusersLoop):
             raise ValueError(f"optimum has no {spec['precision']} on a CPU")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = spec["threads"]
-        folder = Path(spec["cache"]) / "optimum"
+        folder = Path(spec["cache"]) / "optimum-named"
         index = json.loads((Path(spec["checkpoint"]) / "model_index.json").read_text())
         kind: Any = getattr(optimum, "ORT" + index["_class_name"])  # the general class cannot export a folder
         if not (folder / "model_index.json").is_file():

@@ -12,7 +12,14 @@ import onnxruntime
 import pytest
 from fewstep.bundle import Bundle
 from fewstep.engines import Engine, RunOptions, TensorSpec
-from fewstep.engines.ort import ALIGNMENT, OrtEngine, aligned_array, check_provider, import_onnxruntime
+from fewstep.engines.ort import (
+    ALIGNMENT,
+    OrtEngine,
+    aligned_array,
+    check_provider,
+    import_onnxruntime,
+    session_options,
+)
 from fewstep.errors import ArgumentError, CorruptError, MismatchError, MissingExtraError, UnsupportedError
 from small_bundle import SPECS, example
 
@@ -123,6 +130,23 @@ def test_two_threads_on_one_binding_are_refused(bundle: Bundle) -> None:
 def test_spinning_is_an_option(bundle: Bundle, spinning: str) -> None:
     engine = engine_of(bundle, "unet", spinning=spinning)
     engine.bind(DIMS).enqueue()
+
+
+@pytest.mark.parametrize(
+    ("threads", "places"), [(0, ""), (1, ""), (2, ""), (3, "5;8")], ids=["default", "one", "some", "all"]
+)
+def test_threads_have_places_of_their_own_where_every_processor_gets_one(
+    monkeypatch: pytest.MonkeyPatch, threads: int, places: str
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {7, 1, 4}, raising=False)
+    options = session_options(onnxruntime, RunOptions(threads=threads), "disabled")
+    assert options.intra_op_num_threads == threads
+    key = "session.intra_op_thread_affinities"
+    if places:
+        assert options.get_session_config_entry(key) == places
+    else:
+        with pytest.raises(RuntimeError, match=key):
+            options.get_session_config_entry(key)
 
 
 def test_a_cuda_stream_on_the_cpu_is_refused(bundle: Bundle) -> None:

@@ -115,7 +115,7 @@ def test_what_nobody_reads_goes_with_what_led_to_it() -> None:
     assert count_operators(rewritten) == {"Exp": 2}
 
 
-def test_nothing_goes_where_an_inner_graph_may_read_it() -> None:
+def test_a_graph_with_graphs_inside_is_left_alone() -> None:
     branch = helper.make_graph(
         [node("Neg", ["e"], ["z"])], "branch", [], [helper.make_tensor_value_info("z", TensorProto.FLOAT, ["n"])]
     )
@@ -125,5 +125,5 @@ def test_nothing_goes_where_an_inner_graph_may_read_it() -> None:
     ]
     graph = model(nodes, {"x": ["n"]}, ["n"], {"true": np.array(True)})
     rewritten, counts = rewrite_for_cpu(graph)
-    assert counts["unused"] == 0
+    assert counts == {}
     assert rewritten == graph
