@@ -1,6 +1,7 @@
 """How many cores the machine gives at this moment: virtual ones may share a physical core for seconds at a time.
 
 Nothing inside a virtual machine tells so (no frequency, no stolen time); arithmetic on all threads at once does.
+Threads that the system inside puts on one processor are another matter: those of the probe have one each.
 """
 
 from __future__ import annotations

@@ -131,6 +131,27 @@ def test_attention_of_another_form_stays(changed: dict[str, float]) -> None:
     assert count_operators(rewritten)["Attention"] == 1
 
 
+def test_attention_whose_heads_share_keys_stays() -> None:
+    node = helper.make_node
+    nodes = []
+    for name, split in (("q", "two"), ("k", "one"), ("v", "one")):
+        nodes.append(node("Reshape", [name, split], [f"{name}4"]))
+        nodes.append(node("Transpose", [f"{name}4"], [f"{name}t"], perm=[0, 2, 1, 3]))
+    nodes += [
+        node("Attention", ["qt", "kt", "vt"], ["a"]),
+        node("Transpose", ["a"], ["at"], perm=[0, 2, 1, 3]),
+        node("Reshape", ["at", "joined"], ["y"]),
+    ]
+    constants = {"two": np.array([0, 0, 2, 4]), "one": np.array([0, 0, 1, 4]), "joined": np.array([0, 0, 8])}
+    inputs: dict[str, Shape] = {"q": ["rows", "near", 8], "k": ["rows", "far", 4], "v": ["rows", "far", 4]}
+    between: dict[str, Shape] = {"qt": ["rows", 2, "near", 4], "kt": ["rows", 1, "far", 4], "vt": ["rows", 1, "far", 4]}
+    graph = model(nodes, inputs, ["rows", "near", 8], constants, **between)
+    rewritten, counts = rewrite_for_cpu(graph, {"rows": 1, "near": 5, "far": 7})
+    assert counts["Attention"] == 0
+    given = {"q": noise(3, 5, 8), "k": noise(3, 7, 4, seed=2), "v": noise(3, 7, 4, seed=3)}
+    np.testing.assert_array_equal(run(rewritten, given), run(graph, given))
+
+
 def test_a_computed_shape_becomes_constant_where_the_symbols_say_it() -> None:
     node = helper.make_node
     nodes = [
