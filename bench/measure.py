@@ -69,7 +69,7 @@ class Plan:
 class Samples:
     """What one contender did: milliseconds by number of steps, stages, and what it was made of.
 
-    `cores` are those that the machine gave round each turn.
+    `cores` are those that the machine gave round each turn; `cold_unbuilt` are starts that found no engine stored.
     """
 
     wall: dict[int, list[float]] = field(default_factory=dict)
@@ -77,6 +77,7 @@ class Samples:
     cores: dict[int, list[float]] = field(default_factory=dict)
     stages: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     cold: list[float] = field(default_factory=list)
+    cold_unbuilt: list[float] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     import_ms: float = 0.0
@@ -203,9 +204,10 @@ def _rotated(names: list[str], turn: int) -> list[str]:
     return names[at:] + names[:at]
 
 
-def _start(plan: Plan, name: str) -> Worker:
+def _start(plan: Plan, name: str, store: Path | None = None) -> Worker:
     who = contender(OURS if name in plan.variants else name.split(" ")[0])
-    return Worker(who, environments=plan.environments, threads=plan.load["threads"], python=plan.python.get(name))
+    threads, python = plan.load["threads"], plan.python.get(name)
+    return Worker(who, environments=plan.environments, threads=threads, python=python, store=store)
 
 
 def _load(plan: Plan, name: str) -> dict[str, Any]:
@@ -232,29 +234,39 @@ def _unet_inputs(shape: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _cold_starts(plan: Plan, names: Sequence[str], found: dict[str, Samples], say: Say) -> None:
-    """Milliseconds from the start of a process to its first image, in rounds like the others."""
+    """Starts in rounds like the others; fewstep's with its engines stored, and with an empty store."""
     out: set[str] = set()  # those that cannot start, and those whose first start took too long to repeat
     for turn in range(plan.cold):
         for name in _rotated(list(names), turn):
             if name in out:
                 continue
             try:
-                with _starting(plan, name) as worker:
-                    worker.ask(do="load", **_load(plan, name))
-                    worker.ask(do="request", **plan.request, steps=plan.steps[0])
-                    spent = 1e3 * (time.perf_counter() - worker.began)
+                spent = _first_image(plan, name)
                 found[name].cold.append(spent)
                 if spent > SLOW_START_MS:
                     out.add(name)
+                elif name in plan.variants:
+                    with tempfile.TemporaryDirectory() as store:
+                        found[name].cold_unbuilt.append(_first_image(plan, name, Path(store)))
             except FewstepError:
                 out.add(name)
     if plan.cold:
         say("cold starts: " + ", ".join(f"{n} {np.median(found[n].cold):.0f} ms" for n in names if found[n].cold))
+    for name in (n for n in names if found[n].cold_unbuilt):
+        say(f"cold start that builds its engines: {name} {np.median(found[name].cold_unbuilt):.0f} ms")
+
+
+def _first_image(plan: Plan, name: str, store: Path | None = None) -> float:
+    """Milliseconds from the start of a process to its first image."""
+    with _starting(plan, name, store) as worker:
+        worker.ask(do="load", **_load(plan, name))
+        worker.ask(do="request", **plan.request, steps=plan.steps[0])
+        return 1e3 * (time.perf_counter() - worker.began)
 
 
 @contextmanager
-def _starting(plan: Plan, name: str) -> Iterator[Worker]:
-    worker = _start(plan, name)
+def _starting(plan: Plan, name: str, store: Path | None) -> Iterator[Worker]:
+    worker = _start(plan, name, store)
     try:
         yield worker
     finally:

@@ -68,6 +68,7 @@ def _figures(plan: Plan, samples: Samples, reference: np.ndarray | None) -> dict
         "stages": {str(s): stage_percentiles(v) for s, v in samples.stages.items()} if plan.unet is None else {},
         "fit": fixed_and_per_step({s: float(np.median(v)) for s, v in samples.wall.items()}),
         "cold_start": percentiles(samples.cold) if samples.cold else None,
+        "cold_start_unbuilt": percentiles(samples.cold_unbuilt) if samples.cold_unbuilt else None,
         "samples_ms": {str(s): [round(v, 4) for v in w] for s, w in samples.wall.items()},
     }
     if reference is not None and samples.output is not None and samples.output.shape == reference.shape:

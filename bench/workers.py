@@ -66,9 +66,20 @@ def interpreter(who: Contender, environments: Path) -> Path:
 
 
 class Worker:
-    """A contender's process. It is started by the first question and ended by `close`."""
+    """A contender's process. It is started by the first question and ended by `close`.
 
-    def __init__(self, who: Contender, *, environments: Path, threads: int, python: Path | None = None) -> None:
+    `store` is where fewstep keeps engines, if not where it does by itself.
+    """
+
+    def __init__(
+        self,
+        who: Contender,
+        *,
+        environments: Path,
+        threads: int,
+        python: Path | None = None,
+        store: Path | None = None,
+    ) -> None:
         self.who = who
         self.python = python or interpreter(who, environments)
         count = str(threads or os.cpu_count() or 1)
@@ -80,6 +91,8 @@ class Worker:
             "TOKENIZERS_PARALLELISM": "false",
             "TORCHINDUCTOR_CACHE_DIR": str((environments / "inductor").absolute()),
         }
+        if store is not None:
+            environment["FEWSTEP_CACHE_DIR"] = str(store)
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - a pipe that nobody reads would fill
         self.began = time.perf_counter()
         self._process = subprocess.Popen(

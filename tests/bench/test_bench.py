@@ -27,6 +27,7 @@ def test_bench_measures_fewstep_and_names_a_peer_that_cannot_run(
     assert ours["stages"]["2"]["each evaluation"]["n"] == 6
     assert ours["stages"]["2"]["each evaluation"]["p50"] < ours["whole"]["2"]["p50"]
     assert ours["cold_start"]["p50"] > ours["whole"]["1"]["p50"]
+    assert ours["cold_start_unbuilt"]["n"] == ours["cold_start"]["n"] == 1
     assert ours["peak_mb"] > 30
     assert report["machine"]["threads"] == 1
     assert picture.read_bytes().startswith(b"\x89PNG")
