@@ -6,7 +6,7 @@ from .errors import FewstepError
 
 if TYPE_CHECKING:
     from .runtime import Pipeline, Result, load
-    from .runtime.serving import Server
+    from .serving import Server
 
 __version__ = "0.1.0"
 __all__ = ["FewstepError", "Pipeline", "Result", "Server", "__version__", "load"]
@@ -19,7 +19,7 @@ def __getattr__(name: str) -> object:
 
         return getattr(runtime, name)
     if name == "Server":
-        from .runtime.serving import Server
+        from .serving import Server
 
         return Server
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

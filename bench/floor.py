@@ -26,7 +26,7 @@ import numpy as np
 from fewstep.bench.machine import describe
 from fewstep.bundle import Bundle, read_bundle
 from fewstep.engines import RunOptions, build_engines
-from fewstep.engines.ort import open_session
+from fewstep.engines.backends.ort import open_session
 from fewstep.engines.profile import profiles_for
 
 SIDE, COPY_BYTES = 2048, 1 << 28
@@ -114,7 +114,7 @@ def _timed(call: Callable[[], Any], runs: int) -> list[float]:
 
 def matmul_rate(threads: int) -> float:
     """The best GFLOP/s of a float32 matrix product of 2048 x 2048 on ONNX Runtime, in ten."""
-    from fewstep.engines.onnx_bytes import Node, block, number, string
+    from fewstep.engines.graph.onnx_bytes import Node, block, number, string
 
     def value(at: int, name: str) -> bytes:
         dims = b"".join(block(1, number(1, SIDE)) for _ in range(2))

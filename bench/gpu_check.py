@@ -247,7 +247,7 @@ class Check:
         """Floating-point operations of an image's evaluation of UNet and decoder, and their weights' bytes, by side."""
         import torch
         from fewstep.bundle import read_bundle
-        from fewstep.export.modules import build_model, wrap
+        from fewstep.export.trace.modules import build_model, wrap
         from torch.utils.flop_counter import FlopCounterMode
 
         bundle = read_bundle(self.folder / f"{model.name}-bundle")

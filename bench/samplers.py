@@ -25,9 +25,9 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from fewstep.runtime.update import SlotState
+from fewstep.runtime.device.numpy_update import SlotState
 from fewstep.schedules import NoiseSchedule, Program, program_from_diffusers
-from fewstep.schedules.compat import CLASSES, scheduler_config
+from fewstep.schedules.compat.classes import CLASSES, scheduler_config
 from fewstep.schedules.solvers.registry import SAMPLERS, Sampler
 
 LIMITS = {"each deterministic": 3.0, "lms": 50.0, "median": 7.0}

@@ -35,7 +35,7 @@ def execute(options: argparse.Namespace) -> int:
 
     from ..export.embedded import embedded_bundle
     from ..runtime import load
-    from ..runtime.images import check_output, save_png
+    from ..runtime.pictures.images import check_output, save_png
 
     target = check_output(options.output)
     began = time.perf_counter()

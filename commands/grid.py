@@ -54,8 +54,8 @@ def execute(options: argparse.Namespace) -> int:
     import numpy as np
 
     from ..runtime import load
-    from ..runtime.images import check_output, save_png
-    from ..runtime.sheet import draw_sheet
+    from ..runtime.pictures.images import check_output, save_png
+    from .sheet import draw_sheet
 
     target = check_output(options.output)
     columns = parse_axis(options.columns)

@@ -133,7 +133,7 @@ def _alone(bundle: Bundle, options: argparse.Namespace, pixels: tuple[int, int])
     import numpy as np
 
     from ..engines import RunOptions, open_engine
-    from ..engines.gate import engine_function
+    from ..engines.gate.gate import engine_function
     from ..engines.memory import dims_for
 
     kind, _, index = options.device.partition(":")

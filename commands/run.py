@@ -52,7 +52,7 @@ def define(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     from ..runtime import load
-    from ..runtime.images import check_output
+    from ..runtime.pictures.images import check_output
 
     check_output(options.output)
     register_torch(options.backend)

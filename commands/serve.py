@@ -37,9 +37,9 @@ def define(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     try:
-        from ..runtime.serving.http import Metrics, Service, Settings, make_app
-        from ..runtime.serving.http.run import JsonLines, allowed_hosts, listen, serve
-        from ..runtime.serving.live.socket import add_live
+        from ..serving.http import Metrics, Service, Settings, make_app
+        from ..serving.http.run import JsonLines, allowed_hosts, listen, serve
+        from ..serving.live.socket import add_live
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "starlette", "serve", purpose="fewstep serve") from error
     token = os.environ.get("FEWSTEP_TOKEN") or None
@@ -75,7 +75,7 @@ def execute(options: argparse.Namespace) -> int:
 
 
 def _load(options: argparse.Namespace, bundle: Any, metrics: Any) -> Any:
-    from ..runtime.serving import Server
+    from ..serving import Server
 
     register_torch(options.backend)
     return Server(

@@ -9,8 +9,8 @@ from .common import BUNDLE_HELP, emit, open_bundle, register_torch, say
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
-    from ..engines.gate import GateReport
-    from ..runtime.final_image import ImageVerdict
+    from ..engines.gate.gate import GateReport
+    from .final_image import ImageVerdict
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +25,7 @@ def define(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     from ..engines import default_store
-    from ..engines.verify import verify_bundle
+    from ..engines.gate.verify import verify_bundle
 
     bundle = open_bundle(options.bundle)
     reports = verify_bundle(bundle, store=default_store(), components=options.component, check=False)
@@ -63,9 +63,9 @@ def _line(report: GateReport) -> str:
 def _final_images(bundle: Bundle) -> tuple[list[ImageVerdict], str]:
     """The verdicts on the final image, and why there are none where torch or its reference is not installed."""
     from ..engines import default_store
-    from ..engines.verify import engines_here
+    from ..engines.gate.verify import engines_here
     from ..errors import MissingExtraError
-    from ..runtime.final_image import compare_final_images
+    from .final_image import compare_final_images
 
     register_torch("torch")
     backends = sorted({e.key.backend for e in engines_here(bundle, "unet", default_store()) if not e.failed})
@@ -84,10 +84,10 @@ def _image_line(verdict: ImageVerdict) -> str:
 
 def _second_opinion(bundle: Bundle, name: str) -> bool:
     """The exported graph on ONNX Runtime, judged by Polygraphy."""
-    from ..engines.cross_check import compare_with_polygraphy
-    from ..engines.gate import engine_function
-    from ..engines.ort import OrtEngine
-    from ..engines.verify import load_cases
+    from ..engines.backends.ort import OrtEngine
+    from ..engines.gate.cross_check import compare_with_polygraphy
+    from ..engines.gate.gate import engine_function
+    from ..engines.gate.verify import load_cases
 
     part = bundle.component(name)
     path = bundle.path(part.graph)
@@ -98,8 +98,8 @@ def _second_opinion(bundle: Bundle, name: str) -> bool:
 
 def _culprit(bundle: Bundle, report: GateReport) -> str:
     """The first wrong node of the engine of a component that failed, in words."""
-    from ..engines.bisect import bisect_engine
-    from ..engines.verify import load_cases
+    from ..engines.gate.bisect import bisect_engine
+    from ..engines.gate.verify import load_cases
 
     cases = [c for c in load_cases(bundle) if c.component == report.component and c.index == report.worst.case]
     say(f"bisecting {report.component}")

@@ -86,7 +86,7 @@ def build_engines(
             cancel=cancelled,
         )
         if gate and not where.read_only and not built.entry.gate and _runs_here(kind):
-            from .verify import gate_built
+            from .gate.verify import gate_built
 
             (progress or _quiet)(part, "comparing with torch", 0.0)
             built = replace(built, entry=gate_built(bundle, built.entry, where))

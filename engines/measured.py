@@ -77,7 +77,7 @@ def choose_measured(
 
 
 def _installed(backend: str) -> bool:
-    from .ort import PROVIDERS
+    from .backends.ort import PROVIDERS
 
     try:
         import onnxruntime

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 BACKENDS = ("ort-cpu", "ort-openvino", "ort-openvino-bf16", "ort-cuda", "tensorrt", "tensorrt-rtx", "torch")
 ON_CPU = ("ort-cpu", "ort-openvino", "ort-openvino-bf16")
 _MODULES = {
-    "ort-cpu": "ort_build",
-    "ort-openvino": "ort_build",
-    "ort-openvino-bf16": "ort_build",
-    "ort-cuda": "ort_build",
-    "tensorrt": "tensorrt_build",
-    "tensorrt-rtx": "tensorrt_build",
+    "ort-cpu": "backends.ort_build",
+    "ort-openvino": "backends.ort_build",
+    "ort-openvino-bf16": "backends.ort_build",
+    "ort-cuda": "backends.ort_build",
+    "tensorrt": "backends.tensorrt_build",
+    "tensorrt-rtx": "backends.tensorrt_build",
 }
 _log = logging.getLogger("fewstep.engines")
 

@@ -16,7 +16,7 @@ from typing import Any
 import fewstep
 import gradio as gr
 import numpy as np
-from fewstep.runtime.serving.live import LiveSession
+from fewstep.serving.live import LiveSession
 
 FRAME_S = 5.0
 

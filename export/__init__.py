@@ -5,7 +5,7 @@ Importing it registers the `torch` backend, which runs the exported modules them
 
 from ..engines import register_backend as _register_backend
 from .backend import open_torch
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint.folder import Checkpoint, open_checkpoint
 from .export import Progress, describe, export_bundle
 
 _register_backend("torch", open_torch)

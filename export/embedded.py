@@ -11,7 +11,7 @@ from filelock import FileLock
 from ..bundle import MANIFEST, Bundle, read_bundle
 from ..errors import ArgumentError, MissingError
 from .export import export_bundle
-from .graphs import RECIPE, cache_folder
+from .trace.graphs import RECIPE, cache_folder
 
 MODELS = ("base", "student")
 

@@ -19,16 +19,16 @@ from .. import __version__
 from ..bundle import MANIFEST, Bundle, Component, Defaults, Latent, read_defaults, write_manifest
 from ..errors import ArgumentError, CorruptError, MissingExtraError
 from ..schedules import NoiseSchedule
-from .checkpoint import Checkpoint
-from .compose import compose_checkpoint, describe_part, names_of, read_tensors
-from .configs import vae_factor
-from .gating import SWITCHED_OFF, run_gate
-from .graphs import Graph, find_graph, keep_graph
-from .lora import Fusion, match_loras
+from .checkpoint.compose import compose_checkpoint, describe_part, names_of, read_tensors
+from .checkpoint.configs import vae_factor
+from .checkpoint.folder import Checkpoint
+from .checkpoint.lora import Fusion, match_loras
+from .checkpoint.weights import open_tensors, write_weights
+from .gate.gating import SWITCHED_OFF, run_gate
 from .plan import ComponentPlan, choose_precisions, plan_components
 from .presets import Preset, find_preset, preset_defaults, recognise_preset
 from .tokenizers import export_tokenizer
-from .weights import open_tensors, write_weights
+from .trace.graphs import Graph, find_graph, keep_graph
 
 log = logging.getLogger("fewstep.export")
 
@@ -179,7 +179,7 @@ def _trace(plan: ComponentPlan) -> Graph:
             raise MissingExtraError(
                 module, "export", purpose=f"Tracing the {plan.kind}, whose graph does not travel with fewstep,"
             )
-    from .trace import trace_component
+    from .trace.trace import trace_component
 
     log.info("tracing %s (%s)", plan.kind, plan.dtype)
     graph = trace_component(plan.kind, plan.config, plan.dtype, key=plan.key)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ArgumentError
-from .checkpoint import Checkpoint, Part
-from .graphs import graph_key
+from .checkpoint.folder import Checkpoint, Part
+from .trace.graphs import graph_key
 
 PRECISIONS = ("float32", "float16", "bfloat16")
 ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}

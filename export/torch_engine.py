@@ -19,7 +19,7 @@ from ..engines.options import RunOptions
 from ..engines.profile import check_dims
 from ..engines.weights import check_weights
 from ..errors import ArgumentError, CorruptError, MissingError
-from .modules import Traceable, build_model, wrap
+from .trace.modules import Traceable, build_model, wrap
 
 OWN_GRAPHS = ("max-autotune", "reduce-overhead")
 """The modes of torch.compile in which it captures CUDA graphs itself."""

@@ -11,10 +11,10 @@ import numpy as np
 
 from ..bundle import Bundle
 from ..errors import ArgumentError
+from .arguments import check_pair
 from .call import Call
-from .checks import check_pair
-from .prompts import Prompt, common_length
-from .text import Embedding, Float32, TextEncoders
+from .prompts.encoders import Embedding, Float32, TextEncoders
+from .prompts.syntax import Prompt, common_length
 
 if TYPE_CHECKING:
     from .request import Request

@@ -25,15 +25,15 @@ from ..errors import (
     NonFiniteError,
     OutOfMemoryError,
 )
-from .device_memory import as_tensor, guard_memory
-from .device_slots import DeviceSlots
-from .device_tables import share_evaluations
-from .graphs import CudaRunner, GraphCache, TapeRunner
+from .device.cuda_graphs import CudaRunner, GraphCache, TapeRunner
+from .device.memory import as_tensor, guard_memory
+from .device.pool import SlotPool
+from .device.torch_slots import DeviceSlots
+from .device.torch_tables import share_evaluations
+from .pictures.vae import MOST_PIXELS, check_images
 from .pipeline import Pipeline
-from .pool import SlotPool
 from .prepare import Prepared
 from .result import Result, Step
-from .vae import MOST_PIXELS, check_images
 
 MODES = ("latency", "shared")
 MOST_ROWS = 64

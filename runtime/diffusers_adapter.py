@@ -20,12 +20,12 @@ import numpy as np
 
 from ..bundle import Defaults
 from ..errors import ArgumentError, UnsupportedError
+from .noise.seeds import Gaussians, TorchCpuGenerator
+from .noise.torch_state import is_generator, read_generator, seed_of, write_back
 from .pipeline import Pipeline, load
 from .programs import step_options
 from .request import Request, make_request
 from .result import Result, Step
-from .seeds import Gaussians, TorchCpuGenerator
-from .torch_state import is_generator, read_generator, seed_of, write_back
 
 _PROMPTS = {"prompt": None}
 _SECOND = {"prompt_2": None}

@@ -16,18 +16,18 @@ from .. import __version__
 from ..bundle import Bundle, read_bundle
 from ..engines import RunOptions, Store, open_engines
 from ..errors import BlackImageError, CancelledError, NonFiniteError
+from .arguments import check_integer
 from .call import takes_a_call
-from .checks import check_integer
-from .pool import SlotPool
+from .device.numpy_slots import Float32, Slots
+from .device.pool import SlotPool
+from .pictures.vae import Vae
 from .prepare import Prepared, prepare
+from .prompts.encoders import TextEncoders
 from .request import MOST_IMAGES, Request, check_size, make_request
 from .result import Result, Step
-from .slots import Float32, Slots
-from .text import TextEncoders
-from .vae import Vae
 
 if TYPE_CHECKING:
-    from .devices import PipelineGroup
+    from .group import PipelineGroup
 
 log = logging.getLogger("fewstep.runtime")
 
@@ -280,7 +280,7 @@ def load(
     `devices` spreads the images of each request over several. Engines that are not built yet are built first
     (`build="never"` refuses instead).
     """
-    from .devices import PipelineGroup, open_pipeline
+    from .group import PipelineGroup, open_pipeline
 
     bundle = folder if isinstance(folder, Bundle) else read_bundle(folder)
     return open_pipeline(bundle, **options) if devices is None else PipelineGroup(bundle, devices=devices, **options)

@@ -10,12 +10,12 @@ import numpy as np
 
 from ..bundle import Bundle
 from .conditioning import condition, guidance_vector
-from .inpaint import Blend, make_blend
+from .device.numpy_slots import Float32, Tenant
+from .noise.seeds import RequestNoise, request_noise
+from .pictures.inpaint import Blend, make_blend
+from .pictures.vae import Vae
+from .prompts.encoders import Embedding, TextEncoders
 from .request import Request
-from .seeds import RequestNoise, request_noise
-from .slots import Float32, Tenant
-from .text import Embedding, TextEncoders
-from .vae import Vae
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

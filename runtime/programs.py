@@ -10,7 +10,7 @@ from typing import Any
 from ..bundle import Bundle
 from ..errors import UnknownNameError
 from ..schedules import NoiseSchedule, Program, compile_program, program_from_diffusers
-from ..schedules.compat import CLASSES
+from ..schedules.compat.classes import CLASSES
 from ..schedules.names import resolve_schedule
 
 MOST_KEPT = 256

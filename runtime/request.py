@@ -16,16 +16,16 @@ from ..bundle import Bundle
 from ..errors import ArgumentError
 from ..presets import preset_warnings
 from ..schedules import Program
+from .arguments import check_flag, check_levels, check_real, check_seed
+from .arguments import check_integer as check_integer
 from .call import Call, make_call, recorded
-from .checks import check_flag, check_levels, check_real, check_seed
-from .checks import check_integer as check_integer
 from .conditioning import Sizes, size_and_crop
-from .fit import Pictures, fit_pictures, open_pictures, size_of
-from .inpaint import check_mask_for
+from .noise.seeds import Gaussians, check_seed_device
+from .pictures.inpaint import check_mask_for
+from .pictures.resize import Pictures, fit_pictures, open_pictures, size_of
 from .programs import choose_program
-from .seeds import Gaussians, check_seed_device
-from .text import Float32
-from .wording import Wording, as_float32, read_wording
+from .prompts.encoders import Float32
+from .prompts.wording import Wording, as_float32, read_wording
 
 MOST_IMAGES = 1024
 LARGEST_SIDE = 16_384

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
-from .images import Float32, UInt8, check_output, save_png
+from .pictures.images import Float32, UInt8, check_output, save_png
 
 if TYPE_CHECKING:
     from PIL.Image import Image

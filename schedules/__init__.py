@@ -1,6 +1,6 @@
 """Noise schedules, spacings and samplers, compiled to programs of rows. NumPy and the standard library only."""
 
-from .compat import program_from_diffusers
+from .compat.classes import program_from_diffusers
 from .compile import compile_program
 from .names import resolve_sampler, resolve_schedule
 from .noise import NoiseSchedule

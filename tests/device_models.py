@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from fewstep.engines import RunOptions
-from fewstep.export.modules import build_model, wrap
 from fewstep.export.torch_engine import TorchEngine
-from fewstep.runtime.seeds import TorchCpuGenerator
-from fewstep.runtime.slots import Tenant
-from fewstep.runtime.text import Embedding
+from fewstep.export.trace.modules import build_model, wrap
+from fewstep.runtime.device.numpy_slots import Tenant
+from fewstep.runtime.noise.seeds import TorchCpuGenerator
+from fewstep.runtime.prompts.encoders import Embedding
 from fewstep.schedules import NoiseSchedule, Program, compile_program
 
 SHAPE = (4, 8, 8)

@@ -16,21 +16,22 @@ MAY_KNOW = {
     "schedules": {"schedules"},
     "engines": {"engines"},
     "runtime": {"runtime", "engines", "schedules"},
+    "serving": {"serving", "runtime", "engines", "schedules"},
     "export": {"export", "engines", "schedules", "runtime"},
 }
 ROOMS = {*MAY_KNOW, "commands", "cli"}
 TORCH_ROOMS = {"export"}
 TORCH_FILES = {
-    "runtime/device_clock.py": "the CUDA device",
-    "runtime/device_memory.py": "the CUDA device",
+    "runtime/device/clock.py": "the CUDA device",
+    "runtime/device/memory.py": "the CUDA device",
     "runtime/device_pipeline.py": "the CUDA device",
-    "runtime/device_slots.py": "the CUDA device",
-    "runtime/device_tables.py": "the CUDA device",
-    "runtime/graphs.py": "the CUDA device",
-    "runtime/update_cuda.py": "the CUDA device",
-    "engines/gate.py": "copies buffers of GPU engines",
-    "engines/ort_cuda.py": "buffers of GPU engines",
-    "engines/tensorrt.py": "buffers of GPU engines",
+    "runtime/device/torch_slots.py": "the CUDA device",
+    "runtime/device/torch_tables.py": "the CUDA device",
+    "runtime/device/cuda_graphs.py": "the CUDA device",
+    "runtime/device/torch_update.py": "the CUDA device",
+    "engines/gate/gate.py": "copies buffers of GPU engines",
+    "engines/backends/ort_cuda.py": "buffers of GPU engines",
+    "engines/backends/tensorrt.py": "buffers of GPU engines",
 }
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fewstep.export.configs import TEXT_DEFAULTS, TINY_DEFAULTS, UNET_DEFAULTS, VAE_DEFAULTS, is_tiny
+from fewstep.export.checkpoint.configs import TEXT_DEFAULTS, TINY_DEFAULTS, UNET_DEFAULTS, VAE_DEFAULTS, is_tiny
 
 FILE = Path(__file__).with_name("architectures.json")
 CLASSES = {

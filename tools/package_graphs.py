@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from architectures import CLASSES, family_of, standard_configs
-from fewstep.export.checkpoint import open_checkpoint
-from fewstep.export.graphs import find_graph, graph_key, keep_graph
+from fewstep.export.checkpoint.folder import open_checkpoint
 from fewstep.export.plan import PRECISIONS, component_config, plan_components
+from fewstep.export.trace.graphs import find_graph, graph_key, keep_graph
 
 PACKAGED = Path(__file__).parents[1] / "export" / "graphs"
 STANDARD = ("sd1", "sd2", "sd21", "sdxl", "sd1-lcm", "sdxl-lcm", "taesd")
@@ -40,7 +40,7 @@ def package(kind: str, config: Mapping[str, Any], dtype: str) -> None:
     key = graph_key(kind, config, dtype)
     if (PACKAGED / f"{key}.graph").is_file():
         return
-    from fewstep.export.trace import trace_component
+    from fewstep.export.trace.trace import trace_component
     from retype import retype
 
     began = time.monotonic()
@@ -53,7 +53,7 @@ def package(kind: str, config: Mapping[str, Any], dtype: str) -> None:
 
 
 def embed(folder: str) -> None:
-    from fewstep.export.reference import make_reference
+    from fewstep.export.gate.reference import make_reference
 
     checkpoint = open_checkpoint(folder)
     for plan in plan_components(checkpoint):

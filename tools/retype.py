@@ -12,8 +12,8 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import onnx_ir as ir
-from fewstep.export.graphs import Graph
-from fewstep.export.layout import plan_layout
+from fewstep.export.trace.graphs import Graph
+from fewstep.export.trace.layout import plan_layout
 
 TYPES = {"float32": ir.DataType.FLOAT, "bfloat16": ir.DataType.BFLOAT16}
 

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from fewstep.bundle import Bundle
 from fewstep.engines import BuildOptions, Store, build_engines
-from fewstep.engines.accounting import FUSED_ON_CPU, check_fusion, count_operators
+from fewstep.engines.graph.accounting import FUSED_ON_CPU, check_fusion, count_operators
 from fewstep.errors import CorruptError, MismatchError
 from onnx import helper
 from small_bundle import SPECS

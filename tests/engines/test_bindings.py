@@ -17,7 +17,7 @@ pytest.importorskip("mypy")
 
 from bindings import ROOT, WHEELS, Bindings, from_wheel, installed_rtx
 
-FILES = ("fewstep.engines.tensorrt", "fewstep.engines.tensorrt_build")
+FILES = ("fewstep.engines.backends.tensorrt", "fewstep.engines.backends.tensorrt_build")
 RTX_ALONE = {
     "BuilderFlag.REQUIRE_USER_ALLOCATION",
     "ComputeCapability",

@@ -10,9 +10,9 @@ import onnx
 import onnxruntime
 import pytest
 from fewstep.bundle import Bundle
-from fewstep.engines.bisect import bisect_engine
-from fewstep.engines.gate import Evaluate
-from fewstep.engines.reference import Case
+from fewstep.engines.gate.bisect import bisect_engine
+from fewstep.engines.gate.gate import Evaluate
+from fewstep.engines.gate.reference import Case
 from small_bundle import SPECS, example
 
 DIMS = {"rows": 1, "height": 4, "width": 6, "tokens": 77}

@@ -27,12 +27,12 @@ from fewstep.engines import (
     choose_backend,
     open_engine,
     open_engines,
-    ort_build,
     register_backend,
     weights,
 )
-from fewstep.engines.gate import compare, engine_function
-from fewstep.engines.ort_float16 import convert_saved
+from fewstep.engines.backends import ort_build
+from fewstep.engines.gate.gate import compare, engine_function
+from fewstep.engines.graph.float16 import convert_saved
 from fewstep.engines.plan import available_memory, check_resources, plan_build
 from fewstep.engines.registry import _factories
 from fewstep.errors import (

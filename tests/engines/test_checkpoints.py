@@ -7,7 +7,7 @@ import os
 import pytest
 from fewstep.bundle import Bundle
 from fewstep.engines import BuildOptions, Span, Store, build_engines, open_engines, profiles_for
-from fewstep.engines.reference import FILE
+from fewstep.engines.gate.reference import FILE
 
 GPUS = BuildOptions(compute_capabilities=("8.9", "12.0"))
 

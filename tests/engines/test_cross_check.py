@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 from fewstep.bundle import Bundle
-from fewstep.engines.cross_check import check_with_polygraphy, compare_with_polygraphy
-from fewstep.engines.gate import Evaluate, engine_function, gate_engine
-from fewstep.engines.ort import OrtEngine
-from fewstep.engines.reference import Case
+from fewstep.engines.backends.ort import OrtEngine
+from fewstep.engines.gate.cross_check import check_with_polygraphy, compare_with_polygraphy
+from fewstep.engines.gate.gate import Evaluate, engine_function, gate_engine
+from fewstep.engines.gate.reference import Case
 from fewstep.errors import GateError, MissingError
 from small_bundle import example
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from fewstep.bundle import Bundle
 from fewstep.engines import Engine, Store, build_engines, open_engine
-from fewstep.engines.gate import FLOAT32_FLOOR, compare, engine_function, gate_engine, limit_for
-from fewstep.engines.reference import FILE, Case, read_reference
-from fewstep.engines.verify import load_cases, verify_bundle
+from fewstep.engines.gate.gate import FLOAT32_FLOOR, compare, engine_function, gate_engine, limit_for
+from fewstep.engines.gate.reference import FILE, Case, read_reference
+from fewstep.engines.gate.verify import load_cases, verify_bundle
 from fewstep.errors import CorruptError, GateError, MissingError
 from safetensors.numpy import save_file
 from small_bundle import example, weights_of, write_bundle

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 from fewstep.bundle import Bundle
 from fewstep.engines import Engine, RunOptions, TensorSpec
-from fewstep.engines.ort import (
+from fewstep.engines.backends.ort import (
     ALIGNMENT,
     OrtEngine,
     aligned_array,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from fewstep.engines.accounting import count_operators
-from fewstep.engines.ort_merge import MOST_COLUMNS
-from fewstep.engines.ort_rewrite import rewrite_for_cpu
+from fewstep.engines.graph.accounting import count_operators
+from fewstep.engines.graph.merge import MOST_COLUMNS
+from fewstep.engines.graph.rewrite import rewrite_for_cpu
 from onnx import TensorProto, helper
 from small_graph import Shape, model, noise, run
 

@@ -15,8 +15,8 @@ import onnxruntime
 import pytest
 from fewstep.bundle import Bundle
 from fewstep.engines import Engine, RunOptions, Store, build_engines
-from fewstep.engines.accounting import count_operators
-from fewstep.engines.ort_openvino import OpenVinoEngine, provider_options, rewrite_for_openvino
+from fewstep.engines.backends.openvino import OpenVinoEngine, provider_options, rewrite_for_openvino
+from fewstep.engines.graph.accounting import count_operators
 from fewstep.errors import MissingExtraError, UnsupportedError
 from onnx import TensorProto, helper, numpy_helper
 

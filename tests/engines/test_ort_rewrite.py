@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from fewstep.engines.accounting import count_operators
-from fewstep.engines.onnx_bytes import read_graph
-from fewstep.engines.ort_rewrite import rewrite_for_cpu
+from fewstep.engines.graph.accounting import count_operators
+from fewstep.engines.graph.onnx_bytes import read_graph
+from fewstep.engines.graph.rewrite import rewrite_for_cpu
 from fewstep.errors import CorruptError
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator

@@ -241,7 +241,7 @@ def test_engines_baked_into_a_container_run_as_another_user(bundle: Bundle, tmp_
     script = (
         "import os, sys\n"
         "from pathlib import Path\n"
-        "import onnxruntime, filelock, platformdirs, fewstep.engines.ort_build\n"
+        "import onnxruntime, filelock, platformdirs, fewstep.engines.backends.ort_build\n"
         "from fewstep.bundle import read_bundle\n"
         "from fewstep.engines import Store, open_engine\n"
         "os.setgid(12345)\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from fewstep.engines.symbolic import count_elements
+from fewstep.engines.graph.symbolic import count_elements
 
 DIMS = {"rows": 2, "height": 9}
 

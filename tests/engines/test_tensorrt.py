@@ -13,9 +13,9 @@ import onnx
 import pytest
 from fewstep.bundle import Bundle
 from fewstep.engines import BuildOptions, BuiltEngine, Profile, Span, Store, build_engines, open_engine, profiles_for
+from fewstep.engines.backends.tensorrt import check_precision, import_tensorrt, read_cache, write_cache
+from fewstep.engines.backends.tensorrt_build import check_operators
 from fewstep.engines.plan import plan_build
-from fewstep.engines.tensorrt import check_precision, import_tensorrt, read_cache, write_cache
-from fewstep.engines.tensorrt_build import check_operators
 from fewstep.errors import (
     ArgumentError,
     CancelledError,

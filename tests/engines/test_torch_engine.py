@@ -13,8 +13,8 @@ import pytest
 import torch
 from fewstep.engines import Engine, RunOptions
 from fewstep.errors import ArgumentError, CorruptError, MissingError
-from fewstep.export.modules import build_model, wrap
 from fewstep.export.torch_engine import TorchEngine, open_torch_engine
+from fewstep.export.trace.modules import build_model, wrap
 from safetensors.torch import load_file, save_file
 
 CONFIG: dict[str, Any] = {

@@ -17,7 +17,7 @@ from fewstep.errors import (
     UnsafeFileError,
     UnsupportedError,
 )
-from fewstep.export.trace import _refusing
+from fewstep.export.trace.trace import _refusing
 from refusals import edit, refused
 from safetensors.numpy import load_file, save_file
 

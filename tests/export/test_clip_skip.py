@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fewstep.engines.ort import OrtEngine
-from fewstep.export.checkpoint import open_checkpoint
-from fewstep.export.loading import load_model
+from fewstep.engines.backends.ort import OrtEngine
+from fewstep.export.checkpoint.folder import open_checkpoint
+from fewstep.export.gate.loading import load_model
 
 
 def encode(bundle: Any, name: str, ids: np.ndarray, skip: int) -> dict[str, np.ndarray]:
@@ -46,7 +46,7 @@ def test_every_layer_is_diffusers_own(family: str, name: str, request: pytest.Fi
 
 
 def test_the_gate_covers_a_skipped_layer(sd1_bundle: Any) -> None:
-    from fewstep.engines.verify import load_cases
+    from fewstep.engines.gate.verify import load_cases
 
     skips = [int(c.inputs["clip_skip"][0]) for c in load_cases(sd1_bundle) if c.component == "text_encoder"]
     assert {0, 1} <= set(skips)

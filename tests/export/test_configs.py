@@ -9,9 +9,16 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from fewstep.export.configs import IGNORED, TEXT_DEFAULTS, TINY_DEFAULTS, UNET_DEFAULTS, VAE_DEFAULTS, canonical_config
-from fewstep.export.graphs import graph_key
-from fewstep.export.modules import UpcastAttention
+from fewstep.export.checkpoint.configs import (
+    IGNORED,
+    TEXT_DEFAULTS,
+    TINY_DEFAULTS,
+    UNET_DEFAULTS,
+    VAE_DEFAULTS,
+    canonical_config,
+)
+from fewstep.export.trace.graphs import graph_key
+from fewstep.export.trace.modules import UpcastAttention
 from transformers import CLIPTextConfig
 
 

@@ -20,8 +20,8 @@ from fewstep.errors import (
 from fewstep.export import export_bundle, open_checkpoint
 from fewstep.export.embedded import embedded_bundle, embedded_checkpoint
 from fewstep.export.export import _put_in_place
-from fewstep.export.graphs import find_graph, graph_key
 from fewstep.export.plan import plan_components
+from fewstep.export.trace.graphs import find_graph, graph_key
 from refusals import refused
 from safetensors.numpy import load_file, save_file
 
@@ -75,7 +75,7 @@ def test_a_graph_depends_on_the_configuration_alone(tiny_sd1: Path, sd1_bundle: 
 
 def test_half_precision_weights_are_converted_tensor_by_tensor(tiny_sd1: Path, tmp_path: Path) -> None:
     import ml_dtypes
-    from fewstep.export.weights import Stored, convert
+    from fewstep.export.checkpoint.weights import Stored, convert
 
     values = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
     values[:2] = (1.0 + 2**-8, 1.0 + 3 * 2**-8)
@@ -125,7 +125,7 @@ def test_the_gate_refuses_weights_under_wrong_names(tiny_sd1: Path, tmp_path: Pa
 
 
 def test_only_what_is_needed_is_fetched_from_a_hub() -> None:
-    from fewstep.export.checkpoint import hub_files
+    from fewstep.export.checkpoint.folder import hub_files
     from huggingface_hub.utils import filter_repo_objects
 
     there = [

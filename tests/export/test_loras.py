@@ -17,10 +17,10 @@ from fewstep.errors import (
     UnsupportedError,
 )
 from fewstep.export import export_bundle
-from fewstep.export.checkpoint import Checkpoint
-from fewstep.export.compose import compose_checkpoint
-from fewstep.export.lora import match_loras
-from fewstep.export.weights import convert, open_tensors
+from fewstep.export.checkpoint.compose import compose_checkpoint
+from fewstep.export.checkpoint.folder import Checkpoint
+from fewstep.export.checkpoint.lora import match_loras
+from fewstep.export.checkpoint.weights import convert, open_tensors
 from refusals import refused, rewrite
 from safetensors.numpy import load_file, save_file
 
@@ -54,7 +54,7 @@ def test_loras_are_fused_as_diffusers_fuses_them(
 ) -> None:
     """Two LoRAs with factors, over linear layers and convolutions of the UNet and the text encoders."""
     pytest.importorskip("peft")
-    from fewstep.export.loading import load_fused
+    from fewstep.export.gate.loading import load_fused
 
     folder: Path = request.getfixturevalue(f"tiny_{family}")
     files = [
@@ -174,7 +174,7 @@ def test_loras_on_the_command_line(text: str, expected: tuple[str, float]) -> No
 
 
 def test_without_peft_the_reference_is_fused_here(tiny_sd1: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    from fewstep.export import loading
+    from fewstep.export.gate import loading
 
     file = write_lora(make_lora(tiny_sd1), tmp_path / "l.safetensors", "kohya")
     checkpoint = compose_checkpoint(tiny_sd1, loras=[(file, 0.5)])

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import onnx
 import pytest
-from fewstep.engines.accounting import ATTENTION, count_operators
-from fewstep.engines.ort_rewrite import rewrite_for_cpu
+from fewstep.engines.graph.accounting import ATTENTION, count_operators
+from fewstep.engines.graph.rewrite import rewrite_for_cpu
 from fewstep.export.embedded import embedded_checkpoint
-from fewstep.export.graphs import find_graph, graph_key
-from fewstep.export.layout import plan_layout
 from fewstep.export.plan import PRECISIONS
+from fewstep.export.trace.graphs import find_graph, graph_key
+from fewstep.export.trace.layout import plan_layout
 
 TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))

@@ -18,9 +18,9 @@ from fewstep.errors import (
     UnsupportedError,
 )
 from fewstep.export import export_bundle
-from fewstep.export.checkpoint import Checkpoint
-from fewstep.export.compose import compose_checkpoint, read_tensors
-from fewstep.export.weights import convert, open_tensors
+from fewstep.export.checkpoint.compose import compose_checkpoint, read_tensors
+from fewstep.export.checkpoint.folder import Checkpoint
+from fewstep.export.checkpoint.weights import convert, open_tensors
 from refusals import refused, rewrite
 from safetensors.numpy import load_file, save_file
 
@@ -45,7 +45,7 @@ def test_a_single_file_holds_the_folders_tensors(
     family: str, originals: dict[str, Path], scrambled: dict[str, Path], request: pytest.FixtureRequest
 ) -> None:
     """Every tensor of every part, byte for byte; and diffusers' own conversion of the same file agrees."""
-    from fewstep.export.loading import load_model
+    from fewstep.export.gate.loading import load_model
 
     folder: Path = request.getfixturevalue(f"tiny_{family}")
     checkpoint = compose_checkpoint(originals[family], base=scrambled[family])

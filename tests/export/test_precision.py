@@ -11,7 +11,8 @@ from fewstep import load
 from fewstep.bundle import read_bundle
 from fewstep.cli import main
 from fewstep.errors import ArgumentError, GateError, OutOfMemoryError
-from fewstep.export import export_bundle, gating, open_checkpoint
+from fewstep.export import export_bundle, open_checkpoint
+from fewstep.export.gate import gating
 from fewstep.export.plan import choose_precisions
 
 

@@ -12,7 +12,7 @@ from checkpoints import make_lora, write_lora, write_original
 from fewstep.bundle import read_bundle
 from fewstep.errors import CorruptError
 from fewstep.export import export_bundle
-from fewstep.export.compose import compose_checkpoint, names_of
+from fewstep.export.checkpoint.compose import compose_checkpoint, names_of
 from fewstep.export.presets import recognise_preset
 from fewstep.runtime.request import make_request
 from safetensors.numpy import load_file, save_file

@@ -11,7 +11,7 @@ import pytest
 from checkpoints import copy, write_original
 from fewstep.errors import UnsupportedError
 from fewstep.export import open_checkpoint
-from fewstep.export.compose import compose_checkpoint
+from fewstep.export.checkpoint.compose import compose_checkpoint
 from safetensors.numpy import load_file, save_file
 
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from checkpoints import make_tiny_vae, psnr
 from diffusers import AutoencoderTiny, EulerDiscreteScheduler, StableDiffusionPipeline
-from fewstep.engines.ort import OrtEngine
+from fewstep.engines.backends.ort import OrtEngine
 from fewstep.errors import ArgumentError, UnsupportedError
 from fewstep.export import export_bundle
-from fewstep.export.compose import compose_checkpoint
+from fewstep.export.checkpoint.compose import compose_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ import pytest
 import torch
 from fewstep.errors import ArgumentError, UnsupportedError
 from fewstep.runtime import diffusers_adapter
-from fewstep.runtime.philox import TorchCudaGenerator
-from fewstep.runtime.torch_state import read_generator, write_back
+from fewstep.runtime.noise.torch_cuda import TorchCudaGenerator
+from fewstep.runtime.noise.torch_state import read_generator, write_back
 from peers import LEAST_PSNR, pipelines, psnr
 from test_tasks import disc, drawing
 

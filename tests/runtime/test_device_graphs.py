@@ -11,9 +11,9 @@ import torch
 from device_models import SHAPE, Image, decoder, program, psnr, unet
 from fewstep.engines import Engine
 from fewstep.errors import ArgumentError
-from fewstep.runtime.device_slots import DeviceSlots
-from fewstep.runtime.graphs import CaptureError, GraphCache, GraphKey, TapeRunner
-from fewstep.runtime.slots import Slots
+from fewstep.runtime.device.cuda_graphs import CaptureError, GraphCache, GraphKey, TapeRunner
+from fewstep.runtime.device.numpy_slots import Slots
+from fewstep.runtime.device.torch_slots import DeviceSlots
 
 KEY = GraphKey(kind="tick", shape=(2,), slots=1, rows=1, tokens=1, evaluations=1, engines=())
 

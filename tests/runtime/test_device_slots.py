@@ -10,8 +10,8 @@ import torch
 from device_models import SDXL, SHAPE, Image, engine, program, psnr, unet
 from fewstep.engines import Engine
 from fewstep.errors import ArgumentError, NonFiniteError, UnsupportedError
-from fewstep.runtime.device_slots import DeviceSlots
-from fewstep.runtime.slots import Slots
+from fewstep.runtime.device.numpy_slots import Slots
+from fewstep.runtime.device.torch_slots import DeviceSlots
 from fewstep.schedules.solvers.registry import SAMPLERS
 
 NAMES = sorted(set(SAMPLERS) - {"edm_euler"})
@@ -136,7 +136,7 @@ def test_room_is_made_for_longer_programs_though_others_are_under_way(model: Eng
 def test_what_it_does_not_do_is_refused_by_name(model: Engine) -> None:
     from dataclasses import dataclass
 
-    from fewstep.runtime.slots import Tenant
+    from fewstep.runtime.device.numpy_slots import Tenant
 
     @dataclass(kw_only=True)
     class Masked(Tenant):

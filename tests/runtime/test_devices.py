@@ -18,10 +18,10 @@ from fewstep.bundle import Bundle
 from fewstep.engines.memory import largest_batch, predicted_peak
 from fewstep.errors import ArgumentError, CancelledError, MismatchError, MissingError, OutOfMemoryError
 from fewstep.runtime import device_pipeline
-from fewstep.runtime.device_memory import guard_memory, out_of_memory
+from fewstep.runtime.device.memory import guard_memory, out_of_memory
+from fewstep.runtime.device.pool import SlotPool
 from fewstep.runtime.device_pipeline import DevicePipeline, HostEngine
-from fewstep.runtime.devices import PipelineGroup
-from fewstep.runtime.pool import SlotPool
+from fewstep.runtime.group import PipelineGroup
 
 CALL: dict[str, Any] = {"steps": 3, "guidance": 3.0, "sampler": "dpmpp_2m", "seed": [4, 9, 2]}
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from fewstep.bundle import Bundle
 from fewstep.cli import main
+from fewstep.commands import final_image
+from fewstep.commands.final_image import compare_final_images
 from fewstep.engines import RunOptions, build_engines, register_backend
 from fewstep.export import export_bundle
 from fewstep.export.embedded import embedded_bundle, embedded_checkpoint
-from fewstep.runtime import final_image
-from fewstep.runtime.final_image import compare_final_images
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,10 @@ from fewstep.errors import (
     MissingError,
     NonFiniteError,
 )
-from fewstep.runtime.images import command_line, open_image, read_parameters
+from fewstep.runtime.device.numpy_slots import Slots, Tenant
+from fewstep.runtime.pictures.images import command_line, open_image, read_parameters
 from fewstep.runtime.programs import choose_program
 from fewstep.runtime.request import make_request
-from fewstep.runtime.slots import Slots, Tenant
 from PIL import Image
 
 CALL = {"steps": 3, "guidance": 3.0, "sampler": "dpmpp_2m"}
@@ -52,7 +52,7 @@ def test_slots_mix_programs_prompts_and_guidance(pipe: fewstep.Pipeline) -> None
     slots = Slots(pipe.engines["unet"], slots=3, shape=shape)
 
     def tenant(index: int) -> tuple[Tenant, np.ndarray]:
-        from fewstep.runtime.seeds import TorchCpuGenerator
+        from fewstep.runtime.noise.seeds import TorchCpuGenerator
 
         sampler, steps, guidance = specs[index]
         noise = TorchCpuGenerator(index)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from fewstep.errors import ArgumentError, FewstepError, UnknownNameError, UnsupportedError
-from fewstep.runtime.prompts import Chunk, Part, check_clip_skip, lay_out, parse_a1111
+from fewstep.runtime.prompts.syntax import Chunk, Part, check_clip_skip, lay_out, parse_a1111
 from peers import LEAST_PSNR, generators, pipelines, pixels, psnr
 
 LONG = ", ".join(f"a red circle number {i} beside a green square" for i in range(14))
@@ -119,7 +119,7 @@ def test_repeating_whole_chunks_changes_nothing(both: dict[str, Any]) -> None:
 
 
 def test_slots_of_different_prompt_length_share_an_evaluation(sd1_bundle: Any) -> None:
-    from fewstep.runtime.slots import Slots
+    from fewstep.runtime.device.numpy_slots import Slots
 
     ours = fewstep.load(sd1_bundle)
     prepared = [

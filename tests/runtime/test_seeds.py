@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from fewstep.errors import ArgumentError
-from fewstep.runtime.seeds import SharedStream, TorchCpuGenerator
+from fewstep.runtime.noise.seeds import SharedStream, TorchCpuGenerator
 
 SHAPES = [(1, 4, 64, 64), (4, 16, 16), (16,), (17,), (3, 5, 7), (15,), (1,), (2, 3)]
 

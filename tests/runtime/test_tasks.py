@@ -21,8 +21,8 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from fewstep.errors import ArgumentError, FewstepError, UnknownNameError, UnsupportedError
-from fewstep.runtime.fit import fit_picture
-from fewstep.runtime.inpaint import to_latent_mask
+from fewstep.runtime.pictures.inpaint import to_latent_mask
+from fewstep.runtime.pictures.resize import fit_picture
 from peers import LEAST_PSNR, generators, pipelines, pixels, psnr
 from PIL import Image
 
@@ -203,7 +203,7 @@ def test_fits_are_those_of_diffusers(fit: str, mode: str, size: tuple[int, int])
 def test_masks_come_in_many_forms(tmp_path: Path) -> None:
     import torch
     from diffusers.image_processor import VaeImageProcessor
-    from fewstep.runtime.inpaint import open_mask
+    from fewstep.runtime.pictures.inpaint import open_mask
 
     grey = np.asarray(disc())
     disc().save(tmp_path / "mask.png")
@@ -300,7 +300,7 @@ def test_a_request_holds_its_pictures(both: dict[str, Any]) -> None:
 
 def test_a_server_inpaints_and_takes_long_prompts(sd1_bundle: Any) -> None:
     """Requests of every kind share its evaluations and come out as they do alone."""
-    from fewstep.runtime.serving import Server
+    from fewstep.serving import Server
 
     pipe = fewstep.load(sd1_bundle, size=(SIZE, SIZE))
     plain = {"steps": 4, "guidance": 3.0, "sampler": "dpmpp_2m"}

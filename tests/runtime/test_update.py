@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fewstep.errors import ArgumentError
-from fewstep.runtime.update import SlotState
+from fewstep.runtime.device.numpy_update import SlotState
 from fewstep.schedules import NoiseSchedule, Program, compile_program
 from fewstep.schedules.solvers.registry import SAMPLERS
 
@@ -166,7 +166,7 @@ def test_too_little_history_is_an_error_of_its_own() -> None:
 def test_the_torch_form_is_the_numpy_form() -> None:
     """On CPU tensors: the arithmetic and the gathers, not the device."""
     torch = pytest.importorskip("torch")
-    from fewstep.runtime.update_cuda import CudaSlotState, slot_index
+    from fewstep.runtime.device.torch_update import CudaSlotState, slot_index
 
     chosen = programs()
     start, latent, draws = material(len(chosen), 40)
@@ -199,7 +199,7 @@ def test_the_torch_form_is_the_numpy_form() -> None:
 
 def test_the_torch_form_refuses_what_does_not_fit() -> None:
     pytest.importorskip("torch")
-    from fewstep.runtime.update_cuda import CudaSlotState
+    from fewstep.runtime.device.torch_update import CudaSlotState
 
     state = CudaSlotState(1, SHAPE, 2, max_rows=4, device="cpu")
     with pytest.raises(ArgumentError, match="max_rows"):

@@ -14,7 +14,7 @@ import fewstep
 import numpy as np
 import pytest
 from fewstep.errors import ArgumentError, NonFiniteError
-from fewstep.runtime.tiles import Tiling
+from fewstep.runtime.pictures.tiles import Tiling
 from peers import LEAST_PSNR, generators, pipelines, pixels, psnr
 from test_tasks import drawing
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from fewstep.errors import ArgumentError, CorruptError, UnknownNameError, UnsupportedError
 from fewstep.schedules import NoiseSchedule, Program, compile_program, program_from_diffusers, resolve_sampler
-from fewstep.schedules.compat import CLASSES
+from fewstep.schedules.compat.classes import CLASSES
 from fewstep.schedules.names import SAMPLER_ALIASES, SCHEDULE_ALIASES, resolve_schedule
 from fewstep.schedules.solvers.registry import SAMPLERS
 from fewstep.schedules.spacing import SPACINGS

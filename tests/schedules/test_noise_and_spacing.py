@@ -12,7 +12,7 @@ import scipy.stats
 from fewstep.errors import ArgumentError, UnknownNameError, UnsupportedError
 from fewstep.schedules import NoiseSchedule, compile_program, spacing
 from fewstep.schedules.beta import beta_quantile
-from fewstep.schedules.compat_tables import Tables
+from fewstep.schedules.compat.tables import Tables
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 from fewstep.schedules import NoiseSchedule, compile_program, program_from_diffusers
-from fewstep.schedules.compat import CLASSES, _solver
-from fewstep.schedules.compat_grid import Grid, Request
-from fewstep.schedules.compat_tables import Tables
+from fewstep.schedules.compat.classes import CLASSES, _solver
+from fewstep.schedules.compat.layouts import Grid, Request
+from fewstep.schedules.compat.tables import Tables
 from fewstep.schedules.levels import Level, Preconditioning
 
 COUNT = 4 * 3 * 8 * 8

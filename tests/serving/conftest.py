@@ -9,7 +9,7 @@ from pathlib import Path
 import fewstep
 import numpy as np
 import pytest
-from fewstep.runtime.serving import Server
+from fewstep.serving import Server
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import httpx
 import uvicorn
-from fewstep.runtime.serving import Server
-from fewstep.runtime.serving.http import Metrics, Service, Settings, make_app
+from fewstep.serving import Server
+from fewstep.serving.http import Metrics, Service, Settings, make_app
 
 
 def free_port() -> int:

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import uvicorn
-from fewstep.runtime.serving import Server
-from fewstep.runtime.serving.http import Metrics, Service, Settings, make_app
-from fewstep.runtime.serving.live.protocol import FRAME, SUBPROTOCOL, UNCHANGED, read_frame, write_picture
-from fewstep.runtime.serving.live.socket import add_live
+from fewstep.serving import Server
+from fewstep.serving.http import Metrics, Service, Settings, make_app
+from fewstep.serving.live.protocol import FRAME, SUBPROTOCOL, UNCHANGED, read_frame, write_picture
+from fewstep.serving.live.socket import add_live
 from websockets.sync.client import ClientConnection, connect
 
 

@@ -14,7 +14,7 @@ import fewstep
 import numpy as np
 import pytest
 from fewstep.bench.live import browser
-from fewstep.runtime.serving import Server
+from fewstep.serving import Server
 from live_client import running
 
 pytestmark = pytest.mark.skipif(

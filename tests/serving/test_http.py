@@ -20,8 +20,8 @@ import numpy as np
 import openai
 import pytest
 from fewstep.errors import ArgumentError
-from fewstep.runtime.serving.http import Service, Settings
-from fewstep.runtime.serving.http.run import JsonLines, allowed_hosts, listen
+from fewstep.serving.http import Service, Settings
+from fewstep.serving.http.run import JsonLines, allowed_hosts, listen
 from http_service import load_student, serve_process, serving, wait_until
 from PIL import Image
 

@@ -16,13 +16,13 @@ import fewstep
 import numpy as np
 import pytest
 from fewstep.errors import ArgumentError, CorruptError, FewstepError, UnavailableError, UnknownNameError
-from fewstep.runtime.serving import Observer, Server
-from fewstep.runtime.serving.live import Frame, LiveSession, LiveSettings, UnchangedFilter
-from fewstep.runtime.serving.live.frames import Meter, Outbox
-from fewstep.runtime.serving.live.hub import LiveHub
-from fewstep.runtime.serving.live.noise import NoisePath
-from fewstep.runtime.serving.live.pictures import MOST_BYTES, read_picture
-from fewstep.runtime.slots import Slots
+from fewstep.runtime.device.numpy_slots import Slots
+from fewstep.serving import Observer, Server
+from fewstep.serving.live import Frame, LiveSession, LiveSettings, UnchangedFilter
+from fewstep.serving.live.frames import Meter, Outbox
+from fewstep.serving.live.hub import LiveHub
+from fewstep.serving.live.noise import NoisePath
+from fewstep.serving.live.pictures import MOST_BYTES, read_picture
 from PIL import Image
 
 PROMPT = "a red circle on a blue background"
@@ -390,7 +390,7 @@ def test_the_meter_counts_over_a_window() -> None:
 
 
 def test_sessions_need_no_http() -> None:
-    code = "import sys, fewstep.runtime.serving.live as live; live.LiveSession; print(*sys.modules)"
+    code = "import sys, fewstep.serving.live as live; live.LiveSession; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"starlette", "uvicorn", "msgspec", "prometheus_client", "websockets", "torch"} & set(loaded)
 

@@ -16,10 +16,10 @@ from typing import Any
 import fewstep
 import numpy as np
 import pytest
-from fewstep.runtime.serving import Server
-from fewstep.runtime.serving.http import Metrics
-from fewstep.runtime.serving.live.pictures import MOST_BYTES
-from fewstep.runtime.serving.live.protocol import (
+from fewstep.serving import Server
+from fewstep.serving.http import Metrics
+from fewstep.serving.live.pictures import MOST_BYTES
+from fewstep.serving.live.protocol import (
     MOST_TEXT,
     PICTURE_HEADER,
     SUBPROTOCOL,

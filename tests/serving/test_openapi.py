@@ -10,8 +10,8 @@ from typing import Any
 import fewstep
 import httpx
 import pytest
-from fewstep.runtime.serving.http import Settings
-from fewstep.runtime.serving.http.openapi import openapi_document
+from fewstep.serving.http import Settings
+from fewstep.serving.http.openapi import openapi_document
 from http_service import load_student, serving
 
 # 422 is the documented answer to what is well-formed and impossible, such as a sampler that nobody knows.

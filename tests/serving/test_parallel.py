@@ -8,9 +8,9 @@ from typing import Any
 import fewstep
 import numpy as np
 import pytest
+from fewstep.engines.parallel import ParallelEngine
 from fewstep.errors import ArgumentError
-from fewstep.runtime.serving import Server
-from fewstep.runtime.serving.parallel import ParallelEngine
+from fewstep.serving import Server
 
 DIMS = {"height": 8, "width": 8, "tokens": 77}
 

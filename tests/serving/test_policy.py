@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 from fewstep.errors import ArgumentError, MismatchError
-from fewstep.runtime.serving.buckets import Buckets, admitted_rows, measure
-from fewstep.runtime.serving.policy import TURN_OF_LATE, Candidate, choose
+from fewstep.serving.batch_sizes import Buckets, admitted_rows, measure
+from fewstep.serving.policy import TURN_OF_LATE, Candidate, choose
 
 COSTS = {1: 5.2, 2: 8.4, 4: 10.1, 8: 18.5}
 BUCKETS = Buckets(COSTS)

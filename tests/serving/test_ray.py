@@ -20,7 +20,7 @@ from typing import Any
 import fewstep
 import pytest
 from fewstep.errors import ArgumentError, FewstepError, MismatchError, QueueFullError, UnavailableError
-from fewstep.runtime.serving.deployment import Answer, BundleReference, Deployed, Pending, Replicas, make_deployment
+from fewstep.serving.ray_serve import Answer, BundleReference, Deployed, Pending, Replicas, make_deployment
 
 PROMPT = "a red circle on a blue background"
 with_ray = pytest.mark.skipif(os.environ.get("FEWSTEP_RAY") != "1", reason="run with FEWSTEP_RAY=1, or make ray-test")

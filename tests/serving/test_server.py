@@ -20,8 +20,8 @@ from fewstep.errors import (
     QueueFullError,
     UnavailableError,
 )
-from fewstep.runtime.pool import SlotPool
-from fewstep.runtime.serving import Server
+from fewstep.runtime.device.pool import SlotPool
+from fewstep.serving import Server
 
 MIXED: list[dict[str, Any]] = [
     {"steps": 1},

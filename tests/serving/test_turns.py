@@ -10,9 +10,9 @@ from typing import Any
 import fewstep
 import numpy as np
 import pytest
-from fewstep.runtime.serving import Server
-from fewstep.runtime.serving.policy import STRETCHES, _in_time
-from fewstep.runtime.serving.turns import Turns
+from fewstep.serving import Server
+from fewstep.serving.cpu_lock import Turns
+from fewstep.serving.policy import STRETCHES, _in_time
 from test_policy import Sim
 
 

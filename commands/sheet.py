@@ -1,0 +1,78 @@
+"""A contact sheet: pictures in rows and columns with their labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from ..runtime.pictures.images import UInt8
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+GAP = 6
+LABEL = 20
+SMALLEST = 128
+MOST_LINES = 3
+
+
+def draw_sheet(
+    cells: Sequence[Sequence[UInt8]],
+    heads: Sequence[str],
+    sides: Sequence[str],
+    *,
+    title: str = "",
+    cell: int | None = None,
+) -> Image:
+    """Draw images uint8 [H, W, 3], all of one size, `cells[row][column]`, under column and beside row labels."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(13)
+    height, width = cells[0][0].shape[:2]
+    scale = max(1.0, (cell or SMALLEST) / width) if cell is None else cell / width
+    wide, high = round(width * scale), round(height * scale)
+    wide = max(wide, 16)
+    side = max((round(font.getlength(s)) for s in sides), default=0)
+    side = side + 2 * GAP if side else GAP
+    lines = [_wrap(head, wide, font.getlength) for head in heads]
+    most = max(len(line) for line in lines)
+    top = GAP + (LABEL if title else 0) + LABEL * most
+    sheet = Image.new("RGB", (side + len(heads) * (wide + GAP), top + len(sides) * (high + GAP)), "white")
+    draw = ImageDraw.Draw(sheet)
+    if title:
+        draw.text((GAP, GAP), _fit(title, sheet.width - 2 * GAP, font.getlength), fill="black", font=font)
+    for c, words in enumerate(lines):
+        for i, line in enumerate(words):
+            at = side + c * (wide + GAP), top - LABEL * (len(words) - i) + 2
+            draw.text(at, line, fill="black", font=font)
+    sampling = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
+    for r, row in enumerate(cells):
+        draw.text((GAP, top + r * (high + GAP) + high // 2 - 8), sides[r], fill="black", font=font)
+        for c, pixels in enumerate(row):
+            sheet.paste(
+                Image.fromarray(pixels).resize((wide, high), sampling),
+                (side + c * (wide + GAP), top + r * (high + GAP)),
+            )
+    return sheet
+
+
+def _wrap(text: str, width: float, measure: Callable[[str], float]) -> list[str]:
+    """The text in lines of at most `width` pixels, `MOST_LINES` of them; what is longer is cut."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and measure(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    if len(lines) > MOST_LINES:
+        lines[MOST_LINES - 1 :] = [" ".join(lines[MOST_LINES - 1 :])]
+    return [_fit(line, width, measure) for line in lines or [""]]
+
+
+def _fit(text: str, width: float, measure: Callable[[str], float]) -> str:
+    """The text, cut with an ellipsis where it is wider than `width` pixels."""
+    if measure(text) <= width:
+        return text
+    while text and measure(text + "…") > width:
+        text = text[:-1]
+    return text + "…"

@@ -1,0 +1,321 @@
+"""ONNX Runtime, on a CPU and on CUDA: one session shared by all threads, buffers that never move for each binding."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...errors import ArgumentError, CorruptError, MismatchError, MissingExtraError, UnsupportedError
+from ..base import Binding, TensorSpec
+from ..options import RunOptions
+from ..profile import check_dims
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+ALIGNMENT = 64
+PROVIDERS = {
+    "ort-cpu": "CPUExecutionProvider",
+    "ort-openvino": "OpenVINOExecutionProvider",
+    "ort-openvino-bf16": "OpenVINOExecutionProvider",
+    "ort-cuda": "CUDAExecutionProvider",
+}
+_PACKAGES = {
+    "ort-cpu": ("onnxruntime", "cpu"),
+    "ort-openvino": ("onnxruntime-openvino", "openvino"),
+    "ort-openvino-bf16": ("onnxruntime-openvino", "openvino"),
+    "ort-cuda": ("onnxruntime-gpu", "cuda"),
+}
+_ONNX_TYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(uint8)": "uint8",
+    "tensor(bool)": "bool",
+}
+
+
+def import_onnxruntime(backend: str) -> ModuleType:
+    """The module `onnxruntime`, able to run this backend; `MissingExtraError` if it is not installed."""
+    package, extra = _PACKAGES[backend]
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingExtraError(package, extra, purpose=f"the backend {backend!r}") from error
+    if PROVIDERS[backend] not in onnxruntime.get_available_providers():
+        raise MissingExtraError(package, extra, purpose=f"the backend {backend!r}")
+    return onnxruntime  # type: ignore[no-any-return]
+
+
+def session_options(onnxruntime: ModuleType, run: RunOptions, optimization: str) -> Any:
+    """Session options with nothing left to chance: threads, spinning, arena, optimisation level."""
+    level = onnxruntime.GraphOptimizationLevel
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = {
+        "disabled": level.ORT_DISABLE_ALL,
+        "basic": level.ORT_ENABLE_BASIC,
+        "extended": level.ORT_ENABLE_EXTENDED,
+        "all": level.ORT_ENABLE_ALL,
+    }[optimization]
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.intra_op_num_threads = run.threads
+    if places := _places(run.threads):
+        options.add_session_config_entry("session.intra_op_thread_affinities", places)
+    options.inter_op_num_threads = 1
+    options.enable_cpu_mem_arena = run.arena
+    options.enable_mem_pattern = True
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0" if run.spinning == "off" else "1")
+    options.add_session_config_entry("session.force_spinning_stop", "1" if run.spinning == "run" else "0")
+    options.add_session_config_entry("session.set_denormal_as_zero", "0")
+    return options
+
+
+def _places(threads: int) -> str:
+    """Processors, counted from 1, for all threads but the caller's, where every processor gets a thread; else nothing.
+
+    ONNX Runtime ties its threads so when it is left to count them. A thread that wakes may else be put where its caller
+    runs, and both take turns spinning: 16 ms instead of 8 for a request of one step after a pause.
+    """
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return ";".join(str(c + 1) for c in allowed[1:]) if 1 < threads == len(allowed) else ""
+
+
+def providers(backend: str, run: RunOptions, stream: int | None = None) -> list[tuple[str, dict[str, str]]]:
+    """The providers to ask for, with explicit options; CUDA is followed by the CPU, for shape arithmetic only.
+
+    OpenVINO is followed by the CPU too.
+    """
+    cpu: tuple[str, dict[str, str]] = ("CPUExecutionProvider", {})
+    if backend == "ort-cpu":
+        return [cpu]
+    if backend != "ort-cuda":
+        from .openvino import provider_options
+
+        return [("OpenVINOExecutionProvider", provider_options(backend, run)), cpu]
+    cuda = {
+        "device_id": str(run.device),
+        "arena_extend_strategy": "kSameAsRequested",
+        "cudnn_conv_algo_search": "EXHAUSTIVE",
+        "cudnn_conv_use_max_workspace": "1",
+        "do_copy_in_default_stream": "1",
+        "use_tf32": "0",
+        "prefer_nhwc": "0",
+        "enable_cuda_graph": "1" if run.cuda_graph else "0",
+    }
+    if stream is not None:
+        cuda["user_compute_stream"] = str(stream)
+    return [("CUDAExecutionProvider", cuda), cpu]
+
+
+def open_session(
+    model: Path | bytes,
+    *,
+    backend: str,
+    run: RunOptions,
+    optimization: str = "all",
+    external: Mapping[str, Any] | None = None,
+    external_folder: Path | None = None,
+    stream: int | None = None,
+    dims: Mapping[str, int] | None = None,
+    configure: Callable[[Any], None] | None = None,
+) -> Any:
+    """Make a session and check that it runs where it was asked to.
+
+    `external` maps the names of external data files to their bytes, `external_folder` says where they lie when they are
+    too large for that. `dims` fixes named dimensions. `configure` may change the session options before they are used.
+    """
+    onnxruntime = import_onnxruntime(backend)
+    options = session_options(onnxruntime, run, optimization)
+    if PROVIDERS[backend] == "OpenVINOExecutionProvider":
+        onnxruntime.set_default_logger_severity(3)  # it warns of each constant that it folds
+    if external:
+        names = list(external)
+        options.add_external_initializers_from_files_in_memory(
+            names, [external[n] for n in names], [len(external[n]) for n in names]
+        )
+    elif external_folder is not None and isinstance(model, bytes):
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(external_folder))
+    for dimension, size in (dims or {}).items():
+        options.add_free_dimension_override_by_name(dimension, size)
+    if configure is not None:
+        configure(options)
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        session = onnxruntime.InferenceSession(source, options, providers=providers(backend, run, stream))
+    except Exception as error:
+        raise CorruptError(
+            f"ONNX Runtime {onnxruntime.__version__} refuses the model: {_brief(error, model)}",
+            expected="a model that it can load",
+            remedy="Export the checkpoint again, or rebuild the engine with: fewstep build BUNDLE --force",
+        ) from error
+    check_provider(session, backend)
+    return session
+
+
+def check_provider(session: Any, backend: str) -> None:
+    """Raise `MismatchError` when ONNX Runtime put the model elsewhere than asked, which it does without a word."""
+    got = session.get_providers()
+    if not got or got[0] != PROVIDERS[backend]:
+        raise MismatchError(
+            f"ONNX Runtime runs the model on {', '.join(got) or 'nothing'}",
+            expected=f"{PROVIDERS[backend]} for the backend {backend!r}",
+            remedy="Check that the GPU, its driver and the CUDA libraries are there, or use the backend 'ort-cpu'.",
+        )
+
+
+def _brief(error: Exception, model: Path | bytes) -> str:
+    """The last part of ONNX Runtime's message, with the model's name in place of its path."""
+    text = " ".join(str(error).split())
+    if isinstance(model, Path):
+        text = text.replace(str(model), model.name).replace(f"{model.parent}/", "")
+    return text.rpartition(" : ")[2][:300]
+
+
+def aligned_array(shape: Sequence[int], dtype: str) -> NDArray[Any]:
+    """A zeroed NumPy array whose first byte lies on a multiple of 64."""
+    if dtype == "bfloat16":
+        raise UnsupportedError(
+            "NumPy has no bfloat16", expected="float32 inputs and outputs", remedy="Export the checkpoint again."
+        )
+    element = np.dtype(dtype)
+    count = int(np.prod(shape, dtype=np.int64)) * element.itemsize
+    raw = np.zeros(count + ALIGNMENT, dtype=np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + count].view(element).reshape(tuple(shape))
+
+
+class OrtBinding:
+    """NumPy buffers bound to a session on the CPU."""
+
+    __slots__ = ("_io", "_lock", "_session", "_values", "inputs", "outputs")
+
+    def __init__(
+        self, session: Any, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec], dims: Mapping[str, int]
+    ) -> None:
+        from onnxruntime import OrtValue
+
+        self.inputs: dict[str, NDArray[Any]] = {n: aligned_array(s.resolve(dims), s.dtype) for n, s in inputs.items()}
+        self.outputs: dict[str, NDArray[Any]] = {n: aligned_array(s.resolve(dims), s.dtype) for n, s in outputs.items()}
+        self._session, self._io, self._lock = session, session.io_binding(), threading.Lock()
+        # The values alias the arrays; they are kept because the binding holds only their addresses.
+        self._values = {n: OrtValue.ortvalue_from_numpy(a) for n, a in (*self.inputs.items(), *self.outputs.items())}
+        for name in self.inputs:
+            self._io.bind_ortvalue_input(name, self._values[name])
+        for name in self.outputs:
+            self._io.bind_ortvalue_output(name, self._values[name])
+
+    def enqueue(self, stream: int | None = None) -> None:
+        """Evaluate once; returns when the outputs are there. `ArgumentError` if a CUDA stream is given."""
+        if stream is not None:
+            raise ArgumentError("a CUDA stream was given to an engine on the CPU", expected="no stream")
+        if not self._lock.acquire(blocking=False):
+            raise ArgumentError(
+                "two threads use one binding", expected="a binding for each thread", remedy="Call engine.bind in each."
+            )
+        try:
+            self._session.run_with_iobinding(self._io)
+        finally:
+            self._lock.release()
+
+
+class OrtEngine:
+    """A component on ONNX Runtime. The session may be used by all threads; each thread makes its own binding."""
+
+    __slots__ = ("_run", "_session", "_stream", "backend", "inputs", "outputs")
+
+    def __init__(
+        self,
+        session: Any,
+        *,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        backend: str = "ort-cpu",
+        run: RunOptions | None = None,
+        stream: Any = None,
+    ) -> None:
+        self._session, self._run, self._stream = session, run or RunOptions(), stream
+        self.backend = backend
+        self.inputs: dict[str, TensorSpec] = {s.name: s for s in inputs}
+        self.outputs: dict[str, TensorSpec] = {s.name: s for s in outputs}
+        check_tensors("input", self.inputs, session.get_inputs())
+        check_tensors("output", self.outputs, session.get_outputs())
+
+    @classmethod
+    def from_onnx(
+        cls,
+        path: Path,
+        *,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        backend: str = "ort-cpu",
+        run: RunOptions | None = None,
+        optimization: str = "all",
+    ) -> OrtEngine:
+        """Load a graph whose external data lie beside it, and optimise it now."""
+        options = run or RunOptions()
+        stream = engine_stream(backend, options)
+        session = open_session(
+            path,
+            backend=backend,
+            run=options,
+            optimization=optimization,
+            stream=None if stream is None else stream.cuda_stream,
+        )
+        return cls(session, inputs=inputs, outputs=outputs, backend=backend, run=options, stream=stream)
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.backend == "ort-cuda" else "cpu"
+
+    @property
+    def capture(self) -> str:
+        return "own_graph" if self.backend == "ort-cuda" and self._run.cuda_graph else "none"
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        return tuple(self._session.get_providers())
+
+    def bind(self, dims: Mapping[str, int]) -> Binding:
+        """Buffers for these dimensions: NumPy arrays on the CPU, torch tensors on CUDA."""
+        check_dims((*self.inputs.values(), *self.outputs.values()), dims)
+        if self.backend != "ort-cuda":
+            return OrtBinding(self._session, self.inputs, self.outputs, dims)
+        from .ort_cuda import OrtCudaBinding
+
+        return OrtCudaBinding(self._session, self.inputs, self.outputs, dims, run=self._run, stream=self._stream)
+
+
+def engine_stream(backend: str, run: RunOptions) -> Any:
+    """The CUDA stream of a session on CUDA, made before it; `None` elsewhere."""
+    if backend != "ort-cuda":
+        return None
+    from .ort_cuda import make_stream
+
+    return make_stream(run.device)
+
+
+def check_tensors(kind: str, specs: Mapping[str, TensorSpec], nodes: Sequence[Any]) -> None:
+    """Raise `MismatchError` unless the session's tensors are the manifest's, by name, dtype and rank."""
+    found = {n.name: (_ONNX_TYPES.get(n.type, n.type), len(n.shape)) for n in nodes}
+    expected = {n: (s.dtype, len(s.shape)) for n, s in specs.items()}
+    if found == expected:
+        return
+    names = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
+    raise MismatchError(
+        f"{kind} {names[0]!r} of the model is {_tensor_words(found.get(names[0]))}",
+        expected=_tensor_words(expected.get(names[0])),
+        remedy="The manifest and the graph disagree: export the checkpoint again.",
+    )
+
+
+def _tensor_words(tensor: tuple[str, int] | None) -> str:
+    return "absent" if tensor is None else f"{tensor[0]} with {tensor[1]} dimensions"

@@ -1,0 +1,338 @@
+"""TensorRT and TensorRT-RTX, loaded: one path for both libraries, whose modules differ by name and by a few extras.
+
+An engine file is code of one machine. It is deserialised from bytes that were checked, with host code forbidden. The
+library's own objects are shared by all threads; each binding has an execution context and buffers of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import logging
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...errors import CorruptError, FewstepError, MismatchError, MissingExtraError
+from ..base import Binding, TensorSpec
+from ..options import RunOptions
+from ..profile import Profile, check_dims, select_profile
+
+if TYPE_CHECKING:
+    import tensorrt_rtx as trt
+
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+OLDEST = {"tensorrt": (10, 12), "tensorrt-rtx": (1, 3)}
+_log = logging.getLogger("fewstep.engines.tensorrt")
+_said = threading.local()
+
+
+def import_tensorrt(backend: str) -> Any:
+    """The library's module. Raises `MissingExtraError`, or `MismatchError` for one that is too old."""
+    try:
+        module = importlib.import_module(MODULES[backend])
+    except ImportError as error:
+        raise MissingExtraError(MODULES[backend], backend, purpose=f"the backend {backend!r}") from error
+    version = tuple(int(p) for p in module.__version__.split(".")[:2])
+    if version < OLDEST[backend]:
+        raise MismatchError(
+            f"{MODULES[backend]} has version {module.__version__}",
+            expected=".".join(map(str, OLDEST[backend])) + " or newer",
+            remedy=f"Upgrade it with: pip install -U 'fewstep[{backend}]'",
+        )
+    return module
+
+
+@functools.cache
+def logger(backend: str) -> trt.ILogger:
+    """The process's only logger of this library: it hands lines to `logging` and keeps the last errors for messages."""
+    module = import_tensorrt(backend)
+    levels = {"INTERNAL_ERROR": 40, "ERROR": 40, "WARNING": 20, "INFO": 10, "VERBOSE": 5}
+
+    class Lines(module.ILogger):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+
+        def log(self, severity: Any, message: str) -> None:
+            level = levels.get(severity.name, 10)
+            if level >= logging.ERROR:
+                _said.__dict__.setdefault("errors", []).append(message)
+            _log.log(min(level, logging.WARNING), "%s", message)
+
+    made: trt.ILogger = Lines()
+    return made
+
+
+def errors_said() -> str:
+    """What the library reported as errors on this thread since the last call, in one line."""
+    lines = _said.__dict__.pop("errors", [])
+    return "; ".join(" ".join(line.split())[:300] for line in lines[-3:])
+
+
+class TensorRTEngine:
+    """A deserialised engine; `MismatchError` when its tensors or its precision are not the manifest's."""
+
+    def __init__(
+        self,
+        data: memoryview,
+        *,
+        backend: str,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        profiles: Sequence[Profile],
+        run: RunOptions,
+        dtype: str,
+        capturable: bool = False,
+        cache: Path | None = None,
+    ) -> None:
+        from .ort_cuda import import_torch_cuda
+
+        self._torch = import_torch_cuda()
+        self._trt, self.backend, self._run, self._cache = import_tensorrt(backend), backend, run, cache
+        self.inputs = {s.name: s for s in inputs}
+        self.outputs = {s.name: s for s in outputs}
+        self._profiles, self._capturable = tuple(profiles), capturable
+        with self._torch.cuda.device(run.device):
+            runtime: trt.Runtime = self._trt.Runtime(logger(backend))
+            runtime.engine_host_code_allowed = False
+            check_validity(self._trt, runtime, data)
+            engine: trt.ICudaEngine | None = runtime.deserialize_cuda_engine(data)
+        if engine is None:
+            raise MismatchError(
+                f"{backend} refuses the engine: {errors_said()}", expected="an engine for this GPU and version"
+            )
+        # The engine dies with its runtime.
+        self._runtime, self._engine = runtime, engine
+        self._check_tensors()
+        self.precision = check_precision(inspect(self._trt, engine), dtype)
+        self._config = self._make_config()
+
+    @property
+    def device(self) -> str:
+        return "cuda"
+
+    @property
+    def capture(self) -> str:
+        if self.backend == "tensorrt":
+            return "whole_request"
+        if self._run.graph_strategy == "whole-graph":
+            return "own_graph"
+        return "whole_request" if self._capturable else "none"
+
+    @property
+    def weights_bytes(self) -> int | None:
+        """Device memory of the weights, which all bindings share; `None` where the library does not tell (10.13)."""
+        if not hasattr(self._engine, "get_engine_stat"):
+            return None
+        return int(self._engine.get_engine_stat(self._trt.EngineStat.TOTAL_WEIGHTS_SIZE))
+
+    def scratch_bytes(self, dims: Mapping[str, int]) -> int:
+        """Device memory of one binding's execution context for these dimensions, its buffers apart."""
+        return int(self._engine.get_device_memory_size_for_profile_v2(self._profile(dims)))
+
+    def bind(self, dims: Mapping[str, int]) -> Binding:
+        """An execution context and torch buffers; `MismatchError` when no profile admits the dimensions."""
+        check_dims((*self.inputs.values(), *self.outputs.values()), dims)
+        profile = self._profile(dims)
+        strategies = self._trt.ExecutionContextAllocationStrategy
+        managed = self._capturable
+        with self._torch.cuda.device(self._run.device):
+            if self._config is not None:
+                self._config.set_execution_context_allocation_strategy(
+                    strategies.USER_MANAGED if managed else strategies.STATIC
+                )
+                context = self._engine.create_execution_context(self._config)
+            else:
+                context = self._engine.create_execution_context(
+                    strategies.USER_MANAGED if managed else strategies.STATIC
+                )
+            if context is None:
+                raise FewstepError(f"no execution context could be made: {errors_said()}", expected="enough GPU memory")
+            scratch = self.scratch_bytes(dims) if managed else 0
+            binding = TensorRTBinding(
+                self._torch,
+                context,
+                self.inputs,
+                self.outputs,
+                dims,
+                profile=profile,
+                device=self._run.device,
+                scratch=scratch,
+            )
+        self._save_cache()
+        return binding
+
+    def _profile(self, dims: Mapping[str, int]) -> int:
+        profile = select_profile(self._profiles, dims)
+        if profile is None:
+            raise MismatchError(
+                f"the engine has the profiles {'; '.join(map(str, self._profiles))}",
+                expected=" ".join(f"{n}={v}" for n, v in sorted(dims.items())),
+                remedy="Build one for this size with: fewstep build BUNDLE --size WxH --batch N",
+            )
+        return profile
+
+    def _check_tensors(self) -> None:
+        found = {self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)}
+        expected = {*self.inputs, *self.outputs}
+        if found != expected or self._engine.num_optimization_profiles != max(1, len(self._profiles)):
+            raise MismatchError(
+                f"the engine has the tensors {', '.join(sorted(found))} "
+                f"and {self._engine.num_optimization_profiles} profiles",
+                expected=f"{', '.join(sorted(expected))} and {len(self._profiles)}, as its manifest says",
+                remedy="Rebuild it with: fewstep build BUNDLE --force",
+            )
+
+    def _make_config(self) -> trt.IRuntimeConfig | None:
+        """The runtime configuration: TensorRT-RTX's use of CUDA graphs, and the kernels it compiled before."""
+        if not hasattr(self._engine, "create_runtime_config"):
+            return None
+        config = self._engine.create_runtime_config()
+        if hasattr(config, "cuda_graph_strategy"):
+            strategy = self._trt.CudaGraphStrategy
+            whole = self._run.graph_strategy == "whole-graph"
+            config.cuda_graph_strategy = strategy.WHOLE_GRAPH_CAPTURE if whole else strategy.DISABLED
+        if self._cache is not None and hasattr(config, "create_runtime_cache") and hasattr(config, "set_runtime_cache"):
+            cache = config.create_runtime_cache()
+            stored = read_cache(self._cache)
+            if stored is not None and not cache.deserialize(stored):
+                _log.info("the runtime cache is of another GPU or version: it is made anew")
+            config.set_runtime_cache(cache)
+        return config
+
+    def _save_cache(self) -> None:
+        """Keep the kernels that TensorRT-RTX compiled when the context was made."""
+        if self._cache is None or self._config is None or not hasattr(self._config, "get_runtime_cache"):
+            return
+        cache = self._config.get_runtime_cache()
+        if cache is not None:
+            write_cache(self._cache, bytes(memoryview(cache.serialize())))
+
+
+class TensorRTBinding:
+    """One execution context, its profile chosen and its tensors bound by name to torch tensors that never move."""
+
+    def __init__(
+        self,
+        torch: Any,
+        context: trt.IExecutionContext,
+        inputs: Mapping[str, TensorSpec],
+        outputs: Mapping[str, TensorSpec],
+        dims: Mapping[str, int],
+        *,
+        profile: int,
+        device: int,
+        scratch: int,
+    ) -> None:
+        where = torch.device("cuda", device)
+        self._torch, self._context, self._device = torch, context, where
+        stream = torch.cuda.current_stream(where)
+        _must(context.set_optimization_profile_async(profile, stream.cuda_stream), "choose the profile")
+        stream.synchronize()
+        self._scratch = torch.empty(max(scratch, 1), dtype=torch.uint8, device=where) if scratch else None
+        if self._scratch is not None:
+            context.set_device_memory(self._scratch.data_ptr(), scratch)
+        self.inputs = {n: _buffer(torch, s, dims, where) for n, s in inputs.items()}
+        self.outputs = {n: _buffer(torch, s, dims, where) for n, s in outputs.items()}
+        for name, tensor in self.inputs.items():
+            _must(context.set_input_shape(name, tuple(tensor.shape)), f"set the shape of {name!r}")
+            _must(context.set_tensor_address(name, tensor.data_ptr()), f"bind {name!r}")
+        for name, tensor in self.outputs.items():
+            _must(context.set_tensor_address(name, tensor.data_ptr()), f"bind {name!r}")
+        missing = context.infer_shapes()
+        if missing:
+            raise MismatchError(f"the engine lacks shapes for {', '.join(missing)}", expected="every input bound")
+
+    def enqueue(self, stream: int | None = None) -> None:
+        """Evaluate once on the CUDA stream with this handle (`None`: torch's current one); the host does not wait."""
+        handle = self._torch.cuda.current_stream(self._device).cuda_stream if stream is None else stream
+        _must(self._context.execute_async_v3(handle), "run the engine")
+
+
+def _buffer(torch: Any, spec: TensorSpec, dims: Mapping[str, int], device: Any) -> Any:
+    return torch.zeros(spec.resolve(dims), dtype=getattr(torch, spec.dtype), device=device)
+
+
+def _must(done: bool, what: str) -> None:
+    if not done:
+        raise FewstepError(f"TensorRT could not {what}: {errors_said()}")
+
+
+def check_validity(module: Any, runtime: trt.Runtime, data: memoryview) -> None:
+    """Ask TensorRT-RTX whether it would take the engine, before it is deserialised. Raises `MismatchError`."""
+    if not hasattr(runtime, "get_engine_validity"):
+        return
+    validity, diagnostics = runtime.get_engine_validity(data)
+    if validity == module.EngineValidity.INVALID:
+        found = [
+            n for n, flag in module.EngineInvalidityDiagnostics.__members__.items() if int(flag) & int(diagnostics)
+        ]
+        raise MismatchError(
+            f"TensorRT-RTX finds the engine invalid here: {', '.join(found).casefold().replace('_', ' ')}",
+            expected="an engine for this GPU, driver and version",
+            remedy="Rebuild it with: fewstep build BUNDLE --backend tensorrt-rtx --force",
+        )
+
+
+def inspect(module: Any, engine: trt.ICudaEngine) -> str:
+    """The engine's layers as the inspector tells them, in JSON."""
+    text = engine.create_engine_inspector().get_engine_information(module.LayerInformationFormat.JSON)
+    return str(text)
+
+
+def check_precision(information: str, dtype: str) -> dict[str, int]:
+    """How many outputs of layers have each format, from the inspector's JSON.
+
+    Raises `MismatchError` when none is of the asked precision: the backend computed in another one.
+    """
+    import json
+
+    words = {"float32": ("FP32", "Float"), "float16": ("FP16", "Half"), "bfloat16": ("BF16", "BFloat16")}
+    counts = dict.fromkeys(words, 0)
+    for layer in json.loads(information).get("Layers", ()):
+        for tensor in layer.get("Outputs", ()) if isinstance(layer, dict) else ():
+            described = str(tensor.get("Format/Datatype", ""))
+            for name, found in words.items():
+                counts[name] += any(described.endswith(w) or f" {w} " in f" {described} " for w in found)
+    if sum(counts.values()) and not counts.get(dtype):
+        raise MismatchError(
+            f"the engine computes in {', '.join(n for n, c in counts.items() if c)}",
+            expected=dtype,
+            remedy="Rebuild it with: fewstep build BUNDLE --force",
+        )
+    return counts
+
+
+def read_cache(path: Path) -> bytes | None:
+    """A timing or runtime cache: its bytes behind their SHA-256; `None` when there is none or it is damaged."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    if hashlib.sha256(data[32:]).digest() != data[:32]:
+        _log.warning("the cache %s is damaged: it is made anew", path.name)
+        return None
+    return data[32:]
+
+
+def write_cache(path: Path, data: bytes) -> None:
+    """Replace a cache, whole or not at all, under its lock; `CorruptError` when there is nothing to write."""
+    from filelock import FileLock
+
+    if not data:
+        raise CorruptError("the backend gave an empty cache")
+    content = hashlib.sha256(data).digest() + data
+    with FileLock(f"{path}.lock", mode=0o600):
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)

@@ -1,0 +1,111 @@
+"""Verifying a bundle: its ONNX graphs on the CPU and each stored engine that can run here, against torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from ...errors import CorruptError, GateError, MismatchError, MissingError
+from ..options import RunOptions
+from ..registry import OpenJob, load_backend
+from ..weights import check_graph, check_weights
+from .gate import Evaluate, GateReport, failure, gate_engine
+from .reference import FILE, Case, read_reference
+
+if TYPE_CHECKING:
+    from ...bundle import Bundle
+    from ..base import Engine
+    from ..store import Entry, Store
+
+
+def load_cases(bundle: Bundle) -> list[Case]:
+    """The reference stored in a bundle; `MissingError` when it has none."""
+    return read_reference(bundle.folder / FILE)
+
+
+def verify_graph(bundle: Bundle, component: str, cases: Sequence[Case]) -> GateReport:
+    """The ONNX graph itself, run by ONNX Runtime on the CPU without optimisation."""
+    from ..backends.ort import OrtEngine
+
+    part = bundle.component(component)
+    path = check_graph(bundle, part)
+    check_weights(bundle, part, None)
+    engine = OrtEngine.from_onnx(path, inputs=part.inputs, outputs=part.outputs, optimization="disabled")
+    return gate_engine(engine, cases, component=component, dtype=part.dtype, name="the ONNX graph", check=False)
+
+
+def verify_entry(
+    bundle: Bundle, entry: Entry, cases: Sequence[Case], store: Store, *, run: RunOptions | None = None
+) -> GateReport:
+    """A stored engine; the verdict goes into its manifest, and a failed engine is not opened again."""
+    name = entry.key.component
+    part = bundle.component(name)
+    job = OpenJob(
+        bundle=bundle, name=name, component=part, entry=entry, data=entry.read(), run=run or RunOptions(), store=store
+    )
+    engine = load_backend(entry.key.backend).open(job)
+    dtype = "float16" if entry.key.options.get("float16") else part.dtype
+    if entry.key.backend.endswith("-bf16"):
+        dtype = "bfloat16"
+    report = gate_engine(engine, cases, component=name, dtype=dtype, name=f"the engine {entry.name}", check=False)
+    if not store.read_only:
+        store.record_gate(entry, report.to_json())
+    return report
+
+
+def verify_bundle(
+    bundle: Bundle,
+    *,
+    store: Store,
+    components: Sequence[str] | None = None,
+    extra: dict[str, Engine | Evaluate] | None = None,
+    check: bool = True,
+) -> list[GateReport]:
+    """Each component's graph, its engines of this machine, and what `extra` adds (the torch engine, say).
+
+    Engines of other machines or versions are passed over: `list_engines` names them. With `check` the first failure
+    raises `GateError` once everything was compared.
+    """
+    cases = load_cases(bundle)
+    reports = []
+    for name in components or tuple(bundle.components):
+        part = bundle.component(name)
+        reports.append(verify_graph(bundle, name, cases))
+        reports += [verify_entry(bundle, entry, cases, store) for entry in engines_here(bundle, name, store)]
+        if extra and name in extra:
+            reports.append(gate_engine(extra[name], cases, component=name, dtype=part.dtype, check=False))
+    failed = [r for r in reports if not r.passed]
+    if check and failed:
+        raise failure(failed[0])
+    return reports
+
+
+def engines_here(bundle: Bundle, component: str, store: Store) -> Iterator[Entry]:
+    """The stored engines of a component that this machine can load."""
+    from ..build import engine_key
+    from ..key import differences
+
+    for entry in store.entries(component):
+        try:
+            needed = engine_key(bundle, component, load_backend(entry.key.backend))
+        except (MissingError, MismatchError):
+            continue
+        if all(d.field == "options" for d in differences(entry.key, needed)):
+            yield entry
+
+
+def gate_built(bundle: Bundle, entry: Entry, store: Store) -> Entry:
+    """Gate an engine that was just built, if the bundle holds a reference; a failed one is marked: `GateError`."""
+    if not (bundle.folder / FILE).is_file():
+        return entry
+    cases = read_reference(bundle.folder / FILE, entry.key.component)
+    if not cases:
+        return entry
+    try:
+        report = verify_entry(bundle, entry, cases, store)
+    except (CorruptError, GateError):
+        store.record_gate(entry, {"passed": False, "reason": "it could not be loaded or compared"})
+        raise
+    if not report.passed:
+        raise failure(report)
+    return store.read_entry(entry.folder)

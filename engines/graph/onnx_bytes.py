@@ -1,0 +1,297 @@
+"""ONNX files as protocol buffers, read and written as far as the engines need, so that a build needs no `onnx`.
+
+A message is a sequence of (field number, wire type, value). What a rewrite does not touch is copied as it was.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ...errors import CorruptError
+
+FLOAT, INT64, BOOL = 1, 7, 9
+_MODEL_OPSET, _MODEL_GRAPH = 8, 7
+_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_OUTPUT, _GRAPH_VALUE = 1, 5, 11, 12, 13
+_REMEDY = "Export the checkpoint again."
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Node:
+    """NodeProto: what it computes from which tensors. `attributes` are floats, integers and lists of integers."""
+
+    operator: str
+    inputs: list[str]
+    outputs: list[str]
+    attributes: dict[str, float | int | list[int]] = field(default_factory=dict)
+    domain: str = ""
+    raw: bytes | None = None
+
+    def to_bytes(self) -> bytes:
+        """The message: as it was read, or made from the fields of a new node."""
+        if self.raw is not None:
+            return self.raw
+        made = b"".join(string(1, i) for i in self.inputs) + b"".join(string(2, o) for o in self.outputs)
+        made += string(3, f"{self.outputs[0]}/{self.operator}") + string(4, self.operator)
+        made += b"".join(block(5, _attribute_bytes(n, v)) for n, v in self.attributes.items())
+        return made + (string(7, self.domain) if self.domain else b"")
+
+
+@dataclass(slots=True, kw_only=True)
+class Graph:
+    """A model with its nodes apart. `shapes` are those that the file states: numbers, symbols, or `None`: unknown.
+
+    `types` are the element types beside them, as in TensorProto.DataType.
+    """
+
+    nodes: list[Node]
+    shapes: dict[str, tuple[int | str | None, ...]]
+    types: dict[str, int]
+    constants: dict[str, tuple[int, ...]]
+    outputs: tuple[str, ...]
+    opsets: dict[str, int]
+    _model: list[tuple[int, int, bytes]]
+    _graph: list[tuple[int, int, bytes]]
+
+    def add_constant(self, name: str, data_type: int, dims: Sequence[int], raw: bytes) -> str:
+        """Add an initializer, unless one of this name is there; returns its name."""
+        if name not in self.constants:
+            self.constants[name] = tuple(dims)
+            self._graph.append((_GRAPH_INITIALIZER, 2, _tensor_bytes(name, data_type, dims, raw)))
+        return name
+
+    def add_integers(self, name: str, values: Sequence[int]) -> str:
+        return self.add_constant(name, INT64, [len(values)], struct.pack(f"<{len(values)}q", *values))
+
+    def add_output(self, name: str) -> None:
+        """Make a float32 tensor of any shape an output of the model."""
+        self.outputs = (*self.outputs, name)
+        tensor = block(2, block(1, number(1, FLOAT)))
+        self._graph.append((_GRAPH_OUTPUT, 2, string(1, name) + tensor))
+
+    def to_bytes(self) -> bytes:
+        """The serialised model, with the nodes as they are now."""
+        graph = b"".join(block(_GRAPH_NODE, n.to_bytes()) for n in self.nodes)
+        graph += b"".join(copied(*f) for f in self._graph)
+        made = b"".join(copied(*f) for f in self._model) + block(_MODEL_GRAPH, graph)
+        for domain, version in self.opsets.items():
+            made += block(_MODEL_OPSET, (string(1, domain) if domain else b"") + number(2, version))
+        return made
+
+
+def read_graph(model: bytes | memoryview) -> Graph:
+    """Take a serialised model apart. Raises `CorruptError` for bytes that are no protocol buffer."""
+    graph = Graph(nodes=[], shapes={}, types={}, constants={}, outputs=(), opsets={}, _model=[], _graph=[])
+    for at, kind, value in fields_of(memoryview(model)):
+        if at == _MODEL_GRAPH and kind == 2:
+            _read_graph(value, graph)
+        elif at == _MODEL_OPSET and kind == 2:
+            found = {n: v for n, _, v in fields_of(value)}
+            graph.opsets[_text(found.get(1))] = integer(found[2]) if 2 in found else 0
+        else:
+            graph._model.append((at, kind, bytes(value)))
+    return graph
+
+
+def _read_graph(message: memoryview, graph: Graph) -> None:
+    outputs = []
+    for at, kind, value in fields_of(message):
+        if at == _GRAPH_NODE and kind == 2:
+            graph.nodes.append(_read_node(value))
+            continue
+        graph._graph.append((at, kind, bytes(value)))
+        if at == _GRAPH_INITIALIZER:
+            name, dims, element = _read_tensor(value)
+            graph.constants[name] = dims
+            graph.types[name] = element
+        elif at in (_GRAPH_INPUT, _GRAPH_OUTPUT, _GRAPH_VALUE):
+            name, shape, element = _read_value(value)
+            graph.types[name] = element
+            if shape is not None:
+                graph.shapes[name] = shape
+            if at == _GRAPH_OUTPUT:
+                outputs.append(name)
+    graph.outputs = tuple(outputs)
+
+
+def _read_node(message: memoryview) -> Node:
+    node = Node(operator="", inputs=[], outputs=[], raw=bytes(message))
+    for at, kind, value in fields_of(message):
+        if kind != 2:
+            continue
+        if at == 1:
+            node.inputs.append(_text(value))
+        elif at == 2:
+            node.outputs.append(_text(value))
+        elif at == 4:
+            node.operator = _text(value)
+        elif at == 5:
+            name, content = _read_attribute(value)
+            if content is not None:
+                node.attributes[name] = content
+        elif at == 7:
+            node.domain = _text(value)
+    return node
+
+
+def _read_attribute(message: memoryview) -> tuple[str, float | int | list[int] | None]:
+    """Name and value; `None` for one that is neither float, integer nor integers."""
+    name, found = "", None
+    integers: list[int] = []
+    for at, kind, value in fields_of(message):
+        if at == 1:
+            name = _text(value)
+        elif at == 2 and kind == 5:
+            (found,) = struct.unpack("<f", value)
+        elif at == 3 and kind == 0:
+            found = integer(value)
+        elif at == 8:
+            integers += list(_packed(value)) if kind == 2 else [integer(value)]
+    return name, integers or found
+
+
+def _read_tensor(message: memoryview) -> tuple[str, tuple[int, ...], int]:
+    """TensorProto: its name, its shape and the type of its elements."""
+    name, element = "", 0
+    dims: list[int] = []
+    for at, kind, value in fields_of(message):
+        if at == 1:
+            dims += list(_packed(value)) if kind == 2 else [integer(value)]
+        elif at == 2:
+            element = integer(value)
+        elif at == 8:
+            name = _text(value)
+    return name, tuple(dims), element
+
+
+def _read_value(message: memoryview) -> tuple[str, tuple[int | str | None, ...] | None, int]:
+    """ValueInfoProto: its name, its shape when it is a tensor of known rank, and the type of its elements."""
+    name, shape, element = "", None, 0
+    for at, _, value in fields_of(message):
+        if at == 1:
+            name = _text(value)
+        elif at == 2:
+            for tensor in _inner(value, 1):
+                for field_number, kind, inner in fields_of(tensor):
+                    if field_number == 1 and kind == 0:
+                        element = integer(inner)
+                for dims in _inner(tensor, 2):
+                    shape = tuple(_dim(d) for d in _inner(dims, 1))
+    return name, shape, element
+
+
+def _dim(message: memoryview) -> int | str | None:
+    for at, _, value in fields_of(message):
+        if at == 1:
+            return integer(value)
+        if at == 2:
+            return _text(value)
+    return None
+
+
+def _inner(message: memoryview, wanted: int) -> Iterator[memoryview]:
+    return (value for at, kind, value in fields_of(message) if at == wanted and kind == 2)
+
+
+def fields_of(message: memoryview) -> Iterator[tuple[int, int, memoryview]]:
+    """Number, wire type and value of every field; a number is its bytes. Raises `CorruptError`."""
+    at = 0
+    while at < len(message):
+        tag, at = varint(message, at)
+        kind, began = tag & 7, at
+        if kind == 0:
+            _, at = varint(message, at)
+        elif kind in (1, 5):
+            at += 8 if kind == 1 else 4
+        elif kind == 2:
+            length, began = varint(message, at)
+            at = began + length
+        else:
+            raise CorruptError(f"an ONNX model has a field of wire type {kind}", remedy=_REMEDY)
+        if at > len(message):
+            raise CorruptError("an ONNX model ends in the middle of a field", remedy=_REMEDY)
+        yield tag >> 3, kind, message[began:at]
+
+
+def varint(message: memoryview, at: int) -> tuple[int, int]:
+    """The number that begins here, and where it ends."""
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= len(message):
+            break
+        byte = message[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    raise CorruptError("an ONNX model ends in the middle of a number", remedy=_REMEDY)
+
+
+def integer(value: memoryview) -> int:
+    """A signed 64-bit number from its bytes."""
+    found, _ = varint(value, 0)
+    return found - (1 << 64) if found >> 63 else found
+
+
+def _packed(value: memoryview) -> Iterator[int]:
+    at = 0
+    while at < len(value):
+        began = at
+        _, at = varint(value, at)
+        yield integer(value[began:at])
+
+
+def _text(value: memoryview | None) -> str:
+    return "" if value is None else str(value, "utf-8", "replace")
+
+
+def varint_bytes(value: int) -> bytes:
+    value &= (1 << 64) - 1
+    made = bytearray()
+    while value > 0x7F:
+        made.append(value & 0x7F | 0x80)
+        value >>= 7
+    made.append(value)
+    return bytes(made)
+
+
+def block(at: int, value: bytes) -> bytes:
+    """A length-delimited field."""
+    return varint_bytes(at << 3 | 2) + varint_bytes(len(value)) + value
+
+
+def string(at: int, value: str) -> bytes:
+    return block(at, value.encode())
+
+
+def number(at: int, value: int) -> bytes:
+    return varint_bytes(at << 3) + varint_bytes(value)
+
+
+def copied(at: int, kind: int, value: bytes) -> bytes:
+    """A field as it was; the value of a number is its own bytes."""
+    head = varint_bytes(at << 3 | kind)
+    return head + (varint_bytes(len(value)) if kind == 2 else b"") + value
+
+
+def _attribute_bytes(name: str, value: float | int | list[int]) -> bytes:
+    made = string(1, name)
+    if isinstance(value, float):
+        return made + b"\x15" + struct.pack("<f", value) + number(20, 1)
+    if isinstance(value, int):
+        return made + number(3, value) + number(20, 2)
+    return made + b"".join(number(8, v) for v in value) + number(20, 7)
+
+
+def _tensor_bytes(name: str, data_type: int, dims: Sequence[int], raw: bytes) -> bytes:
+    return b"".join(number(1, d) for d in dims) + number(2, data_type) + string(8, name) + block(9, raw)
+
+
+def users_of(nodes: Sequence[Node]) -> Mapping[str, list[Node]]:
+    """The nodes that read each tensor."""
+    users: dict[str, list[Node]] = {}
+    for node in nodes:
+        for name in node.inputs:
+            users.setdefault(name, []).append(node)
+    return users

@@ -1,0 +1,255 @@
+"""Forms of operators for which ONNX Runtime's CPU provider has its fastest kernels, put in before it optimises a graph.
+
+Attention over [B, heads, S, D] between transposes becomes attention over [B, S, heads * D]. The runtime has two:
+`MultiHeadAttention` keeps a block of scores in the cache (Dao et al. 2022), where ONNX's own operator writes all S x S
+to memory, which is faster while these are few.
+
+GroupNormalization has no kernel: the runtime inlines its definition, some twenty nodes. A group is an instance once the
+activation is seen as [B, groups, rest], so it becomes y = scale * InstanceNormalization(x) + bias with scale and bias
+by channel (Wu and He 2018, 3.1): a Mul and an Add on all threads, or for small ones BatchNormalization with mean 0 and
+variance 1, which is one pass on one thread.
+
+Shapes of Reshape that are computed at each run become constants, where 0 (the input's own) and -1 can say them, or are
+read from a feature map that has them.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+
+from .merge import ONNX, drop_unused, makers_of, merge_products, merge_projections, split_gates
+from .onnx_bytes import FLOAT, Graph, Node, read_graph, users_of
+from .symbolic import count_elements
+
+CONTRIB = "com.microsoft"
+SMALL = 1 << 18
+"""Elements of an activation up to which one pass on one thread is faster than two passes on all."""
+FEW_SCORES = 1 << 15
+"""Of one attention: up to so many, writing them all to memory is faster than working by blocks."""
+_WITH_GRAPHS = ("If", "Loop", "Scan")
+_HEADS_FIRST = [0, 2, 1, 3]
+
+
+def rewrite_for_cpu(model: bytes, dims: Mapping[str, int] | None = None) -> tuple[bytes, dict[str, int]]:
+    """The model in these forms, and how many operators took each; `dims` are the sizes that it runs at most often.
+
+    Raises `CorruptError`.
+    """
+    graph = read_graph(model)
+    if any(n.operator in _WITH_GRAPHS for n in graph.nodes):
+        return model, {}  # the graphs inside them read tensors that no list of inputs names
+    counts = {
+        "Attention": fuse_attention(graph, dims),
+        "InstanceNormalization": replace_group_norms(graph, dims),
+        "Reshape": fix_reshapes(graph),
+        "gated units": split_gates(graph),
+        "merged": merge_products(graph) + merge_projections(graph),
+        "unused": drop_unused(graph),
+    }
+    return (graph.to_bytes() if any(counts.values()) else model), counts
+
+
+def fuse_attention(graph: Graph, dims: Mapping[str, int] | None = None) -> int:
+    """Put attention that splits heads itself in place of Attention and the transposes round it; returns how many.
+
+    Where there are at most `FEW_SCORES`, when dimensions are `dims`, it is ONNX's own in its form of rank 3; elsewhere
+    `MultiHeadAttention`. That knows no mask of this kind, for which ONNX's own is taken up to `SMALL` scores.
+    """
+    makers, users = makers_of(graph.nodes), users_of(graph.nodes)
+    made: dict[int, Node] = {}
+    dropped: set[int] = set()
+    for node in graph.nodes:
+        sources = _attention_sources(node, makers, graph)
+        after = _only_user(node.outputs[0], users, graph, "Transpose")
+        last = None if after is None else _only_user(after.outputs[0], users, graph, "Reshape")
+        if sources is None or after is None or last is None or after.attributes.get("perm") != _HEADS_FIRST:
+            continue
+        heads, width = graph.shapes[node.inputs[0]][1], graph.shapes[node.inputs[0]][3]
+        if not isinstance(heads, int) or not isinstance(width, int):
+            continue
+        if graph.shapes.get(last.outputs[0], ())[2:] != (heads * width,):
+            continue
+        if any(graph.shapes[n][1::2] != (heads, width) for n in node.inputs[1:3]):
+            continue
+        rows, near, far = (*graph.shapes[node.inputs[0]][::2][:2], graph.shapes[node.inputs[1]][2])
+        scores = count_elements((rows, heads, near, far), dims) if dims else None
+        masked = len(sources) > 3
+        small = scores is not None and scores <= (SMALL if masked else FEW_SCORES)
+        if masked and not small:
+            continue
+        names = ("q_num_heads", "kv_num_heads") if small else ("num_heads",)
+        attributes: dict[str, float | int | list[int]] = dict.fromkeys(names, heads)
+        if "scale" in node.attributes:
+            attributes["scale"] = node.attributes["scale"]
+        made[id(last)] = Node(
+            operator="Attention" if small else "MultiHeadAttention",
+            domain="" if small else CONTRIB,
+            inputs=sources,
+            outputs=list(last.outputs),
+            attributes=attributes,
+        )
+        dropped |= {id(node), id(after)}
+    if made:
+        graph.nodes = [made.get(id(n), n) for n in graph.nodes if id(n) not in dropped]
+        graph.opsets[CONTRIB] = 1
+    return len(made)
+
+
+def _attention_sources(node: Node, makers: Mapping[str, Node], graph: Graph) -> list[str] | None:
+    """Query, key and value as [B, S, heads * D], where Attention got them split and transposed, and the mask if any."""
+    if node.operator != "Attention" or node.domain not in ONNX or len(node.outputs) != 1:
+        return None
+    if len(node.inputs) not in (3, 4) or node.attributes.get("is_causal") or node.attributes.get("softcap"):
+        return None
+    found = []
+    for name in node.inputs[:3]:
+        transpose = makers.get(name)
+        reshape = makers.get(transpose.inputs[0]) if transpose is not None else None
+        if transpose is None or reshape is None or len(graph.shapes.get(name, ())) != 4:
+            return None
+        if transpose.operator != "Transpose" or transpose.attributes.get("perm") != _HEADS_FIRST:
+            return None
+        shape, whole = graph.shapes[name], graph.shapes.get(reshape.inputs[0], ())
+        if reshape.operator != "Reshape" or len(whole) != 3 or whole[2] != _product(shape[1], shape[3]):
+            return None
+        found.append(reshape.inputs[0])
+    return found + node.inputs[3:]
+
+
+def _only_user(name: str, users: Mapping[str, list[Node]], graph: Graph, operator: str) -> Node | None:
+    """The one node that reads a tensor, if it is of this kind and the tensor is no output of the model."""
+    found = users.get(name, [])
+    if len(found) != 1 or name in graph.outputs or found[0].operator != operator:
+        return None
+    return found[0]
+
+
+def replace_group_norms(graph: Graph, dims: Mapping[str, int] | None = None) -> int:
+    """Put `InstanceNormalization` of the groups in place of each GroupNormalization; returns how many there were.
+
+    What has at most `SMALL` elements where dimensions are `dims` gets its scale and bias from BatchNormalization.
+    """
+    nodes: list[Node] = []
+    count = 0
+    for node in graph.nodes:
+        size = count_elements(graph.shapes.get(node.inputs[0]) or (None,), dims) if dims and node.inputs else None
+        made = _group_norm(node, graph, f"groupnorm_{count}_", small=size is not None and size <= SMALL)
+        nodes += made or [node]
+        count += bool(made)
+    graph.nodes = nodes
+    return count
+
+
+def _group_norm(node: Node, graph: Graph, prefix: str, *, small: bool) -> list[Node]:
+    """The nodes of one normalisation; none for another operator, another type, or unknown shapes."""
+    if node.operator != "GroupNormalization" or node.domain not in ONNX or len(node.inputs) != 3:
+        return []
+    x, scale, bias = node.inputs
+    channels = graph.constants.get(scale, ())
+    groups, epsilon = node.attributes.get("num_groups"), float(_number(node.attributes.get("epsilon", 1e-5)))
+    if len(channels) != 1 or graph.constants.get(bias) != channels or not isinstance(groups, int):
+        return []
+    if graph.types.get(scale) != FLOAT:  # the kernel for instances is float32's alone
+        return []
+    known = len(graph.shapes.get(x, ()))
+    rank = max(3, known)  # of an unknown rank: as [B, C, rest], and back to the shape it had
+    rest = [0] * (rank - 3)
+    split = graph.add_integers(f"groupnorm_split_{groups}_{rank}", [0, groups, -1, *rest])
+    joined = graph.add_integers(f"groupnorm_joined_{channels[0]}_{rank}", [0, channels[0], -1, *rest])
+    ones, zeros = (_filled(graph, groups, value) for value in (1.0, 0.0))
+
+    def made(operator: str, inputs: list[str], output: str, **attributes: float) -> Node:
+        return Node(operator=operator, inputs=inputs, outputs=[output], attributes=dict(attributes))
+
+    result = [
+        made("Reshape", [x, split], prefix + "groups"),
+        made("InstanceNormalization", [prefix + "groups", ones, zeros], prefix + "normal", epsilon=epsilon),
+        made("Reshape", [prefix + "normal", joined], prefix + "joined"),
+    ]
+    output = node.outputs[0] if known else prefix + "moved"
+    if small:
+        mean, variance = (_filled(graph, channels[0], value) for value in (0.0, 1.0))
+        result.append(made("BatchNormalization", [prefix + "joined", scale, bias, mean, variance], output, epsilon=0.0))
+    else:
+        affine = graph.add_integers(f"groupnorm_affine_{rank}", [-1] + [1] * (rank - 2))
+        result += [
+            made("Reshape", [scale, affine], prefix + "scale"),
+            made("Reshape", [bias, affine], prefix + "bias"),
+            made("Mul", [prefix + "joined", prefix + "scale"], prefix + "scaled"),
+            made("Add", [prefix + "scaled", prefix + "bias"], output),
+        ]
+    if not known:
+        result.append(made("Shape", [x], prefix + "shape"))
+        result.append(made("Reshape", [prefix + "moved", prefix + "shape"], node.outputs[0]))
+    return result
+
+
+def _filled(graph: Graph, count: int, value: float) -> str:
+    return graph.add_constant(f"{count}_times_{value:g}", FLOAT, [count], struct.pack("<f", value) * count)
+
+
+def fix_reshapes(graph: Graph) -> int:
+    """Give every Reshape that allows it a constant shape, or that of a feature map; returns how many took one.
+
+    What computed the shape falls away.
+    """
+    nodes: list[Node] = []
+    maps: dict[tuple[int | str | None, ...], str] = {}
+    makers = makers_of(graph.nodes)
+    count = 0
+    for node in graph.nodes:
+        if node.operator == "InstanceNormalization" and (grouped := makers.get(node.inputs[0])) is not None:
+            maps.setdefault(graph.shapes.get(grouped.inputs[0], ()), grouped.inputs[0])
+        if node.operator != "Reshape" or node.domain not in ONNX or node.inputs[1] in graph.constants:
+            nodes.append(node)
+            continue
+        wanted = graph.shapes.get(node.outputs[0])
+        target = _constant_target(graph.shapes.get(node.inputs[0]), wanted)
+        name = None if target is None else graph.add_integers("reshape_to_" + "_".join(map(str, target)), target)
+        if name is None and wanted is not None and len(wanted) == 4 and None not in wanted:
+            name = _shape_of(maps.get((wanted[0], wanted[3], wanted[1], wanted[2])), nodes, graph)
+        if name is None:
+            nodes.append(node)
+            continue
+        nodes.append(Node(operator="Reshape", inputs=[node.inputs[0], name], outputs=list(node.outputs)))
+        count += 1
+    graph.nodes = nodes
+    return count
+
+
+def _shape_of(found: str | None, nodes: list[Node], graph: Graph) -> str | None:
+    """The shape [B, H, W, C] of a feature map [B, C, H, W], which Reshape gives to tokens; `None` for no map."""
+    if found is None:
+        return None
+    name = f"{found}_channels_last"
+    if not any(name in n.outputs for n in nodes):
+        order = graph.add_integers("channels_last", [0, 2, 3, 1])
+        nodes.append(Node(operator="Shape", inputs=[found], outputs=[f"{found}_shape"]))
+        nodes.append(Node(operator="Gather", inputs=[f"{found}_shape", order], outputs=[name]))
+    return name
+
+
+def _constant_target(
+    found: tuple[int | str | None, ...] | None, wanted: tuple[int | str | None, ...] | None
+) -> list[int] | None:
+    """A shape for Reshape in numbers, 0 and at most one -1; `None` when there is none."""
+    if found is None or wanted is None:
+        return None
+    target = []
+    for i, size in enumerate(wanted):
+        if isinstance(size, int):
+            if size < 1:
+                return None
+            target.append(size)
+        else:
+            target.append(0 if size is not None and i < len(found) and found[i] == size else -1)
+    return target if target.count(-1) <= 1 else None
+
+
+def _product(one: int | str | None, other: int | str | None) -> int | None:
+    return one * other if isinstance(one, int) and isinstance(other, int) else None
+
+
+def _number(value: float | int | list[int]) -> float:
+    return 0.0 if isinstance(value, list) else value

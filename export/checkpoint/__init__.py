@@ -1,0 +1,1 @@
+"""Checkpoints on disk: folders, single files, LoRAs; understood without being loaded."""

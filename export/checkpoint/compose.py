@@ -1,0 +1,295 @@
+"""A checkpoint from several sources: a base folder, and what replaces its parts.
+
+A single file in the original layout has weights only; configurations, tokenizers and scheduler come from a base
+folder of its family. A UNet or a VAE may come from another file or folder, and LoRAs are fused as weights are written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from ...errors import ArgumentError, CorruptError, MissingError, UnsafeFileError, UnsupportedError
+from .configs import TINY_DEFAULTS
+from .folder import (
+    CLASSES,
+    Checkpoint,
+    LoraFile,
+    Part,
+    check_unet,
+    licence_of,
+    open_checkpoint,
+    read_json,
+    read_part,
+)
+from .singlefile import TINY_MARK, find_layout, refuse_others, scheduler_changes, translate
+from .weights import PICKLES, Stored, open_tensors
+
+FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
+"""What each width of the text's vectors usually is."""
+_RESCALING = {
+    *("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"),
+    *("EulerAncestralDiscreteScheduler", "UniPCMultistepScheduler", "LCMScheduler", "TCDScheduler"),
+}
+"""diffusers' schedulers that read `rescale_betas_zero_snr`."""
+
+
+def compose_checkpoint(
+    source: str | Path,
+    *,
+    base: str | Path | None = None,
+    unet: str | Path | None = None,
+    vae: str | Path | None = None,
+    loras: Iterable[tuple[str | Path, float]] = (),
+    revision: str | None = None,
+    variant: str | None = None,
+    offline: bool = False,
+) -> Checkpoint:
+    """Understand a checkpoint and what replaces its parts; only the headers of weight files are read.
+
+    source: a diffusers folder, a hub id, or a single safetensors file in the original layout, which needs `base`,
+    a diffusers folder or hub id of its family. unet, vae: a safetensors file in either layout, or a folder with
+    config.json. loras: files with the factors they are fused with. Raises the errors of `open_checkpoint`, and
+    `ArgumentError` for parts that do not belong together.
+    """
+    file = Path(source)
+    single = file.is_file() and file.suffix not in PICKLES
+    if base is not None and not single:
+        raise ArgumentError(
+            f"--base is given, and {file.name!r} is no single file", remedy="Leave it out: a folder is its own base."
+        )
+    opened = open_checkpoint(
+        base if single and base is not None else source, revision=revision, variant=variant, offline=offline
+    )
+    parts = dict(opened.parts)
+    scheduler = dict(opened.scheduler)
+    if single:
+        scheduler |= _marked(file, scheduler)
+        parts |= _single_file_parts(opened, file, skip={"vae"} if vae is not None else set())
+    if unet is not None:
+        parts["unet"] = _replaced(parts["unet"], Path(unet))
+    if vae is not None:
+        parts["vae"] = _replaced(parts["vae"], Path(vae))
+    _check_vae(parts["vae"], parts["unet"])
+    fused = tuple(_lora_file(path, scale) for path, scale in loras)
+    given: dict[str, Any] = {
+        "variant": variant,
+        "base": str(opened.folder) if single else None,
+        "unet": None if unet is None else str(unet),
+        "vae": None if vae is None else str(vae),
+        "loras": [[str(f.path), f.scale] for f in fused],
+    }
+    return replace(
+        opened,
+        source=str(source),
+        file=file if single else None,
+        parts=parts,
+        scheduler=scheduler,
+        loras=fused,
+        options={k: v for k, v in given.items() if v},
+    )
+
+
+def read_tensors(part: Part, tensors: Mapping[str, Stored], keys: Iterable[str]) -> Mapping[str, Stored]:
+    """A part's tensors under our names, whatever layout its files have."""
+    if part.layout == "folder":
+        return tensors
+    return translate(part.name, part.layout, part.prefix, part.config, tensors, keys)
+
+
+def _marked(file: Path, scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """The scheduler's changes that the file asks for; one that cannot rescale its betas gives way to Euler's."""
+    changes = scheduler_changes(open_tensors([file]), file.name)
+    if changes.get("rescale_betas_zero_snr") and scheduler.get("_class_name") not in _RESCALING:
+        changes["_class_name"] = "EulerDiscreteScheduler"
+    return changes
+
+
+def _single_file_parts(base: Checkpoint, file: Path, *, skip: set[str]) -> dict[str, Part]:
+    tensors = open_tensors([file])
+    refuse_others(tensors, file.name)
+    parts = {}
+    for name, part in base.parts.items():
+        if name in skip:
+            continue
+        found = find_layout(name, tensors)
+        if name == "unet":
+            _check_family(part, tensors, file, found)
+        if found is None:
+            hint = "Give a VAE with --vae." if name == "vae" else "Export the base with this file as --unet."
+            raise MissingError(
+                f"{file.name} holds no {name.replace('_', ' ')}",
+                expected=f"every part of a checkpoint of the base's family, {base.family}",
+                remedy=hint,
+            )
+        parts[name] = replace(part, files=(file,), layout=found[0], prefix=found[1])
+    return parts
+
+
+def _replaced(part: Part, path: Path) -> Part:
+    """A part with its weights from another file, or with everything from another folder."""
+    if path.suffix in PICKLES:
+        raise UnsafeFileError(
+            f"{path.name} is a pickle, which can run code when it is loaded", expected="a .safetensors file"
+        )
+    if path.is_dir():
+        return _from_folder(part, path)
+    if not path.is_file():
+        raise MissingError(f"no file {str(path)!r}", expected="a .safetensors file, or a folder with config.json")
+    tensors = open_tensors([path])
+    refuse_others(tensors, path.name)
+    found = find_layout(part.name, tensors)
+    if part.name == "unet":
+        _check_family(part, tensors, path, found)
+    if found is None:
+        raise CorruptError(
+            f"{path.name} holds no {part.name.upper()} that is known",
+            expected="diffusers' names (conv_in.weight ...) or the original ones (input_blocks.0.0.weight ...)"
+            if part.name == "unet"
+            else "the weights of an AutoencoderKL, by diffusers' names or the original ones",
+        )
+    made = replace(part, files=(path,), layout=found[0], prefix=found[1])
+    if part.name == "vae" and found[1] + TINY_MARK in tensors:
+        config = {"_class_name": "AutoencoderTiny", **TINY_DEFAULTS}
+        made = replace(made, class_name="AutoencoderTiny", config=config)
+    return made
+
+
+def _check_vae(vae: Part, unet: Part) -> None:
+    """Refuse a VAE whose latents are not the UNet's."""
+    theirs, ours = vae.config.get("latent_channels"), unet.config.get("in_channels")
+    if theirs != ours:
+        raise ArgumentError(
+            f"the VAE makes latents of {theirs} channels",
+            expected=f"{ours}, which the UNet takes",
+            remedy="Give a VAE of the same family.",
+        )
+    if vae.class_name == "AutoencoderTiny":
+        blocks = [len(vae.config[f"{half}_block_out_channels"]) for half in ("encoder", "decoder")]
+        if blocks[0] != blocks[1] or vae.config.get("upsampling_scaling_factor", 2) != 2:
+            raise UnsupportedError(
+                f"the tiny autoencoder has {blocks[0]} and {blocks[1]} blocks, and upsamples "
+                f"{vae.config.get('upsampling_scaling_factor', 2)} times",
+                expected="as many blocks on both sides, and 2 times, as TAESD and TAESDXL have",
+            )
+
+
+def _from_folder(part: Part, path: Path) -> Part:
+    """The part's own folder, or the folder of a whole checkpoint."""
+    place = path if (path / "config.json").is_file() else path / part.name
+    config = read_json(place / "config.json", remedy="Give the folder that holds the part's config.json.")
+    found = str(config.get("_class_name"))
+    if found not in CLASSES[part.name]:
+        raise UnsupportedError(
+            f"the {part.name} in {path.name!r} is a {found!r}", expected=" or ".join(CLASSES[part.name])
+        )
+    made = read_part(place, part.name, found, None)
+    if part.name == "unet":
+        check_unet(made.config)
+        ours, theirs = (p.config.get("cross_attention_dim") for p in (part, made))
+        if ours != theirs:
+            raise _another_family(path, theirs, ours)
+    return made
+
+
+def _check_family(part: Part, tensors: Mapping[str, Stored], file: Path, found: tuple[str, str] | None) -> None:
+    """Refuse a UNet of another family than the base, by the width of the text vectors that it attends to."""
+    if found is None:
+        return
+    prefix = found[1]
+    first = tensors[prefix + ("input_blocks.0.0.weight" if found[0] == "original" else "conv_in.weight")]
+    if len(first.shape) == 4 and first.shape[1] != part.config["in_channels"]:
+        raise UnsupportedError(
+            f"the UNet in {file.name} takes {first.shape[1]} channels",
+            expected=f"{part.config['in_channels']}; inpainting UNets with mask channels are not exported",
+            remedy="Use the base checkpoint: inpainting with it blends latents.",
+        )
+    width = next((t.shape[-1] for n, t in sorted(tensors.items()) if n.endswith(".attn2.to_k.weight")), None)
+    if width is not None and width != part.config.get("cross_attention_dim"):
+        raise _another_family(file, width, part.config.get("cross_attention_dim"))
+
+
+def _another_family(path: Path, theirs: Any, ours: Any) -> ArgumentError:
+    def name(width: Any) -> str:
+        return f"{width} ({FAMILIES[width]})" if width in FAMILIES else str(width)
+
+    return ArgumentError(
+        f"the UNet in {path.name} attends to text vectors of width {name(theirs)}",
+        expected=f"{name(ours)}, the base's",
+        remedy="Give a base of the same family.",
+    )
+
+
+def _lora_file(path: str | Path, scale: float) -> LoraFile:
+    file = Path(path)
+    if file.suffix in PICKLES:
+        raise UnsafeFileError(
+            f"{file.name} is a pickle, which can run code when it is loaded", expected="a .safetensors file"
+        )
+    if not file.is_file():
+        raise MissingError(f"no LoRA file {str(path)!r}", expected="a .safetensors file")
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ArgumentError(f"the scale of {file.name} is {scale!r}", expected="a finite number, like 1.0")
+    return LoraFile(path=file, scale=float(scale))
+
+
+def names_of(checkpoint: Checkpoint) -> list[str]:
+    """The names that may tell what a checkpoint was distilled for, the nearest to its weights first.
+
+    A file's own name comes before what its metadata calls it, that before its folder's, and what replaces a part
+    before the part's checkpoint; a repository in the hub's cache has its name three folders up.
+    """
+    paths = [lora.path for lora in checkpoint.loras]
+    paths += [Path(p) for p in (checkpoint.options.get("unet"),) if p]
+    paths += [checkpoint.file] if checkpoint.file else []
+    found = []
+    for path in paths:
+        resolved = path.absolute()
+        found += [path.name, *_titles(path)]
+        if path == checkpoint.file:
+            continue
+        found += [resolved.parent.name]
+        found += [p.name for p in resolved.parents if p.name.startswith("models--")][:1]
+    return [*found, checkpoint.source if checkpoint.revision else Path(checkpoint.source).name]
+
+
+def _titles(path: Path) -> list[str]:
+    """What a safetensors file's metadata calls the model: by the model specification, or by kohya's trainer."""
+    if not path.is_file():
+        return []
+    with safe_open(path, framework="np") as file:
+        metadata = file.metadata() or {}
+    return [metadata[k] for k in ("modelspec.title", "ss_output_name") if metadata.get(k)]
+
+
+def describe_part(part: Part, loras: Iterable[LoraFile]) -> dict[str, Any]:
+    """Where a component comes from, for the manifest: its files and fused LoRAs, with hashes and licences."""
+    files = [_describe_file(f) for f in part.files]
+    for file, path in zip(files, part.files, strict=True):
+        if file["licence"] is None and path.parent == part.place:
+            file["licence"] = licence_of(part.place.parent)
+    found: dict[str, Any] = {"part": part.name, "files": files}
+    fused = [{**_describe_file(lora.path), "scale": lora.scale} for lora in loras]
+    return found | ({"loras": fused} if fused else {})
+
+
+def _describe_file(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="np") as file:
+        metadata = file.metadata() or {}
+    licence = metadata.get("modelspec.license") or licence_of(path.parent)
+    stat = path.stat()
+    return {"file": path.name, "sha256": _sha256(path, stat.st_mtime_ns, stat.st_size), "licence": licence}
+
+
+@lru_cache(maxsize=64)
+def _sha256(path: Path, changed_ns: int, size: int) -> str:
+    """A file's hash; when it was changed and its size are part of what is remembered."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

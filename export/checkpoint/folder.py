@@ -1,0 +1,349 @@
+"""A checkpoint on disk: which pipeline it is, its parts, and the files that hold them. Nothing is loaded here.
+
+Class names in `model_index.json` are data and go through an allow-list; weights are safetensors or are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...errors import CorruptError, MissingError, MissingExtraError, UnsafeFileError, UnsupportedError
+from .weights import PICKLES
+
+PIPELINES = {
+    "StableDiffusionPipeline": "sd",
+    "StableDiffusionImg2ImgPipeline": "sd",
+    "StableDiffusionInpaintPipeline": "sd",
+    "LatentConsistencyModelPipeline": "sd",
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusionXLImg2ImgPipeline": "sdxl",
+    "StableDiffusionXLInpaintPipeline": "sdxl",
+}
+NOT_EXPORTED = {
+    "StableVideoDiffusion": "Stable Video Diffusion",
+    "IF": "DeepFloyd-IF",
+    "StableDiffusion3": "Stable Diffusion 3",
+    "Flux": "Flux",
+    "StableDiffusionControlNet": "a pipeline around a ControlNet",
+    "StableDiffusionXLControlNet": "a pipeline around a ControlNet",
+    "StableDiffusionAdapter": "a pipeline around a T2I adapter",
+    "ControlNet": "a ControlNet",
+    "MultiControlNet": "a ControlNet",
+    "SD3ControlNet": "a ControlNet",
+    "StableDiffusionUpscale": "the SD upscaler",
+    "StableDiffusionDepth2Img": "SD 2's depth-to-image model",
+}
+"""Beginnings of class names (before `Pipeline`, `Model`, `Img2Img` ...) of models that are known and not exported."""
+CLASSES = {
+    "unet": {"UNet2DConditionModel"},
+    "vae": {"AutoencoderKL", "AutoencoderTiny"},
+    "text_encoder": {"CLIPTextModel"},
+    "text_encoder_2": {"CLIPTextModelWithProjection"},
+    "tokenizer": {"CLIPTokenizer", "CLIPTokenizerFast"},
+    "tokenizer_2": {"CLIPTokenizer", "CLIPTokenizerFast"},
+}
+UNUSED = {"safety_checker", "feature_extractor", "image_encoder", "watermark"}
+HUB_INDEX = ("model_index.json", "fewstep.json", "README.md")
+NEEDED = {
+    "unet": ("block_out_channels", "cross_attention_dim", "in_channels", "out_channels"),
+    "vae": ("block_out_channels", "latent_channels", "in_channels", "out_channels"),
+    "text_encoder": ("hidden_size", "max_position_embeddings", "vocab_size"),
+    "text_encoder_2": ("hidden_size", "max_position_embeddings", "vocab_size", "projection_dim"),
+}
+NEEDED_TINY = ("encoder_block_out_channels", "decoder_block_out_channels", "latent_channels", "in_channels")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One component of a checkpoint: its class, its configuration, the folder of that, and its weight files.
+
+    `layout` says how the files name their tensors: `folder` as the library that saved the folder does, `diffusers`,
+    `original` and `open_clip` as `singlefile.py` tells them, behind `prefix`.
+    """
+
+    name: str
+    class_name: str
+    config: Mapping[str, Any]
+    place: Path
+    files: tuple[Path, ...]
+    layout: str = "folder"
+    prefix: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraFile:
+    """A LoRA's safetensors file and the factor it is fused with."""
+
+    path: Path
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A diffusers folder, understood, with whatever replaces its parts. `family` is `sd1`, `sd2` or `sdxl`.
+
+    `options` are the arguments that, given to `compose_checkpoint` with `path`, make the same checkpoint again.
+    """
+
+    folder: Path
+    source: str
+    family: str
+    pipeline: str
+    parts: Mapping[str, Part]
+    tokenizers: tuple[Path, ...]
+    scheduler: Mapping[str, Any]
+    force_zeros: bool = False
+    licence: str | None = None
+    revision: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    file: Path | None = None
+    loras: tuple[LoraFile, ...] = ()
+
+    @property
+    def path(self) -> Path:
+        """What was opened: the single file, or the folder."""
+        return self.file or self.folder
+
+
+def open_checkpoint(
+    source: str | Path, *, revision: str | None = None, variant: str | None = None, offline: bool = False
+) -> Checkpoint:
+    """Understand a diffusers folder, or a hub id through the hub's own cache.
+
+    Raises `MissingError` (no such folder), `UnsafeFileError` (a pickle), `UnsupportedError` (a class that is not
+    exported), `CorruptError` (a configuration that cannot be read).
+    """
+    path = Path(source)
+    if path.suffix in PICKLES:
+        raise UnsafeFileError(
+            f"{path.name} is a pickle, which can run code when it is loaded",
+            expected="a diffusers folder with .safetensors weights",
+        )
+    if path.is_file():
+        raise UnsupportedError(
+            f"{path.name} is a single file",
+            expected="a diffusers folder",
+            remedy="A single file has no configurations and no tokenizer: give a diffusers folder of its family with "
+            "--base.",
+        )
+    if path.is_dir():
+        return _from_folder(path, str(source), variant=variant, revision=None)
+    if _HUB_ID.fullmatch(str(source)) and not str(source).startswith((".", "/")):
+        return _from_hub(str(source), revision=revision, variant=variant, offline=offline)
+    raise MissingError(
+        f"no folder {str(source)!r}", expected="a diffusers folder or a hub id like 'stabilityai/sd-turbo'"
+    )
+
+
+def _from_hub(name: str, *, revision: str | None, variant: str | None, offline: bool) -> Checkpoint:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("huggingface_hub", "export", purpose=f"Fetching {name!r}") from error
+    try:
+        folder = snapshot_download(name, revision=revision, allow_patterns=list(HUB_INDEX), local_files_only=offline)
+        wanted = hub_files(read_json(Path(folder) / "model_index.json"), variant)
+        folder = snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=offline)
+    except LocalEntryNotFoundError as error:
+        hint = "Leave out --offline, or fetch it first." if offline else "Check the network, or give a folder."
+        raise MissingError(f"{name!r} is not in the hub's cache and could not be fetched", remedy=hint) from error
+    except (RepositoryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise MissingError(
+            f"{name!r} could not be fetched from the hub ({type(error).__name__})",
+            remedy="Check its name and your access.",
+        ) from error
+    return _from_folder(Path(folder), name, variant=variant, revision=Path(folder).name)
+
+
+def hub_files(index: Mapping[str, Any], variant: str | None) -> list[str]:
+    """Patterns of the files an export reads, and no others: a repository may hold every weight several times over."""
+    middle = f".{variant}" if variant else ""
+    patterns = [*HUB_INDEX, "scheduler/*.json"]
+    for name in CLASSES:
+        if name not in index:
+            continue
+        patterns += [f"{name}/*.json", f"{name}/*.txt"]
+        if not name.startswith("tokenizer"):
+            stem = _stem(name)
+            patterns += [f"{name}/{stem}{middle}.safetensors", f"{name}/{stem}{middle}-[0-9]*.safetensors"]
+    return patterns
+
+
+def _stem(name: str) -> str:
+    return "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
+
+
+def _from_folder(folder: Path, source: str, *, variant: str | None, revision: str | None) -> Checkpoint:
+    if not (folder / "model_index.json").is_file() and (folder / "config.json").is_file():
+        _refuse_class(str(read_json(folder / "config.json").get("_class_name")))
+    index = read_json(folder / "model_index.json", remedy="Give the folder that holds model_index.json.")
+    pipeline = str(index.get("_class_name"))
+    if pipeline not in PIPELINES:
+        _refuse_class(pipeline)
+        raise UnsupportedError(f"the checkpoint is a {pipeline}", expected=f"one of {', '.join(PIPELINES)}")
+    _refuse_refiner(index)
+    parts, tokenizers = {}, []
+    for name, value in index.items():
+        if name.startswith("_") or not isinstance(value, list) or len(value) != 2 or value[1] is None:
+            continue
+        if name in UNUSED or name == "scheduler":
+            continue
+        if name not in CLASSES:
+            raise UnsupportedError(
+                f"the checkpoint has a part {name!r} ({value[1]})", expected=f"only {', '.join(CLASSES)}"
+            )
+        if value[1] not in CLASSES[name]:
+            raise UnsupportedError(f"the {name} is a {value[1]!r}", expected=" or ".join(sorted(CLASSES[name])))
+        if name.startswith("tokenizer"):
+            tokenizers.append(folder / name)
+        else:
+            parts[name] = read_part(folder / name, name, str(value[1]), variant)
+    wanted = ["unet", "vae", "text_encoder"] + (["text_encoder_2"] if PIPELINES[pipeline] == "sdxl" else [])
+    for name in wanted:
+        if name not in parts:
+            raise UnsupportedError(f"the checkpoint has no {name}", expected=f"a {pipeline} with {', '.join(wanted)}")
+    check_unet(parts["unet"].config)
+    return Checkpoint(
+        folder=folder,
+        source=source,
+        family=_family(pipeline, parts),
+        pipeline=pipeline,
+        parts=parts,
+        tokenizers=tuple(sorted(tokenizers)),
+        scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
+        force_zeros=bool(index.get("force_zeros_for_empty_prompt", PIPELINES[pipeline] == "sdxl")),
+        licence=licence_of(folder),
+        revision=revision,
+    )
+
+
+def _refuse_class(name: str) -> None:
+    """`UnsupportedError` for a class that is known by the name of its model."""
+    stem = re.sub(r"(Img2Img|Inpaint\w*|Inpainting|SuperResolution)?(Pipeline|Model)$", "", name)
+    if stem in NOT_EXPORTED:
+        raise UnsupportedError(
+            f"the checkpoint is {NOT_EXPORTED[stem]} ({name})",
+            expected="a model of SD 1.x, SD 2.x or SDXL",
+            remedy="It is not exported.",
+        )
+
+
+def _refuse_refiner(index: Mapping[str, Any]) -> None:
+    """The refiner has SDXL's pipeline class and its second text encoder alone."""
+    first = index.get("text_encoder")
+    absent = not isinstance(first, list) or len(first) != 2 or first[1] is None
+    if PIPELINES[str(index["_class_name"])] == "sdxl" and absent and index.get("text_encoder_2"):
+        raise UnsupportedError(
+            "the checkpoint is the SDXL refiner (it has no first text encoder)",
+            expected="a model of SD 1.x, SD 2.x or SDXL",
+            remedy="Export SDXL's base: the refiner is not exported.",
+        )
+
+
+def _family(pipeline: str, parts: Mapping[str, Part]) -> str:
+    """SD 2.x is told from SD 1.x by its text encoder: OpenCLIP's uses GELU, OpenAI's the quick approximation."""
+    if PIPELINES[pipeline] == "sdxl":
+        return "sdxl"
+    return "sd2" if parts["text_encoder"].config.get("hidden_act") == "gelu" else "sd1"
+
+
+def check_unet(config: Mapping[str, Any]) -> None:
+    """`UnsupportedError` for a UNet whose configuration says that it is of another kind."""
+    if config.get("in_channels") != config.get("out_channels"):
+        raise UnsupportedError(
+            f"the UNet takes {config.get('in_channels')} channels and gives {config.get('out_channels')}",
+            expected="as many in as out; inpainting UNets with mask channels are not exported",
+            remedy="Use the base checkpoint: inpainting with it blends latents.",
+        )
+    for name in ("class_embed_type", "encoder_hid_dim_type", "num_class_embeds"):
+        if config.get(name) is not None:
+            raise UnsupportedError(f"the UNet has {name}={config[name]!r}", expected="a UNet of SD 1.x, SD 2.x or SDXL")
+
+
+def read_part(place: Path, name: str, class_name: str, variant: str | None) -> Part:
+    """A component from its own folder, which holds its configuration and its weights."""
+    config = read_json(place / "config.json")
+    needed = NEEDED_TINY if class_name == "AutoencoderTiny" else NEEDED.get(name, ())
+    missing = [k for k in needed if not isinstance(config.get(k), (int, list, tuple)) or not config[k]]
+    if missing:
+        raise CorruptError(
+            f"{name}/config.json does not state {', '.join(missing)}", remedy="Take the whole checkpoint."
+        )
+    _check_numbers(name, config)
+    files = _weight_files(place, _stem(name), variant)
+    return Part(name=name, class_name=class_name, config=config, place=place, files=files)
+
+
+def _check_numbers(name: str, config: Mapping[str, Any]) -> None:
+    """`CorruptError` for a UNet's size or a VAE's factor with which no picture can be made."""
+    size = config.get("sample_size")
+    sides = size if isinstance(size, (list, tuple)) else [size, size]
+    if name == "unet" and size is not None and not (len(sides) == 2 and all(type(s) is int and s > 0 for s in sides)):
+        raise CorruptError(f"{name}/config.json states sample_size {size!r}", expected="an integer above 0, or two")
+    factor = config.get("scaling_factor", 1.0)
+    number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
+    if name == "vae" and not (number and math.isfinite(factor) and factor):
+        raise CorruptError(f"{name}/config.json states scaling_factor {factor!r}", expected="a finite number but 0")
+
+
+def _weight_files(place: Path, stem: str, variant: str | None) -> tuple[Path, ...]:
+    """The safetensors files of a part: one file or shards, with the variant's name where one is asked for."""
+    middle = f".{variant}" if variant else ""
+    single = place / f"{stem}{middle}.safetensors"
+    if single.is_file():
+        return (single,)
+    index = place / f"{stem}.safetensors.index{middle}.json"
+    if index.is_file():
+        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+        for shard in shards:
+            if Path(shard).name != shard or not (place / shard).is_file():
+                raise MissingError(
+                    f"{index.name} names the shard {shard!r}, which is not beside it",
+                    remedy="Take the whole checkpoint.",
+                )
+        return tuple(place / s for s in shards)
+    others = sorted(p.name for p in place.glob("*")) if place.is_dir() else []
+    pickles = [n for n in others if Path(n).suffix in PICKLES]
+    if pickles:
+        raise UnsafeFileError(
+            f"{place.name} has its weights as pickles only ({', '.join(pickles)})",
+            expected=single.name,
+            remedy="Take the checkpoint's safetensors files.",
+        )
+    variants = sorted({n.split(".")[1] for n in others if n.endswith(".safetensors") and n.count(".") == 2})
+    hint = f"Choose a variant it has: {', '.join(variants)} (--variant)." if variants else "Take the whole checkpoint."
+    raise MissingError(f"{place.name} has no {single.name}", remedy=hint)
+
+
+def licence_of(folder: Path) -> str | None:
+    """The licence id that the model card states."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    found = re.search(
+        r"^license:\s*([\w.+-]+)\s*$", card.read_text(encoding="utf-8", errors="replace")[:4000], re.MULTILINE
+    )
+    return found.group(1) if found else None
+
+
+def read_json(path: Path, *, remedy: str = "Take the whole checkpoint.") -> dict[str, Any]:
+    """A JSON object from a file; `MissingError` or `CorruptError` say what is wrong with it."""
+    if not path.is_file():
+        raise MissingError(f"no {path.parent.name}/{path.name} in the checkpoint", remedy=remedy)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(f"{path.parent.name}/{path.name} is not JSON: {error}", remedy=remedy) from error
+    if not isinstance(data, dict):
+        raise CorruptError(
+            f"{path.parent.name}/{path.name} holds a {type(data).__name__}", expected="a JSON object", remedy=remedy
+        )
+    return data

@@ -1,0 +1,198 @@
+"""Weights from a checkpoint to a bundle: read in place, converted one tensor at a time, written as a stream."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from ...errors import CorruptError, MissingError, UnsafeFileError, UnsupportedError
+from ..trace.graphs import Graph, Parameter
+from ..trace.layout import CODES, plan_layout
+
+_NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8"}
+_VAE_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
+
+Progress = Callable[[int], None]
+Patch = Callable[[str, "Stored"], "Stored"]
+"""What may change a tensor on its way: given the parameter's key and the checkpoint's tensor, one of its shape."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """One tensor as it lies in a file: safetensors' dtype code, shape, and its bytes as a read-only array.
+
+    `release` lets go of the memory that reading it took; its bytes stay readable.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: np.ndarray
+    release: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
+
+
+def open_tensors(paths: Iterable[Path]) -> dict[str, Stored]:
+    """Map the tensors of safetensors files, without reading them.
+
+    The safetensors library checks each file first; only then are the offsets of its header used. Raises
+    `UnsafeFileError` for pickles, `CorruptError` for a file that is no valid safetensors file.
+    """
+    found: dict[str, Stored] = {}
+    for path in paths:
+        if path.suffix in PICKLES:
+            raise UnsafeFileError(
+                f"{path.name} is a pickle, which can run code when it is loaded",
+                expected="a .safetensors file",
+                remedy="Convert it on a machine that may be lost, or take the checkpoint's safetensors files.",
+            )
+        if not path.is_file():
+            raise MissingError(f"no file {str(path)!r}", expected="a .safetensors file")
+        try:
+            with safe_open(path, framework="np") as file:
+                names = set(file.keys())
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CorruptError(
+                f"{path.name} is not a valid safetensors file ({error})", remedy="Fetch it again: it may be truncated."
+            ) from error
+        found.update(_map(path, names))
+    return found
+
+
+def _map(path: Path, names: set[str]) -> dict[str, Stored]:
+    with path.open("rb") as file:
+        view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    start = 8 + int.from_bytes(view[:8], "little")
+    header = json.loads(view[8:start])
+    tensors = {}
+    for name in names:
+        entry = header[name]
+        code, shape = entry["dtype"], tuple(entry["shape"])
+        if code not in _NUMPY:
+            raise UnsupportedError(
+                f"tensor {name!r} in {path.name} has dtype {code}", expected=f"one of {', '.join(_NUMPY)}"
+            )
+        begin, end = entry["data_offsets"]
+        raw = np.frombuffer(view, dtype=np.uint8, count=end - begin, offset=start + begin)
+        release = partial(_drop_pages, view, start + begin, start + end)
+        tensors[name] = Stored(dtype=code, shape=shape, data=raw, release=release)
+    return tensors
+
+
+def _drop_pages(view: mmap.mmap, begin: int, end: int) -> None:
+    """Unmap the pages of a byte range: what was read of a file would otherwise count as memory to the end."""
+    first = begin // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > first and hasattr(mmap, "MADV_DONTNEED"):
+        view.madvise(mmap.MADV_DONTNEED, first, end - first)
+
+
+def convert(stored: Stored, dtype: str, name: str) -> np.ndarray:
+    """A tensor's bytes in another precision, as a flat array; `CorruptError` for values that are not finite there."""
+    raw = (
+        stored.data.view(_NUMPY[stored.dtype])
+        if len(stored.data) % np.dtype(_NUMPY[stored.dtype]).itemsize == 0
+        else stored.data
+    )
+    if stored.dtype == "I64":
+        return raw
+    same = CODES[dtype] == stored.dtype
+    wide = _bf16_to_f32(raw) if stored.dtype == "BF16" else raw
+    if not np.isfinite(wide).all():
+        raise CorruptError(
+            f"tensor {name!r} holds NaN or infinity",
+            expected="finite weights",
+            remedy="Take another copy of the checkpoint.",
+        )
+    if same:
+        return raw
+    if dtype == "bfloat16":
+        return _f32_to_bf16(wide.astype(np.float32))
+    with np.errstate(over="ignore"):
+        made = wide.astype(np.float16 if dtype == "float16" else np.float32)
+    if dtype == "float16" and not np.isfinite(made).all():
+        raise UnsupportedError(
+            f"tensor {name!r} does not fit float16", remedy="Export this component with --dtype bfloat16 or float32."
+        )
+    return made
+
+
+def _bf16_to_f32(raw: np.ndarray) -> np.ndarray:
+    return (raw.astype(np.uint32) << 16).view(np.float32)
+
+
+def _f32_to_bf16(values: np.ndarray) -> np.ndarray:
+    """Round to nearest, ties to even, on the bit patterns."""
+    bits = values.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def find_tensor(parameter: Parameter, tensors: Mapping[str, Stored]) -> Stored | None:
+    """The checkpoint's tensor for a parameter, under the names that checkpoints of different ages give it."""
+    key = parameter.key
+    candidates = [key, f"text_model.{key}", key.removeprefix("text_model.")]
+    for new, old in _VAE_ATTENTION.items():
+        if f".attentions.0.{new}." in key:
+            candidates.append(key.replace(f".{new}.", f".{old}."))
+    return next((tensors[c] for c in candidates if c in tensors), None)
+
+
+def write_weights(
+    graph: Graph,
+    tensors: Mapping[str, Stored],
+    path: Path,
+    progress: Progress | None = None,
+    patch: Patch | None = None,
+) -> str:
+    """Write the weights that `graph` needs in the layout its initialisers point at; return the file's SHA-256.
+
+    `patch` sees every tensor before it is converted; one is in memory at a time. Raises `CorruptError` when weights
+    are missing or have another shape.
+    """
+    layout = plan_layout([(p.name, p.dtype, p.shape) for p in graph.parameters])
+    if layout.sha256 != graph.header_sha256:
+        raise CorruptError(
+            "a kept graph was made for another layout of weights",
+            remedy="Delete the graph cache, or reinstall fewstep.",
+        )
+    by_name = {p.name: p for p in graph.parameters}
+    found = {name: find_tensor(p, tensors) for name, p in by_name.items()}
+    missing = [by_name[n].key for n, t in found.items() if t is None]
+    if missing:
+        shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
+        raise CorruptError(
+            f"the checkpoint lacks {len(missing)} weights of its {graph.kind}: {shown}",
+            expected=f"{len(by_name)} weights, as its config.json says",
+            remedy="Take the whole checkpoint.",
+        )
+    digest = hashlib.sha256(layout.header)
+    with path.open("xb") as file:
+        file.write(layout.header)
+        for name in layout.order:
+            data = _fitting(found[name], by_name[name], patch)
+            view = np.ascontiguousarray(data).view(np.uint8).data
+            file.write(view)
+            digest.update(view)
+            if progress:
+                progress(len(view))
+            source = found[name]
+            del data, view
+            if source is not None:
+                source.release()
+    return digest.hexdigest()
+
+
+def _fitting(stored: Stored | None, parameter: Parameter, patch: Patch | None) -> np.ndarray:
+    if stored is None or [d for d in stored.shape if d != 1] != [d for d in parameter.shape if d != 1]:
+        raise CorruptError(
+            f"weight {parameter.key!r} has shape {stored.shape if stored else None}",
+            expected=f"{parameter.shape}, as its config.json says",
+            remedy="Take weights and config.json from the same checkpoint.",
+        )
+    return convert(patch(parameter.key, stored) if patch else stored, parameter.dtype, parameter.key)

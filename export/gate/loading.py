@@ -1,0 +1,123 @@
+"""A checkpoint's models as diffusers and transformers load them themselves: what the gate compares an export with.
+
+fewstep's own reading of weights is not used here, so that a mistake in it shows.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
+from safetensors.torch import load_file
+from torch import nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from ...errors import CorruptError
+from ..checkpoint.folder import Checkpoint, Part
+from ..checkpoint.lora import match_loras
+
+LOADERS = {
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+}
+WITH_LORA = ("unet", "text_encoder", "text_encoder_2")
+
+
+def load_model(checkpoint: Checkpoint, part: Part) -> nn.Module:
+    """A part in float32, its LoRAs fused by diffusers."""
+    if checkpoint.loras and part.name in WITH_LORA:
+        return load_fused(checkpoint)[part.name]
+    return _plain(checkpoint, part)
+
+
+def lora_method(checkpoint: Checkpoint) -> str:
+    """Who fuses the reference's LoRAs, for the report."""
+    if not checkpoint.loras:
+        return "none"
+    return "fused by diffusers" if _has_peft() else "fused by fewstep: peft is not installed"
+
+
+def _has_peft() -> bool:
+    return importlib.util.find_spec("peft") is not None
+
+
+def _plain(checkpoint: Checkpoint, part: Part) -> nn.Module:
+    cls: Any = AutoencoderTiny if part.class_name == "AutoencoderTiny" else LOADERS[part.name]
+    text = part.name.startswith("text_encoder")
+    if part.layout == "folder":
+        options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
+        options |= {"dtype": torch.float32, "attn_implementation": "sdpa"} if text else {"torch_dtype": torch.float32}
+        if checkpoint.options.get("variant") and part.place.parent == checkpoint.folder:
+            options["variant"] = checkpoint.options["variant"]
+        return cls.from_pretrained(part.place, **options).eval()
+    if text:
+        return _text_encoder(cls, part)
+    if part.layout == "original":
+        made = cls.from_single_file(
+            str(part.files[0]), config=str(part.place), torch_dtype=torch.float32, local_files_only=True
+        )
+        return made.float().eval()
+    model = cls.from_config(dict(part.config))
+    state = {k.removeprefix(part.prefix): v for k, v in load_file(part.files[0]).items() if k.startswith(part.prefix)}
+    model.load_state_dict(state)
+    return model.float().eval()
+
+
+def _text_encoder(cls: Any, part: Part) -> nn.Module:
+    """An encoder from a single file, by diffusers' conversion; it sees that encoder's tensors alone."""
+    own = {k: v.float() for k, v in load_file(part.files[0]).items() if k.startswith(part.prefix)}
+    model = create_diffusers_clip_model_from_ldm(
+        cls, own, subfolder=part.name, config=str(part.place.parent), torch_dtype=torch.float32, local_files_only=True
+    )
+    left = [n for n, p in model.named_parameters() if p.is_meta]
+    if left:
+        raise CorruptError(
+            f"diffusers found no weights for {', '.join(left[:5])} in {part.files[0].name}", expected="all of them"
+        )
+    return model.float().eval()
+
+
+def load_fused(checkpoint: Checkpoint) -> dict[str, nn.Module]:
+    """The UNet and the text encoders in float32 with all LoRAs fused."""
+    parts = {n: _plain(checkpoint, p) for n, p in checkpoint.parts.items() if n in WITH_LORA}
+    if not _has_peft():
+        _fuse_here(checkpoint, parts)
+        return parts
+    xl = checkpoint.family == "sdxl"
+    cls: Any = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
+    others: dict[str, Any] = {"tokenizer_2": None} if xl else {"safety_checker": None, "requires_safety_checker": False}
+    scheduler = DDIMScheduler()
+    pipe = cls(vae=None, tokenizer=None, scheduler=scheduler, feature_extractor=None, **parts, **others)
+    names = []
+    for i, lora in enumerate(checkpoint.loras):
+        names.append(f"lora_{i}")
+        pipe.load_lora_weights(str(lora.path.parent), weight_name=lora.path.name, adapter_name=names[-1])
+    pipe.set_adapters(names, adapter_weights=[lora.scale for lora in checkpoint.loras])
+    changed = [n for n, model in parts.items() if getattr(model, "peft_config", None)]
+    pipe.fuse_lora(adapter_names=names, components=changed)
+    pipe.unload_lora_weights()
+    return {n: getattr(pipe, n).eval() for n in parts}
+
+
+@torch.no_grad()
+def _fuse_here(checkpoint: Checkpoint, parts: dict[str, nn.Module]) -> None:
+    """Without PEFT the changes are fewstep's own: the gate then shows mistakes in graphs, not in the fusion."""
+    states = {n: m.state_dict() for n, m in parts.items()}
+    shapes = {n: {k: tuple(v.shape) for k, v in s.items()} for n, s in states.items()}
+    fusion = match_loras(checkpoint.loras, {n: (checkpoint.parts[n].config, shapes[n]) for n in parts})
+    for name, state in states.items():
+        for key, value in state.items():
+            for delta in fusion.changes(name, key):
+                value += torch.from_numpy(delta.value()).reshape(value.shape)

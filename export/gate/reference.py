@@ -1,0 +1,238 @@
+"""The gate's reference: structured inputs and what torch makes of them in float32, written into one safetensors file.
+
+Runs in a process of its own (`python -m fewstep.export.gate.reference CHECKPOINT FILE`), because it is the one part of
+an export that holds whole models. The models are loaded by diffusers and transformers themselves, not through our
+weights, so that a weight under a wrong name shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+from torch import nn
+
+from ..checkpoint.compose import compose_checkpoint
+from ..checkpoint.folder import Checkpoint
+from ..plan import ComponentPlan, plan_components
+from ..trace.modules import DTYPES, Traceable, wrap
+from .loading import load_model, lora_method
+
+TIMESTEPS = (999.0, 749.0, 499.0, 249.0, 24.0, 1.0)
+LARGEST_SIDE, QUICK_SIDE = 32, 16
+DOUBLE_LIMIT = 40_000_000
+
+
+def make_reference(checkpoint: Checkpoint, path: Path, *, dtypes: Mapping[str, str], quick: bool = False) -> None:
+    """Write inputs, float32 outputs, and torch's own error in each component's precision.
+
+    Tensors are named `unet/0/in/sample`, `unet/0/out/out`; the metadata's `cases` holds JSON: the dimensions of each
+    case and `torch_error`, the relative L2 error of torch in `dtypes[component]` (for float32: against float64, where
+    the model is small enough, and in bfloat16, which an engine of a float32 graph may use too). `quick` keeps one case
+    a component (two of an encoder), for models of full size.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    cases: dict[str, Any] = {}
+    context: dict[str, np.ndarray] = {}
+    for plan in plan_components(checkpoint, dtypes):
+        model = load_model(checkpoint, plan.part)
+        traceable = _in(plan, model, "float32")
+        fewer = 2 if plan.kind.startswith("text_encoder") else 1  # an encoder's second case skips a layer
+        inputs = list(_cases(plan, traceable, context, quick=quick))[: fewer if quick else None]
+        outputs = [_run(traceable, case) for case in inputs]
+        if plan.kind.startswith("text_encoder"):
+            context[plan.kind] = outputs[0]["hidden"]
+        errors = _own_errors(checkpoint, plan, traceable, inputs, outputs)
+        if plan.dtype == "float32":
+            errors = [e | b for e, b in zip(errors, _bfloat16_errors(plan, model, inputs, outputs), strict=True)]
+        for i, (given, made) in enumerate(zip(inputs, outputs, strict=True)):
+            tensors |= {f"{plan.kind}/{i}/in/{k}": v for k, v in given.items()}
+            tensors |= {f"{plan.kind}/{i}/out/{k}": v for k, v in made.items()}
+            cases[f"{plan.kind}/{i}"] = {"dims": _dims(traceable, given), "torch_error": errors[i]}
+        del model, traceable  # before the next model is loaded
+    part = path.with_suffix(".part")
+    save_file(
+        {k: np.ascontiguousarray(v) for k, v in tensors.items()},
+        part,
+        metadata={"cases": json.dumps(cases), "torch": torch.__version__, "lora": lora_method(checkpoint)},
+    )
+    part.replace(path)
+
+
+def _load(checkpoint: Checkpoint, plan: ComponentPlan, dtype: str) -> Traceable:
+    return _in(plan, load_model(checkpoint, plan.part), dtype)
+
+
+def _in(plan: ComponentPlan, model: nn.Module, dtype: str) -> Traceable:
+    return wrap(plan.kind, model if dtype == "float32" else model.to(DTYPES[dtype]), plan.config, dtype)
+
+
+@torch.no_grad()
+def _run(traceable: Traceable, case: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    out = traceable.module(**{k: torch.from_numpy(v) for k, v in case.items()})
+    values = out if isinstance(out, tuple) else (out,)
+    return {s.name: v.numpy() for s, v in zip(traceable.outputs, values, strict=True)}
+
+
+def _own_errors(
+    checkpoint: Checkpoint,
+    plan: ComponentPlan,
+    traceable: Traceable,
+    inputs: list[dict[str, np.ndarray]],
+    outputs: list[dict[str, np.ndarray]],
+) -> list[dict[str, float]]:
+    """How far torch itself is from the reference in the component's precision, by case: {dtype: relative L2 error}."""
+    if plan.dtype == "float32":
+        if sum(p.numel() for p in traceable.module.parameters()) > DOUBLE_LIMIT or plan.kind == "vae_decoder":
+            return [{} for _ in inputs]
+        exact = [_run_double(traceable, case) for case in inputs]
+        return [{"float32": _distance(made, true)} for made, true in zip(outputs, exact, strict=True)]
+    other = _load(checkpoint, plan, plan.dtype)
+    return [{plan.dtype: _distance(_run(other, case), made)} for case, made in zip(inputs, outputs, strict=True)]
+
+
+def _bfloat16_errors(
+    plan: ComponentPlan, model: nn.Module, inputs: list[dict[str, np.ndarray]], outputs: list[dict[str, np.ndarray]]
+) -> list[dict[str, float]]:
+    """How far torch is from the reference in bfloat16, by case; converts the model in place, for good."""
+    other = _in(plan, model, "bfloat16")
+    return [{"bfloat16": _distance(_run(other, case), made)} for case, made in zip(inputs, outputs, strict=True)]
+
+
+def _run_double(traceable: Traceable, case: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The float32 module's function in float64; its wrappers' final casts to float32 are all that stays of float32."""
+    module = traceable.module.double()
+    if hasattr(module, "dtype"):
+        module.dtype = torch.float64
+    try:
+        return _run(traceable, case)
+    finally:
+        module.float()
+        if hasattr(module, "dtype"):
+            module.dtype = torch.float32
+
+
+def _distance(found: Mapping[str, np.ndarray], true: Mapping[str, np.ndarray]) -> float:
+    """The largest relative L2 error over a case's float outputs."""
+    worst = 0.0
+    for name, value in true.items():
+        if value.dtype == np.bool_:
+            continue
+        a, b = found[name].astype(np.float64), value.astype(np.float64)
+        worst = max(worst, float(np.linalg.norm(a - b)) / max(float(np.linalg.norm(b)), 1e-30))
+    return worst
+
+
+def _dims(traceable: Traceable, case: Mapping[str, np.ndarray]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for spec in traceable.inputs:
+        for dimension, size in zip(spec.shape, case[spec.name].shape, strict=True):
+            if isinstance(dimension, str):
+                name, _, factor = dimension.partition("*")
+                found[name] = size // int(factor or 1)
+    return found
+
+
+def _cases(
+    plan: ComponentPlan, traceable: Traceable, context: Mapping[str, np.ndarray], *, quick: bool
+) -> Iterator[dict[str, np.ndarray]]:
+    """Inputs of several shapes and batch sizes: noise mixed with smooth and sharp patterns, never noise alone.
+
+    `quick` takes small ones: torch's convolutions in float16 are forty times slower than its others on a CPU.
+    """
+    rng = np.random.default_rng(2024)
+    if plan.kind.startswith("text_encoder"):
+        yield from (_token_case(plan, rng, prompts, skip) for prompts, skip in ((2, 0), (1, 1), (3, 0)))
+    elif plan.kind == "unet":
+        yield from _unet_cases(plan, traceable, context, rng, largest=QUICK_SIDE if quick else LARGEST_SIDE)
+    else:
+        name = traceable.inputs[0].name
+        channels = int(traceable.inputs[0].shape[1])
+        for batch, height, width in ((1, 8, 8),) if quick else ((1, 16, 16), (2, 8, 12)):
+            dims = {"batch": batch, "height": height, "width": width}
+            shape = traceable.inputs[0].resolve(dims)
+            base = _pattern(shape)
+            value = base + (0.02 if name == "image" else 0.3) * rng.standard_normal(shape)
+            yield {name: (np.clip(value, -1, 1) if name == "image" and channels == 3 else value).astype(np.float32)}
+
+
+def _token_case(plan: ComponentPlan, rng: np.random.Generator, prompts: int, skip: int) -> dict[str, np.ndarray]:
+    length, size = plan.config["max_position_embeddings"], plan.config["vocab_size"]
+    begin, end = size - 2, size - 1
+    ids = np.full((prompts, length), end, np.int64)
+    ids[:, 0] = begin
+    for row in ids:
+        words = int(rng.integers(0, length - 1))
+        row[1 : 1 + words] = rng.integers(0, begin, words)
+    return {"input_ids": ids, "clip_skip": np.array([skip], np.int64)}
+
+
+def _unet_cases(
+    plan: ComponentPlan,
+    traceable: Traceable,
+    context: Mapping[str, np.ndarray],
+    rng: np.random.Generator,
+    *,
+    largest: int,
+) -> Iterator[dict[str, np.ndarray]]:
+    multiple = 2 ** (len(plan.config["block_out_channels"]) - 1)
+    size = plan.config.get("sample_size") or largest
+    side = max(multiple, min(size if isinstance(size, int) else size[0], largest) // multiple * multiple)
+    hidden = np.concatenate([context[k][:1] for k in sorted(context)], axis=-1)
+    at = 0
+    for rows, height, width in ((1, side, side), (2, side, side + multiple), (3, multiple * 2, multiple * 2)):
+        t = np.array([TIMESTEPS[(at + i) % len(TIMESTEPS)] for i in range(rows)], np.float32)
+        at += rows
+        shapes = {
+            s.name: s.resolve({"rows": rows, "height": height, "width": width, "tokens": hidden.shape[1]})
+            for s in traceable.inputs
+        }
+        noise = (t / 1000.0).reshape(-1, 1, 1, 1)
+        case = {
+            "sample": (
+                np.sqrt(1 - noise**2) * _pattern(shapes["sample"]) + noise * rng.standard_normal(shapes["sample"])
+            ).astype(np.float32),
+            "timestep": t,
+            "encoder_hidden_states": np.repeat(hidden, rows, 0)
+            * (1 + 0.1 * np.arange(rows, dtype=np.float32)).reshape(-1, 1, 1),
+        }
+        if "time_ids" in shapes:
+            pixels = [1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]
+            case["time_ids"] = np.tile(np.array(pixels, np.float32), (rows, 1))
+            case["text_embeds"] = rng.standard_normal(shapes["text_embeds"]).astype(np.float32)
+        if "timestep_cond" in shapes:
+            case["timestep_cond"] = rng.standard_normal(shapes["timestep_cond"]).astype(np.float32)
+        yield {k: np.ascontiguousarray(v, np.float32) for k, v in case.items()}
+
+
+def _pattern(shape: tuple[int, ...]) -> np.ndarray:
+    """A gradient, a disc and a checkerboard, by channel: [B, C, h, w] in [-1, 1]."""
+    batch, channels, height, width = shape
+    y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
+    kinds = [x, np.where(x**2 + y**2 < 0.4, 1.0, -1.0), np.sign(np.sin(9 * x) * np.sin(9 * y) + 1e-9) * 0.8, y]
+    image = np.stack([kinds[c % len(kinds)] for c in range(channels)])
+    return np.stack([image * (1 - 0.2 * b) for b in range(batch)])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="fewstep.export.gate.reference")
+    parser.add_argument("checkpoint")
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--dtypes", default="{}", help="JSON: component -> precision")
+    parser.add_argument("--options", default="{}", help="JSON: further arguments of compose_checkpoint")
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args(argv)
+    checkpoint = compose_checkpoint(options.checkpoint, **json.loads(options.options))
+    make_reference(checkpoint, options.file, dtypes=json.loads(options.dtypes), quick=options.quick)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,278 @@
+"""The modules that are traced: each turns what the bundle's contract names into one torch module.
+
+Inputs and outputs are float32 whatever the parameters' precision is; the casts are part of the graph.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from ...engines.base import TensorSpec
+from ..checkpoint.configs import is_tiny, vae_factor
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_default_dtype = threading.Lock()
+"""torch's default dtype is the whole process's, and a bundle's components are opened side by side."""
+LARGEST = {"float32": 3.0e38, "float16": 65504.0, "bfloat16": 3.0e38}
+
+
+class UNet(nn.Module):
+    """`sample [R, C, h, w]`, `timestep [R]`, `encoder_hidden_states [R, T, D]` -> `out [R, C, h, w]`."""
+
+    def __init__(self, model: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        text_embeds: torch.Tensor | None = None,
+        time_ids: torch.Tensor | None = None,
+        timestep_cond: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        dtype = self.model.conv_in.weight.dtype
+        added = None
+        if text_embeds is not None and time_ids is not None:
+            # float32 both: torch's `concat` promotes, ONNX's takes one type; the model casts what comes of it
+            added = {"text_embeds": text_embeds, "time_ids": time_ids}
+        out = self.model(
+            sample.to(dtype),
+            timestep,
+            encoder_hidden_states.to(dtype),
+            timestep_cond=None if timestep_cond is None else timestep_cond.to(dtype),
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+        return out.float()
+
+
+class UpcastAttention:
+    """Attention in float32 inside a model of lower precision, for UNets whose configuration says `upcast_attention`.
+
+    diffusers' fused attention leaves that word out of account; SD 2.1 in float16 overflows without it.
+    """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+        rows, _tokens, width = query.shape
+
+        def heads(x: torch.Tensor) -> torch.Tensor:
+            return x.view(rows, -1, attn.heads, width // attn.heads).transpose(1, 2).float()
+
+        out = nn.functional.scaled_dot_product_attention(heads(query), heads(key), heads(value))
+        return attn.to_out[0](out.transpose(1, 2).reshape(rows, -1, width).to(hidden_states.dtype))
+
+
+class TextEncoder(nn.Module):
+    """`input_ids [P, L]` -> the hidden states the UNet attends to, and the pooled vector where the family uses one.
+
+    `clip_skip int64 [1]` counts layers back from the family's own, as diffusers' argument of that name does: 0 is the
+    last layer through the final norm (SD 1.x and 2.x, `layer` 0), or the second last as it is (SDXL, `layer` 2).
+    The pooled vector does not depend on it.
+    """
+
+    def __init__(self, model: CLIPTextModel | CLIPTextModelWithProjection, *, layer: int, pooled: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.layer = layer
+        self.pooled = pooled
+
+    def forward(self, input_ids: torch.Tensor, clip_skip: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        out = self.model(input_ids, output_hidden_states=True)
+        last = len(out.hidden_states) - max(self.layer, 1)
+        states = torch.stack([out.hidden_states[i] for i in range(last, -1, -1)])
+        hidden = states.index_select(0, clip_skip)[0]
+        if not self.layer:
+            hidden = getattr(self.model, "text_model", self.model).final_layer_norm(hidden)
+        if self.pooled:
+            return hidden.float(), out.text_embeds.float()
+        return (hidden.float(),)
+
+
+class VaeDecoder(nn.Module):
+    """`latent [B, C, h, w]` -> `image uint8 [B, H, W, 3]` and `finite bool [B]`, taken before the clamp."""
+
+    def __init__(self, model: AutoencoderKL | AutoencoderTiny, *, dtype: str) -> None:
+        super().__init__()
+        self.post_quant_conv = getattr(model, "post_quant_conv", None)
+        self.decoder = model.decoder
+        self.scale = float(model.config.scaling_factor)
+        self.shift = float(model.config.shift_factor or 0.0)
+        self.largest = LARGEST[dtype]
+        self.dtype = DTYPES[dtype]
+
+    def forward(self, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        z = (latent / self.scale + self.shift).to(self.dtype)
+        if self.post_quant_conv is not None:
+            z = self.post_quant_conv(z)
+        pixels = self.decoder(z).float()
+        finite = torch.where(pixels.abs() <= self.largest, 1.0, 0.0).amin((1, 2, 3)) > 0.5
+        image = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1)
+        return image.to(torch.uint8), finite  # last: TensorRT admits uint8 at a network's edge only
+
+
+class VaeEncoder(nn.Module):
+    """`image [B, 3, H, W]` in [-1, 1] -> `mean` and `std [B, C, h, w]` of the latent, both in the UNet's scale."""
+
+    def __init__(self, model: AutoencoderKL, *, dtype: str) -> None:
+        super().__init__()
+        self.encoder = model.encoder
+        self.quant_conv = model.quant_conv
+        self.scale = float(model.config.scaling_factor)
+        self.shift = float(model.config.shift_factor or 0.0)
+        self.dtype = DTYPES[dtype]
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        moments = self.encoder(image.to(self.dtype))
+        if self.quant_conv is not None:
+            moments = self.quant_conv(moments)
+        mean, logvar = moments.float().chunk(2, dim=1)
+        std = (0.5 * logvar.clamp(-30.0, 20.0)).exp()
+        return (mean - self.shift) * self.scale, std * self.scale
+
+
+class TinyEncoder(nn.Module):
+    """A tiny autoencoder's encoder under the contract of `VaeEncoder`: it gives one latent, so `std` is zero."""
+
+    def __init__(self, model: AutoencoderTiny, *, dtype: str) -> None:
+        super().__init__()
+        self.encoder = model.encoder
+        self.scale = float(model.config.scaling_factor)
+        self.dtype = DTYPES[dtype]
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean = self.encoder(image.to(self.dtype)).float() * self.scale
+        return mean, torch.zeros_like(mean)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traceable:
+    """A module with example inputs (batch 2) and the names of its tensors and of their dimensions."""
+
+    module: nn.Module
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    example: dict[str, int]
+
+
+def build_model(kind: str, config: Mapping[str, Any], dtype: str = "float32") -> nn.Module:
+    """The diffusers or transformers model of a component, with whatever parameters its constructor gives it."""
+    with _default_dtype:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(DTYPES[dtype])  # `.to()` cannot swap the parameters of a fake module
+        try:
+            return _construct(kind, config)
+        finally:
+            torch.set_default_dtype(before)
+
+
+def _construct(kind: str, config: Mapping[str, Any]) -> nn.Module:
+    plain = {k: v for k, v in config.items() if not k.startswith("_")}
+    if kind == "unet":
+        return UNet2DConditionModel.from_config(plain).eval()
+    if kind in {"vae_decoder", "vae_encoder"}:
+        cls: Any = AutoencoderTiny if is_tiny(config) else AutoencoderKL
+        return cls.from_config(plain).eval()
+    made = CLIPTextConfig(
+        **{k: v for k, v in plain.items() if k not in {"architectures", "torch_dtype", "dtype", "transformers_version"}}
+    )
+    projected = config["_class"] == "CLIPTextModelWithProjection"
+    cls = CLIPTextModelWithProjection if projected else CLIPTextModel
+    return cls._from_config(made, dtype=torch.get_default_dtype(), attn_implementation="sdpa").eval()
+
+
+def wrap(kind: str, model: nn.Module, config: Mapping[str, Any], dtype: str) -> Traceable:
+    """The traceable form of a component's model, whose parameters are of `dtype` already."""
+    if kind == "unet":
+        if config.get("upcast_attention") and dtype != "float32":
+            model.set_attn_processor(UpcastAttention())
+        return _wrap_unet(model, config)
+    if kind == "vae_decoder":
+        c, f = config["latent_channels"], vae_factor(config)
+        return Traceable(
+            module=VaeDecoder(model, dtype=dtype).eval(),
+            inputs=(TensorSpec(name="latent", dtype="float32", shape=("batch", c, "height", "width")),),
+            outputs=(
+                TensorSpec(
+                    name="image", dtype="uint8", shape=("batch", f"height*{f}", f"width*{f}", config["out_channels"])
+                ),
+                TensorSpec(name="finite", dtype="bool", shape=("batch",)),
+            ),
+            example={"batch": 2, "height": 8, "width": 12},
+        )
+    if kind == "vae_encoder":
+        c, f = config["latent_channels"], vae_factor(config)
+        shape = ("batch", c, "height", "width")
+        return Traceable(
+            module=(TinyEncoder if is_tiny(config) else VaeEncoder)(model, dtype=dtype).eval(),
+            inputs=(
+                TensorSpec(
+                    name="image", dtype="float32", shape=("batch", config["in_channels"], f"height*{f}", f"width*{f}")
+                ),
+            ),
+            outputs=(
+                TensorSpec(name="mean", dtype="float32", shape=shape),
+                TensorSpec(name="std", dtype="float32", shape=shape),
+            ),
+            example={"batch": 2, "height": 8, "width": 12},
+        )
+    return _wrap_text_encoder(model, config)
+
+
+def _wrap_text_encoder(model: nn.Module, config: Mapping[str, Any]) -> Traceable:
+    length, width = config["max_position_embeddings"], config["hidden_size"]
+    pooled = config["_class"] == "CLIPTextModelWithProjection"
+    outputs = [TensorSpec(name="hidden", dtype="float32", shape=("prompts", length, width))]
+    if pooled:
+        outputs.append(TensorSpec(name="pooled", dtype="float32", shape=("prompts", config["projection_dim"])))
+    return Traceable(
+        module=TextEncoder(model, layer=config["_layer"], pooled=pooled).eval(),
+        inputs=(
+            TensorSpec(name="input_ids", dtype="int64", shape=("prompts", length)),
+            TensorSpec(name="clip_skip", dtype="int64", shape=(1,)),
+        ),
+        outputs=tuple(outputs),
+        example={"prompts": 2},
+    )
+
+
+def _wrap_unet(model: nn.Module, config: Mapping[str, Any]) -> Traceable:
+    width = config["cross_attention_dim"]
+    width = width if isinstance(width, int) else width[0]
+    inputs = [
+        TensorSpec(name="sample", dtype="float32", shape=("rows", config["in_channels"], "height", "width")),
+        TensorSpec(name="timestep", dtype="float32", shape=("rows",)),
+        TensorSpec(name="encoder_hidden_states", dtype="float32", shape=("rows", "tokens", width)),
+    ]
+    if config.get("addition_embed_type") == "text_time":
+        ids = 6
+        pooled = config["projection_class_embeddings_input_dim"] - ids * config["addition_time_embed_dim"]
+        inputs.append(TensorSpec(name="text_embeds", dtype="float32", shape=("rows", pooled)))
+        inputs.append(TensorSpec(name="time_ids", dtype="float32", shape=("rows", ids)))
+    if config.get("time_cond_proj_dim"):
+        inputs.append(TensorSpec(name="timestep_cond", dtype="float32", shape=("rows", config["time_cond_proj_dim"])))
+    multiple = 2 ** (len(config["block_out_channels"]) - 1)
+    return Traceable(
+        module=UNet(model).eval(),
+        inputs=tuple(inputs),
+        outputs=(TensorSpec(name="out", dtype="float32", shape=("rows", config["out_channels"], "height", "width")),),
+        example={"rows": 2, "height": 2 * multiple, "width": 3 * multiple, "tokens": 154},
+    )

@@ -1,0 +1,222 @@
+"""The update of a slot's state by one row of its program, in place, in NumPy.
+
+Nothing is allocated after construction but the small coefficient table of a program seen for the first time.
+Coefficients are compiled in float64 and applied in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...errors import ArgumentError
+from ...schedules import Program
+
+Float32 = npt.NDArray[np.float32]
+
+
+Scalar = npt.NDArray[np.float32]
+"""A factor as an array of no dimensions: NumPy multiplies by these faster than by Python floats."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One row as the kernel wants it: without terms that do nothing (None), and with what no row reads back folded
+    into the factors of x and out.
+
+    keep: (slot, factor of x or None, factor of out), the quantity to store, or None where no row reads it.
+    adds: whether it is stored times its own factor in this row, so that the row adds it as it is; the factors of
+        later rows make up for that.
+    x, out: factors of the state and of the network's output. terms: (slot, factor) of the history.
+    c, c_prev: factors of this draw and of the one before. holds: whether the next row reads this draw again.
+    """
+
+    scale: Scalar | None
+    keep: tuple[int, Scalar | None, Scalar] | None
+    adds: bool
+    x: Scalar | None
+    out: Scalar | None
+    terms: tuple[tuple[int, Scalar], ...]
+    c: Scalar | None
+    c_prev: Scalar | None
+    holds: bool
+    preview: tuple[Scalar | None, Scalar]
+
+
+def _scalar(value: float) -> Scalar:
+    return np.array(value, np.float32)
+
+
+def _unless(value: float, idle: float) -> Scalar | None:
+    return None if value == idle else _scalar(value)
+
+
+def _compile_rows(program: Program) -> list[_Row]:
+    rows = []
+    stored_as = np.ones(program.history)
+    for i in range(program.evaluations):
+        slot, p, q = int(program.write[i]), float(program.h_x[i]), float(program.h_out[i])
+        b = program.b[i]
+        own = float(b[slot])
+        x, out, keep, adds = float(program.a[i]) + own * p, own * q, None, False
+        terms = tuple((int(k), _scalar(b[k] / stored_as[k])) for k in np.flatnonzero(b) if k != slot)
+        if _is_read_later(program, i):
+            # Added as it is stored, unless its own factor is so small that storing it times that would blow up others.
+            adds = abs(own) > 1e-3
+            stored_as[slot] = own if adds else 1.0
+            keep = (slot, _unless(p * stored_as[slot], 0.0), _scalar(q * stored_as[slot]))
+            if adds:
+                x, out = float(program.a[i]), 0.0
+        following = i + 1 < program.evaluations and bool(program.c_prev[i + 1])
+        rows.append(
+            _Row(
+                scale=_unless(float(program.input_scale[i]), 1.0),
+                keep=keep,
+                adds=adds,
+                x=_unless(x, 1.0),
+                out=_unless(out, 0.0),
+                terms=terms,
+                c=_unless(float(program.c[i]), 0.0),
+                c_prev=_unless(float(program.c_prev[i]), 0.0),
+                holds=following,
+                preview=(_unless(float(program.x0_x[i]), 0.0), _scalar(float(program.x0_out[i]))),
+            )
+        )
+    return rows
+
+
+def _is_read_later(program: Program, i: int) -> bool:
+    """Whether a row after i reads the slot that row i writes before it is written anew."""
+    slot = program.write[i]
+    for later in range(i + 1, program.evaluations):
+        if program.write[later] == slot:
+            return False
+        if program.b[later, slot] != 0.0:
+            return True
+    return False
+
+
+class SlotState:
+    """The sampling state of S slots, each walking its own program.
+
+    latent: float32 [S, *shape], the network's input before scaling.
+    history: float32 [S, K, *shape], the kept quantities, each up to a factor that the rows know.
+    noise: float32 [S, *shape], the unit draw for the coming row; the caller fills it where `program.draws[row]`.
+    """
+
+    def __init__(self, slots: int, shape: tuple[int, ...], history: int) -> None:
+        if slots < 1 or history < 1 or any(d < 1 for d in shape):
+            raise ArgumentError(f"{slots} slots of shape {shape} with {history} history", expected="positive sizes")
+        self.latent: Float32 = np.zeros((slots, *shape), np.float32)
+        self.history: Float32 = np.zeros((slots, history, *shape), np.float32)
+        self.noise: Float32 = np.zeros((slots, *shape), np.float32)
+        self._held: Float32 = np.zeros((slots, *shape), np.float32)
+        self._scratch: Float32 = np.zeros(shape, np.float32)
+        self._converted: Float32 = np.zeros(shape, np.float32)
+        self._latents = list(self.latent)
+        self._histories = [list(rings) for rings in self.history]
+        self._noises = list(self.noise)
+        self._helds = list(self._held)
+        self._tables: list[tuple[Program | None, list[_Row]]] = [(None, [])] * slots
+
+    def wipe(self, slot: int) -> None:
+        """Forget a slot's tenant. A zero coefficient would not silence a NaN, so the memory itself is zeroed."""
+        self._latents[slot].fill(0.0)
+        self.history[slot].fill(0.0)
+        self._noises[slot].fill(0.0)
+        self._helds[slot].fill(0.0)
+        self._tables[slot] = (None, [])
+
+    def rows(self, slot: int, program: Program) -> list[_Row]:
+        """The slot's table for `program`, compiled when the slot first sees it."""
+        known, table = self._tables[slot]
+        if known is program:
+            return table
+        if program.history > self.history.shape[1] and program.remembers:
+            raise ArgumentError(
+                f"program {program.sampler!r} needs {program.history} history slots",
+                expected=f"at most the {self.history.shape[1]} this state was made with",
+                remedy="Make SlotState with a larger history.",
+            )
+        table = _compile_rows(program)
+        self._tables[slot] = (program, table)
+        return table
+
+    def model_input(self, slot: int, program: Program, i: int, out: npt.NDArray[Any]) -> None:
+        """Write the network's input of row i into `out`, a float32 or float16 view of the engine's buffer."""
+        known, table = self._tables[slot]
+        if known is not program:
+            table = self.rows(slot, program)
+        scale = table[i].scale
+        if scale is None:
+            out[...] = self._latents[slot]
+        else:
+            np.multiply(self._latents[slot], scale, out=out, casting="same_kind")
+
+    def advance(
+        self, slots: Sequence[int], programs: Sequence[Program], rows: Sequence[int], outputs: npt.NDArray[Any]
+    ) -> None:
+        """Apply row rows[j] of programs[j] to slot slots[j], given outputs[j] of the network (float32 or float16)."""
+        for slot, program, i, output in zip(slots, programs, rows, outputs, strict=True):
+            known, table = self._tables[slot]
+            if known is not program:
+                table = self.rows(slot, program)
+            self._advance(slot, table[i], output)
+
+    def preview(self, slot: int, program: Program, i: int, output: npt.NDArray[Any], into: Float32) -> None:
+        """Write x0 as row i sees it into `into`. Call it before `advance`, which moves the state on."""
+        x_factor, out_factor = self.rows(slot, program)[i].preview
+        output = self._as_float32(output)
+        np.multiply(output, out_factor, out=into)
+        if x_factor is not None:
+            np.multiply(self._latents[slot], x_factor, out=self._scratch)
+            np.add(into, self._scratch, out=into)
+
+    def finish(self, slot: int, program: Program, into: npt.NDArray[Any]) -> None:
+        """Write the slot's result, in diffusers' latent coordinates, into `into`."""
+        scale = float(program.state_scale[-1])
+        if not math.isfinite(scale):
+            raise ArgumentError(f"state scale {scale}", expected="a finite number")
+        np.multiply(self._latents[slot], scale, out=into, casting="same_kind")
+
+    def _as_float32(self, output: npt.NDArray[Any]) -> Float32:
+        if output.dtype == np.float32:
+            return output
+        np.copyto(self._converted, output)
+        return self._converted
+
+    def _advance(self, slot: int, row: _Row, output: npt.NDArray[Any]) -> None:
+        x, scratch, history = self._latents[slot], self._scratch, self._histories[slot]
+        multiply, add = np.multiply, np.add
+        if output.dtype != np.float32:
+            output = self._as_float32(output)
+        if row.keep is not None:
+            ring, p, q = row.keep
+            kept = history[ring]
+            multiply(output, q, kept)
+            if p is not None:
+                multiply(x, p, scratch)
+                add(kept, scratch, kept)
+        if row.x is not None:
+            multiply(x, row.x, x)
+        if row.out is not None:
+            multiply(output, row.out, scratch)
+            add(x, scratch, x)
+        if row.adds:
+            add(x, kept, x)
+        for ring, factor in row.terms:
+            multiply(history[ring], factor, scratch)
+            add(x, scratch, x)
+        if row.c is not None:
+            multiply(self._noises[slot], row.c, scratch)
+            add(x, scratch, x)
+        if row.c_prev is not None:
+            multiply(self._helds[slot], row.c_prev, scratch)
+            add(x, scratch, x)
+        if row.holds:
+            np.copyto(self._helds[slot], self._noises[slot])

@@ -1,0 +1,1 @@
+"""Unit noise from a seed, number for number as torch gives it."""

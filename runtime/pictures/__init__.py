@@ -1,0 +1,1 @@
+"""Pictures: files, sizes, masks, and the VAE between pixels and latents."""

@@ -1,0 +1,142 @@
+"""The autoencoder at run time: latents to pixels with guards against broken images, pictures to latents."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+
+from ...bundle import Bundle
+from ...engines.base import Binding, Engine
+from ...errors import BlackImageError, NonFiniteError
+from ..noise.seeds import RequestNoise
+from .images import Float32, UInt8
+from .tiles import Tiling, check_when, run_tiled
+
+MOST_PIXELS = 1024 * 1024
+KEPT_BINDINGS = 4
+
+
+class Vae:
+    """Decodes and encodes; the encoder is opened when it is first needed. Thread-safe: one batch at a time each way.
+
+    tiling: whether large pictures go through in tiles; `"auto"` from `AUTO_PIXELS` on. slicing: whether a batch goes
+    through one by one; `"auto"` as many at once as make `MOST_PIXELS`.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        decoder: Engine,
+        open_encoder: Callable[[], Engine],
+        *,
+        tiling: str | bool = "auto",
+        slicing: str | bool = "auto",
+    ) -> None:
+        self.tiling, self.slicing = check_when("vae_tiling", tiling), check_when("vae_slicing", slicing)
+        self._tile = Tiling.of(bundle.component("vae_decoder").config, bundle.latent.factor)
+        self._factor = bundle.latent.factor
+        self._decoder, self._open_encoder = decoder, open_encoder
+        self._encoder: Engine | None = None
+        self._bindings: dict[tuple[str, int, int, int], Binding] = {}
+        self._decoding, self._encoding, self._binds = threading.Lock(), threading.Lock(), threading.Lock()
+
+    def decode(self, latents: Float32) -> UInt8:
+        """Latents float32 [B, C, h, w] to images uint8 [B, H, W, 3].
+
+        Raises `NonFiniteError` for NaN or infinity before the clamp, `BlackImageError` for an image all of zeros.
+        """
+        images, finite = self._decode(latents)
+        check_images(images, finite)
+        return images
+
+    def decode_unguarded(self, latents: Float32) -> UInt8:
+        """As `decode`, for previews: whatever comes out is returned."""
+        return self._decode(latents)[0]
+
+    def _decode(self, latents: Float32) -> tuple[UInt8, np.ndarray]:
+        count, _, height, width = latents.shape
+        images = np.empty((count, height * self._factor, width * self._factor, 3), np.uint8)
+        finite = np.empty(count, bool)
+        each = max(1, MOST_PIXELS // (height * width * self._factor**2))
+        each = each if self.slicing == "auto" else 1 if self.slicing else count
+        tiled = self._tile.wanted(self.tiling, height, width)
+        with self._decoding:
+            for at in range(0, count, each):
+                decode = self._decode_tiled if tiled else self._decode_whole
+                images[at : at + each], finite[at : at + each] = decode(latents[at : at + each])
+        return images, finite
+
+    def _decode_whole(self, latents: Float32) -> tuple[UInt8, np.ndarray]:
+        """In one pass; what it gives back holds until the next one."""
+        binding = self._binding("decoder", len(latents), *latents.shape[2:])
+        np.copyto(binding.inputs["latent"], latents)
+        binding.enqueue()
+        return binding.outputs["image"], binding.outputs["finite"]
+
+    def _decode_tiled(self, latents: Float32) -> tuple[UInt8, np.ndarray]:
+        count, _, height, width = latents.shape
+        finite = np.ones(count, bool)
+
+        def run(part: Float32) -> Float32:
+            images, ok = self._decode_whole(part)
+            np.logical_and(finite, ok, out=finite)
+            return images.transpose(0, 3, 1, 2).astype(np.float32)
+
+        out = np.empty((count, 3, height * self._factor, width * self._factor), np.float32)
+        run_tiled(latents, run, tile=self._tile.cells, made=self._tile.pixels, out=out)
+        return np.rint(out).astype(np.uint8).transpose(0, 2, 3, 1), finite
+
+    def encode(self, pictures: Float32, noise: RequestNoise, shape: tuple[int, int, int]) -> Float32:
+        """Pictures float32 [n, 3, H, W] in [-1, 1], one for all or one an image, to latents float32 [B, C, h, w].
+
+        Each image draws its own sample of the latent's distribution, from its own seed and before its starting noise,
+        as diffusers does; images that share a stream share the sample.
+        """
+        channels, height, width = shape
+        with self._encoding:
+            if self._encoder is None:
+                self._encoder = self._open_encoder()
+            moments = []
+            for picture in pictures:
+                if self._tile.wanted(self.tiling, height, width):
+                    out = np.empty((2 * channels, height, width), np.float32)
+                    run_tiled(picture, self._moments, tile=self._tile.pixels, made=self._tile.cells, out=out)
+                else:
+                    out = self._moments(picture)
+                moments.append((out[:channels], np.exp(out[channels:])))
+        draws = noise.draw_for_pictures(len(pictures), shape)
+        each = [moments[i % len(moments)] for i in range(len(draws))]
+        return np.stack([mean + std * d for (mean, std), d in zip(each, draws, strict=True)])
+
+    def _moments(self, picture: Float32) -> Float32:
+        """Mean and logarithm of the standard deviation, which tiles blend, float32 [2 C, h, w]."""
+        binding = self._binding("encoder", 1, *(side // self._factor for side in picture.shape[1:]))
+        np.copyto(binding.inputs["image"][0], picture)
+        binding.enqueue()
+        return np.concatenate([binding.outputs["mean"][0], np.log(binding.outputs["std"][0])])
+
+    def _binding(self, which: str, batch: int, height: int, width: int) -> Binding:
+        key = (which, batch, height, width)
+        with self._binds:
+            if key not in self._bindings:
+                engine = self._encoder if which == "encoder" and self._encoder is not None else self._decoder
+                while len(self._bindings) >= KEPT_BINDINGS:
+                    self._bindings.pop(next(iter(self._bindings)))
+                self._bindings[key] = engine.bind({"batch": batch, "height": height, "width": width})
+            return self._bindings[key]
+
+
+def check_images(images: UInt8, finite: np.ndarray) -> None:
+    """Raise `NonFiniteError` unless every image was finite before the clamp, `BlackImageError` for one of zeros."""
+    if not finite.all():
+        raise NonFiniteError(
+            f"the VAE gave NaN or infinity for image {int(np.flatnonzero(~finite)[0])}",
+            remedy="Export it with --vae-precision float32 or bfloat16.",
+        )
+    for i, image in enumerate(images):
+        if not image.any():
+            raise BlackImageError(
+                f"image {i} is black throughout", remedy="Export the VAE with --vae-precision float32."
+            )

@@ -1,0 +1,1 @@
+"""Prompts: their syntax, what each image is told, and the text encoders."""

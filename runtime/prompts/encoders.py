@@ -1,0 +1,253 @@
+"""Prompts to embeddings: the bundle's own tokenizers, its text encoders, and a cache of what was encoded before."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer as FastTokenizer
+
+from ...bundle import Bundle, Tokenizer
+from ...engines.base import Binding, Engine
+from ...errors import ArgumentError, CorruptError, NonFiniteError
+from .syntax import MOST_CHUNKS, Chunk, Part, Prompt, lay_out, parse_a1111
+
+Float32 = npt.NDArray[np.float32]
+ENCODERS = ("text_encoder", "text_encoder_2")
+log = logging.getLogger("fewstep.runtime")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Embedding:
+    """A prompt as the UNet takes it: `hidden` float32 [T, D], and `pooled` float32 [P] where the family has one.
+
+    T is the encoder's length times the number of chunks. truncated: whether tokens were cut off.
+    """
+
+    hidden: Float32
+    pooled: Float32 | None
+    truncated: bool = False
+
+    def zeros(self) -> Embedding:
+        """The embedding of no prompt at all, for families that take zeros there."""
+        return Embedding(
+            hidden=np.zeros_like(self.hidden), pooled=None if self.pooled is None else np.zeros_like(self.pooled)
+        )
+
+    def repeated(self, tokens: int) -> Embedding:
+        """All of it as often as fills `tokens`, a multiple of T: attention to repeated keys is what it was."""
+        times = tokens // len(self.hidden)
+        if times == 1:
+            return self
+        return Embedding(hidden=np.tile(self.hidden, (times, 1)), pooled=self.pooled, truncated=self.truncated)
+
+
+class PromptTokenizer:
+    """One of a bundle's tokenizers: begins, ends, truncates and pads as the checkpoint's own does."""
+
+    def __init__(self, bundle: Bundle, record: Tokenizer) -> None:
+        path = bundle.path(record.file)
+        try:
+            self._fast = FastTokenizer.from_file(str(path))
+        except Exception as error:
+            raise CorruptError(
+                f"{record.file} is not a tokenizer ({error})", remedy="Export the checkpoint again."
+            ) from error
+        self._fast.no_padding()
+        self._fast.no_truncation()
+        self.record = record
+        self._comma: int | None = self._fast.token_to_id(",</w>")
+
+    @property
+    def room(self) -> int:
+        """Tokens of a prompt that one pass takes, beside begin and end."""
+        return self.record.length - 2
+
+    def words(self, text: str) -> list[int]:
+        """Token ids of a text, without begin and end."""
+        ids: list[int] = self._fast.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def wrap(self, tokens: Sequence[int]) -> list[int]:
+        """Tokens of one pass with begin, end and padding: as many as the encoder takes."""
+        ids = [self.record.bos_id, *tokens, self.record.eos_id]
+        return ids + [self.record.pad_id] * (self.record.length - len(ids))
+
+    def encode(self, prompt: str) -> tuple[list[int], bool]:
+        """Token ids of one pass, and whether the prompt was cut."""
+        tokens = self.words(prompt)
+        return self.wrap(tokens[: self.room]), len(tokens) > self.room
+
+    def chunks(self, prompt: Prompt, text: str) -> tuple[list[Chunk], bool]:
+        """A text in chunks of one pass each, as `prompt` wants it read, and whether it was cut."""
+        weighted = prompt.syntax == "a1111"
+        parts = parse_a1111(text) if weighted else [Part(text)]
+        laid = lay_out([(self.words(p.text), p) for p in parts], self.room, self._comma if weighted else None)
+        if prompt.long == "truncate":
+            return laid[:1], len(laid) > 1
+        if len(laid) > MOST_CHUNKS:
+            raise ArgumentError(
+                f"the prompt has {len(laid)} chunks of {self.room} tokens", expected=f"at most {MOST_CHUNKS}"
+            )
+        return laid, False
+
+
+class TextEncoders:
+    """Tokenises and encodes; keeps the last embeddings. Thread-safe: encoders run one prompt batch at a time.
+
+    engines: the text encoders by name, or what opens them. With `keep_engines` off they are opened for prompts that
+    are not known and let go of once these are encoded.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        engines: Mapping[str, Engine] | Callable[[], Mapping[str, Engine]],
+        *,
+        keep: int = 64,
+        keep_engines: bool = True,
+    ) -> None:
+        self._names = [n for n in ENCODERS if n in bundle.components]
+        self._tokenizers = [PromptTokenizer(bundle, r) for r in bundle.tokenizers]
+        self._open = engines if callable(engines) else lambda: engines
+        self._keep_engines = keep_engines
+        self._engines: list[Engine] = []
+        self._bindings: dict[int, list[Binding]] = {}
+        self._kept: OrderedDict[Prompt, Embedding] = OrderedDict()
+        self._keep = keep
+        self._lock = threading.Lock()
+        self.hits = self.misses = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens of one chunk, with begin, end and padding."""
+        return self._tokenizers[0].record.length
+
+    def encode(self, prompts: Sequence[str | Prompt]) -> list[Embedding]:
+        """The embedding of each prompt; a prompt that was seen lately is not encoded again.
+
+        A string is a plain prompt of one chunk.
+        """
+        asked = [Prompt(text=p) if isinstance(p, str) else p for p in prompts]
+        with self._lock:
+            wanted = [p for p in dict.fromkeys(asked) if p not in self._kept]
+            self.misses += len(wanted)
+            self.hits += len(asked) - len(wanted)
+            made: dict[Prompt, Embedding] = {}
+            try:
+                for skip in dict.fromkeys(p.clip_skip for p in wanted):
+                    together = [p for p in wanted if p.clip_skip == skip]
+                    made.update(zip(together, self._run(together, skip), strict=True))
+            finally:
+                if not self._keep_engines:
+                    self._engines, self._bindings = [], {}
+            found = [made.get(p) or self._kept[p] for p in asked]
+            self._kept.update(made)
+            for p in asked:
+                self._kept.move_to_end(p)
+            while len(self._kept) > self._keep:
+                self._kept.popitem(last=False)
+        return found
+
+    def forget(self) -> None:
+        """Drop the kept embeddings."""
+        with self._lock:
+            self._kept.clear()
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[list[npt.NDArray[np.int64]], list[bool]]:
+        """Token ids int64 [P, L] of plain prompts by tokenizer, and whether each was cut by any of them."""
+        ids, cut = [], [False] * len(prompts)
+        for tokenizer in self._tokenizers:
+            rows = []
+            for i, prompt in enumerate(prompts):
+                row, was_cut = tokenizer.encode(prompt)
+                rows.append(row)
+                cut[i] |= was_cut
+            ids.append(np.array(rows, np.int64))
+        return ids, cut
+
+    def _run(self, prompts: Sequence[Prompt], clip_skip: int) -> list[Embedding]:
+        """Encode every chunk of every prompt in one pass, then put them together again."""
+        laid, cut = self._lay_out(prompts)
+        if any(cut):
+            log.warning(
+                "%d prompt(s) are longer than the text encoder takes and were cut; long_prompts='chunk' keeps them",
+                sum(cut),
+            )
+        counts = [len(chunks) for chunks in laid[0]]
+        bindings = self._encode_chunks([[c for chunks in of for c in chunks] for of in laid], clip_skip)
+        hidden = np.concatenate(
+            [
+                _weigh(b.outputs["hidden"], [c for chunks in of for c in chunks])
+                for b, of in zip(bindings, laid, strict=True)
+            ],
+            axis=-1,
+        )
+        pooled = bindings[-1].outputs.get("pooled")
+        if not np.isfinite(hidden).all():
+            raise NonFiniteError("a text encoder gave NaN or infinity", remedy="Export the text encoders in float32.")
+        made, at = [], 0
+        for count, was_cut in zip(counts, cut, strict=True):
+            made.append(
+                Embedding(
+                    hidden=hidden[at : at + count].reshape(-1, hidden.shape[-1]).copy(),
+                    pooled=None if pooled is None else np.array(pooled[at], np.float32),
+                    truncated=was_cut,
+                )
+            )
+            at += count
+        return made
+
+    def _lay_out(self, prompts: Sequence[Prompt]) -> tuple[list[list[list[Chunk]]], list[bool]]:
+        """Chunks by encoder and prompt, as many for each encoder, and whether each prompt was cut.
+
+        Where the encoders read texts of different length, the shorter goes on with empty chunks.
+        """
+        laid: list[list[list[Chunk]]] = []
+        cut = [False] * len(prompts)
+        for index, tokenizer in enumerate(self._tokenizers):
+            laid.append([])
+            for i, prompt in enumerate(prompts):
+                chunks, was_cut = tokenizer.chunks(prompt, prompt.of_encoder(index))
+                laid[-1].append(chunks)
+                cut[i] |= was_cut
+        for i in range(len(prompts)):
+            most = max(len(of[i]) for of in laid)
+            for of in laid:
+                of[i] += [Chunk((), ())] * (most - len(of[i]))
+        return laid, cut
+
+    def _encode_chunks(self, chunks: Sequence[Sequence[Chunk]], clip_skip: int) -> list[Binding]:
+        """Bindings of the encoders, run on their chunks."""
+        count = len(chunks[0])
+        if not self._engines:
+            opened = self._open()
+            self._engines = [opened[n] for n in self._names]
+        bindings = self._bindings.get(count)
+        if bindings is None:
+            bindings = [e.bind({"prompts": count}) for e in self._engines]
+            self._bindings = {**dict(list(self._bindings.items())[-3:]), count: bindings}
+        for binding, tokenizer, of in zip(bindings, self._tokenizers, chunks, strict=True):
+            np.copyto(binding.inputs["input_ids"], np.array([tokenizer.wrap(c.tokens) for c in of], np.int64))
+            if "clip_skip" in binding.inputs:  # bundles of older exports lack it
+                np.copyto(binding.inputs["clip_skip"], clip_skip)
+            binding.enqueue()
+        return bindings
+
+
+def _weigh(hidden: Float32, chunks: Sequence[Chunk]) -> Float32:
+    """Hidden states [N, L, D] times their tokens' weights, each chunk's mean restored, as the web UI does it."""
+    made = np.array(hidden, np.float32)
+    for states, chunk in zip(made, chunks, strict=True):
+        if chunk.weighted:
+            weights = np.ones(len(states), np.float32)
+            weights[1 : 1 + len(chunk.weights)] = chunk.weights
+            mean = states.mean()
+            states *= weights[:, None]
+            states *= mean / states.mean()
+    return made

@@ -1,0 +1,168 @@
+"""What each image of a request is told: its prompt and negative prompt, as texts or as embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...bundle import Bundle
+from ...errors import ArgumentError
+from ..call import Call
+from .encoders import Embedding, Float32
+from .syntax import Prompt, check_clip_skip, check_prompt, check_reading
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Wording:
+    """One entry an image; a negative `None` was not given."""
+
+    positives: tuple[Prompt | Embedding, ...]
+    negatives: tuple[Prompt | Embedding | None, ...]
+
+    @property
+    def images(self) -> int:
+        return len(self.positives)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return tuple(p.text if isinstance(p, Prompt) else "" for p in self.positives)
+
+    @property
+    def negative_texts(self) -> tuple[str | None, ...]:
+        return tuple(n.text if isinstance(n, Prompt) else None for n in self.negatives)
+
+    def described(self) -> list[dict[str, Any]]:
+        """What a picture's parameters say of it, by image: `prompt`, `negative`, and where given those of SDXL's."""
+        made = []
+        for positive, negative, text, other in zip(
+            self.positives, self.negatives, self.texts, self.negative_texts, strict=True
+        ):
+            told: dict[str, Any] = {"prompt": text, "negative": other}
+            for name, one in (("prompt_2", positive), ("negative_2", negative)):
+                if isinstance(one, Prompt) and one.text_2 is not None:
+                    told[name] = one.text_2
+            if isinstance(positive, Embedding) or isinstance(negative, Embedding):
+                told["embeddings"] = True
+            made.append(told)
+        return made
+
+    def repeated(self, times: int) -> Wording:
+        return Wording(positives=self.positives * times, negatives=self.negatives * times)
+
+
+def read_wording(bundle: Bundle, call: Call, each: int) -> Wording:
+    """What the call's images are told, `each` images a prompt."""
+    syntax, long = check_reading(call.prompt_syntax, call.long_prompts)
+    skip = check_clip_skip(bundle, call.clip_skip)
+    second = "text_encoder_2" in bundle.components
+    for name in ("prompt_2", "negative_2"):
+        if getattr(call, name) is not None and not second:
+            raise ArgumentError(f"{name} for a model with one text encoder", remedy="Leave it out.")
+    for embeds in ("prompt_embeds", "negative_prompt_embeds"):
+        pooled = embeds.replace("prompt_embeds", "pooled_prompt_embeds")
+        if getattr(call, pooled) is not None and (not second or getattr(call, embeds) is None):
+            why = f"without {embeds}" if second else "for a model with one text encoder"
+            raise ArgumentError(f"{pooled} {why}", remedy="Leave it out.")
+    if (call.prompt is None) == (call.prompt_embeds is None):
+        raise ArgumentError(
+            "neither a prompt nor prompt_embeds" if call.prompt is None else "a prompt and prompt_embeds",
+            expected="one of the two",
+        )
+    if call.negative is not None and call.negative_prompt_embeds is not None:
+        raise ArgumentError("a negative prompt and negative_prompt_embeds", expected="at most one of the two")
+    if call.prompt_embeds is not None:
+        _refuse_beside_embeddings(call, ("prompt_2", "clip_skip"))
+        positives: list[Prompt | Embedding] = list(
+            _embeddings(bundle, "prompt_embeds", call.prompt_embeds, call.pooled_prompt_embeds)
+        )
+    else:
+        texts = _texts("prompt", call.prompt)
+        others = _matched("prompt_2", call.prompt_2, len(texts))
+        positives = [
+            Prompt(text=t, text_2=o, syntax=syntax, long=long, clip_skip=skip)
+            for t, o in zip(texts, others, strict=True)
+        ]
+    positives = [p for p in positives for _ in range(each)]
+    # diffusers' clip_skip leaves the negative prompt alone; the web UI's setting is for both
+    skip = 0 if syntax == "plain" else skip
+    negatives = _negatives(bundle, call, Prompt(text="", syntax=syntax, long=long, clip_skip=skip))
+    if len(negatives) == 1:
+        negatives = negatives * len(positives)
+    elif len(negatives) * each == len(positives):
+        negatives = [n for n in negatives for _ in range(each)]
+    if len(negatives) != len(positives):
+        raise ArgumentError(
+            f"{len(negatives)} negative prompts for {len(positives)} images", expected="one an image, or a single one"
+        )
+    return Wording(positives=tuple(positives), negatives=tuple(negatives))
+
+
+def _negatives(bundle: Bundle, call: Call, like: Prompt) -> list[Prompt | Embedding | None]:
+    if call.negative_prompt_embeds is not None:
+        _refuse_beside_embeddings(call, ("negative_2",))
+        pooled = call.negative_pooled_prompt_embeds
+        return list(_embeddings(bundle, "negative_prompt_embeds", call.negative_prompt_embeds, pooled))
+    if call.negative is None and call.negative_2 is None:
+        return [None]
+    texts = _texts("negative prompt", "" if call.negative is None else call.negative)
+    others = _matched("negative_2", call.negative_2, len(texts))
+    made = []
+    for text, other in zip(texts, others, strict=True):
+        made.append(Prompt(text=text, text_2=other, syntax=like.syntax, long=like.long, clip_skip=like.clip_skip))
+    return list(made)
+
+
+def _texts(what: str, given: Any) -> list[str]:
+    """One prompt or several as a list."""
+    if not isinstance(given, (str, list, tuple)):
+        check_prompt(given, what)
+    return [check_prompt(p, what) for p in ([given] if isinstance(given, str) else given)]
+
+
+def _matched(name: str, given: Any, count: int) -> Sequence[str | None]:
+    """Texts for the second encoder, as many as for the first."""
+    if given is None:
+        return [None] * count
+    texts = _texts(name, given)
+    if len(texts) not in (1, count):
+        raise ArgumentError(f"{len(texts)} {name} beside {count} prompts", expected="one a prompt, or a single one")
+    return texts * (count // len(texts))
+
+
+def _refuse_beside_embeddings(call: Call, names: Sequence[str]) -> None:
+    for name in names:
+        if getattr(call, name):
+            raise ArgumentError(f"{name} beside embeddings", expected="it is for prompts", remedy="Leave it out.")
+
+
+def _embeddings(bundle: Bundle, name: str, given: Any, pooled: Any) -> list[Embedding]:
+    """Embeddings [N, T, D], with pooled vectors [N, P] where the family has them, one an entry."""
+    inputs = {s.name: s for s in bundle.component("unet").inputs}
+    hidden = as_float32(name, given, (None, None, int(inputs["encoder_hidden_states"].shape[-1])))
+    if "text_embeds" not in inputs:
+        return [Embedding(hidden=h, pooled=None) for h in hidden]
+    wanted = name.replace("prompt_embeds", "pooled_prompt_embeds")
+    if pooled is None:
+        raise ArgumentError(f"{name} without {wanted}", remedy=f"Pass {wanted} [N, P] too.")
+    vectors = as_float32(wanted, pooled, (len(hidden), int(inputs["text_embeds"].shape[-1])))
+    return [Embedding(hidden=h, pooled=v) for h, v in zip(hidden, vectors, strict=True)]
+
+
+def as_float32(name: str, given: Any, shape: tuple[int | None, ...]) -> Float32:
+    """An array (or a torch tensor) as finite float32 of a shape, in which `None` is any number from 1."""
+    if hasattr(given, "detach"):
+        given = given.detach().cpu().float().numpy()
+    try:
+        found = np.asarray(given, np.float32)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"{name} is {type(given).__name__}", expected="an array of floats") from error
+    fits = found.ndim == len(shape) and all(n and w in (None, n) for n, w in zip(found.shape, shape, strict=True))
+    if not fits:
+        words = ", ".join("*" if w is None else str(w) for w in shape)
+        raise ArgumentError(f"{name} has shape {list(found.shape)}", expected=f"[{words}]")
+    if not np.isfinite(found).all():
+        raise ArgumentError(f"{name} holds NaN or infinity", expected="finite numbers")
+    return found

@@ -1,0 +1,1 @@
+"""diffusers' schedulers as programs: their classes, their options, the grids that they step over."""

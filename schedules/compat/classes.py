@@ -1,0 +1,424 @@
+"""diffusers' own conventions: a scheduler config compiled to what diffusers' pipelines do with it, quirks included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ...errors import ArgumentError, UnknownNameError, UnsupportedError
+from ..assemble import assemble
+from ..levels import EDM_PREDICTIONS
+from ..names import resolve_sampler
+from ..noise import PREDICTIONS, NoiseSchedule
+from ..options import check_option
+from ..program import Program
+from ..refusals import refuse_options
+from ..solvers import euler
+from ..solvers.registry import Sampler, find_sampler
+from ..tables import load_table
+from . import layouts as grids
+from .layouts import Grid, Request
+from .tables import Tables
+
+CHURN = ("s_churn", "s_tmin", "s_tmax", "s_noise")
+COMMON = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+SPACED = ("timestep_spacing", "steps_offset")
+RESPACED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+DPM = (
+    "solver_order",
+    "algorithm_type",
+    "solver_type",
+    "lower_order_final",
+    "final_sigmas_type",
+    "lambda_min_clipped",
+    "variance_type",
+    "thresholding",
+    "use_flow_sigmas",
+    "use_dynamic_shifting",
+)
+CLIPPED = ("clip_sample", "thresholding")
+ZERO_SNR = ("rescale_betas_zero_snr",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerClass:
+    """One class of diffusers.
+
+    layout: how it lays out its levels. reads: the config keys it reads, any other being ignored as diffusers does.
+    step_options: arguments of its `step`. exact_zero: zero terminal SNR is kept at alpha_bar 0. predictions: those
+    it has. clips: the class clips x0 unless its config says otherwise.
+    """
+
+    layout: Callable[[Request], Grid]
+    reads: tuple[str, ...]
+    step_options: tuple[str, ...] = ()
+    exact_zero: bool = False
+    predictions: tuple[str, ...] = PREDICTIONS
+    clips: bool = False
+
+
+_TWO = ("epsilon", "v_prediction")
+
+CLASSES: dict[str, SchedulerClass] = {
+    "EulerDiscreteScheduler": SchedulerClass(
+        layout=grids.k_family,
+        reads=(
+            *SPACED,
+            *RESPACED,
+            *ZERO_SNR,
+            "interpolation_type",
+            "sigma_min",
+            "sigma_max",
+            "timestep_type",
+            "final_sigmas_type",
+        ),
+        step_options=CHURN,
+    ),
+    "EulerAncestralDiscreteScheduler": SchedulerClass(
+        layout=grids.k_family, reads=(*SPACED, *ZERO_SNR), predictions=_TWO
+    ),
+    "HeunDiscreteScheduler": SchedulerClass(layout=grids.k_family, reads=(*SPACED, *RESPACED, "clip_sample")),
+    "KDPM2DiscreteScheduler": SchedulerClass(layout=grids.k_family, reads=(*SPACED, *RESPACED), predictions=_TWO),
+    "KDPM2AncestralDiscreteScheduler": SchedulerClass(
+        layout=grids.k_family, reads=(*SPACED, *RESPACED), predictions=_TWO
+    ),
+    "LMSDiscreteScheduler": SchedulerClass(layout=grids.k_family, reads=(*SPACED, *RESPACED), step_options=("order",)),
+    "DPMSolverSDEScheduler": SchedulerClass(
+        layout=grids.k_family, reads=(*SPACED, *RESPACED), step_options=("s_noise",), predictions=_TWO
+    ),
+    "DDIMScheduler": SchedulerClass(
+        layout=grids.ddim_family,
+        reads=(*SPACED, *ZERO_SNR, *CLIPPED, "set_alpha_to_one"),
+        step_options=("eta",),
+        exact_zero=True,
+        clips=True,
+    ),
+    "DDPMScheduler": SchedulerClass(
+        layout=grids.ddpm_family, reads=(*SPACED, *ZERO_SNR, *CLIPPED, "variance_type"), exact_zero=True, clips=True
+    ),
+    "PNDMScheduler": SchedulerClass(
+        layout=grids.pndm_family, reads=(*SPACED, "skip_prk_steps", "set_alpha_to_one"), predictions=_TWO
+    ),
+    "DPMSolverMultistepScheduler": SchedulerClass(
+        layout=grids.multistep_family,
+        reads=(*SPACED, *RESPACED, *ZERO_SNR, *DPM, "use_lu_lambdas", "euler_at_final"),
+    ),
+    "DPMSolverSinglestepScheduler": SchedulerClass(layout=grids.multistep_family, reads=(*RESPACED, *DPM)),
+    "DEISMultistepScheduler": SchedulerClass(
+        layout=grids.multistep_family,
+        reads=(
+            *SPACED,
+            *RESPACED,
+            "solver_order",
+            "algorithm_type",
+            "solver_type",
+            "lower_order_final",
+            "thresholding",
+            "use_flow_sigmas",
+            "use_dynamic_shifting",
+        ),
+    ),
+    "UniPCMultistepScheduler": SchedulerClass(
+        layout=grids.multistep_family,
+        reads=(
+            *SPACED,
+            *RESPACED,
+            *ZERO_SNR,
+            "solver_order",
+            "solver_type",
+            "lower_order_final",
+            "predict_x0",
+            "disable_corrector",
+            "solver_p",
+            "final_sigmas_type",
+            "sigma_min",
+            "sigma_max",
+            "thresholding",
+            "use_flow_sigmas",
+            "use_dynamic_shifting",
+        ),
+    ),
+    "LCMScheduler": SchedulerClass(
+        layout=grids.lcm_family,
+        reads=(*ZERO_SNR, *CLIPPED, "original_inference_steps", "timestep_scaling"),
+        exact_zero=True,
+    ),
+    "TCDScheduler": SchedulerClass(
+        layout=grids.lcm_family,
+        reads=(*ZERO_SNR, *CLIPPED, "original_inference_steps"),
+        step_options=("eta",),
+        exact_zero=True,
+    ),
+    "EDMEulerScheduler": SchedulerClass(
+        layout=grids.edm_family,
+        reads=("sigma_min", "sigma_max", "sigma_data", "sigma_schedule", "rho", "final_sigmas_type"),
+        step_options=CHURN,
+        predictions=_TWO,
+    ),
+}
+
+
+def program_from_diffusers(
+    scheduler_config: Mapping[str, Any],
+    *,
+    steps: int | None = None,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+    start: int = 0,
+    single: bool = True,
+    **options: Any,
+) -> Program:
+    """Compile what a diffusers pipeline with this scheduler does: its class, its options, its conventions.
+
+    scheduler_config: the parsed `scheduler_config.json`, `_class_name` included; keys the class does not read are
+        ignored, as diffusers ignores them.
+    steps, or timesteps or sigmas where diffusers' `set_timesteps` takes them. start: steps skipped (img2img).
+    single: hold the tables in float32 as diffusers does; False is for telling its rounding apart.
+    options: arguments of the scheduler's `step` (eta, s_churn, ...).
+
+    Raises UnknownNameError, ArgumentError, and UnsupportedError for what rows cannot do.
+    """
+    name = str(scheduler_config.get("_class_name", ""))
+    if name not in CLASSES:
+        if name:
+            resolve_sampler(name)
+        raise UnknownNameError("scheduler class (_class_name)", name, CLASSES)
+    kind = CLASSES[name]
+    config = {key: scheduler_config[key] for key in (*COMMON, *kind.reads) if key in scheduler_config}
+    config["_class_name"] = name
+    if kind.clips:
+        config.setdefault("clip_sample", True)
+    refuse_options(config)
+    refuse_options(options)
+    for option in options:
+        if option not in kind.step_options:
+            raise UnknownNameError(f"step option of {name}", option, kind.step_options or ("(none)",))
+        check_option(option, options[option])
+    prediction = str(config.get("prediction_type") or "epsilon")
+    if prediction not in kind.predictions:
+        raise UnsupportedError(f"prediction {prediction!r} with {name}", expected=" or ".join(kind.predictions))
+    sampler, arguments = _solver(name, config, options)
+    if name == "TCDScheduler":
+        arguments["single"] = single
+    rescales = "rescale_betas_zero_snr" in kind.reads
+    tables = Tables.of(config, rescales=rescales, floored=not kind.exact_zero, single=single)
+    _check_steps(steps, timesteps, sigmas, start, tables.count)
+    request = Request(tables=tables, steps=steps, timesteps=timesteps, sigmas=sigmas, start=start, options=options)
+    grid = kind.layout(request)
+    first = grid.path.calls[0] if grid.path.calls else grid.path.first
+    scale = first.scale if sampler.latent_space == "ve" else 1.0
+    init = (0.0, grid.init_noise * scale) if start == 0 else (first.scale, first.noise_scale)
+    return assemble(
+        sampler,
+        grid.path,
+        schedule=_schedule_name(config, timesteps, sigmas),
+        prediction=EDM_PREDICTIONS[prediction] if name == "EDMEulerScheduler" else prediction,
+        init=init,
+        options=arguments,
+    )
+
+
+def _solver(name: str, config: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[Sampler, dict[str, Any]]:
+    """The sampler that a class and its options mean, and the arguments to run it with."""
+    order = int(config.get("solver_order", 2))
+    if name.startswith("DPMSolver") and name != "DPMSolverSDEScheduler":
+        return _dpm(name, config, order)
+    arguments = dict(options)
+    if name == "UniPCMultistepScheduler":
+        if not config.get("predict_x0", True):
+            raise UnsupportedError("predict_x0=False", expected="True")
+        kind = str(config.get("solver_type") or "bh2")
+        kind = "bh2" if kind in ("midpoint", "heun", "logrho") else kind
+        if kind not in ("bh1", "bh2"):
+            raise UnknownNameError("solver_type", kind, ("bh1", "bh2"))
+        arguments = {
+            "solver_type": kind,
+            "lower_order_final": bool(config.get("lower_order_final", True)),
+            "disable_corrector": tuple(config.get("disable_corrector") or ()),
+        }
+        return _ordered("unipc", order), arguments
+    if name == "DEISMultistepScheduler":
+        return _ordered("deis", order), {"lower_order_final": bool(config.get("lower_order_final", True))}
+    sampler = find_sampler(resolve_sampler(name).name)
+    if name == "PNDMScheduler":
+        if not config.get("skip_prk_steps", False):
+            raise UnsupportedError("PNDM with its Runge-Kutta steps (PRK)", remedy="Set skip_prk_steps to true.")
+        arguments["mix_raw"] = True
+    elif name == "LMSDiscreteScheduler":
+        arguments["restart"] = False
+    elif name == "DDPMScheduler":
+        arguments |= {"large_variance": _large_variance(config), "variance_floor": 1e-20}
+    elif name == "LCMScheduler":
+        arguments["timestep_scaling"] = float(config.get("timestep_scaling", 10.0))
+    elif sampler.solve is euler.euler:
+        sampler = replace(sampler, solve=euler.euler_churned_late)
+    return sampler, arguments
+
+
+def _large_variance(config: Mapping[str, Any]) -> bool:
+    kind = str(config.get("variance_type") or "fixed_small")
+    if kind in ("fixed_small", "fixed_small_log", "fixed_large"):
+        return kind == "fixed_large"
+    raise UnsupportedError(f"variance_type {kind!r}", expected="fixed_small, fixed_small_log or fixed_large")
+
+
+def _ordered(family: str, order: int) -> Sampler:
+    if order not in (1, 2, 3):
+        raise UnsupportedError(f"solver_order {order}", expected="1, 2 or 3")
+    return find_sampler(f"{family}_{order}")
+
+
+def _dpm(name: str, config: Mapping[str, Any], order: int) -> tuple[Sampler, dict[str, Any]]:
+    algorithm = str(config.get("algorithm_type") or "dpmsolver++")
+    algorithm = "dpmsolver++" if algorithm == "deis" else algorithm
+    if algorithm not in ("dpmsolver++", "sde-dpmsolver++"):
+        raise UnsupportedError(f"algorithm_type {algorithm!r}", expected="'dpmsolver++' or 'sde-dpmsolver++'")
+    if config.get("variance_type"):
+        raise UnsupportedError(f"variance_type {config['variance_type']!r}", expected="none")
+    if order not in (1, 2, 3):
+        raise UnsupportedError(f"solver_order {order}", expected="1, 2 or 3")
+    solver_type = str(config.get("solver_type") or "midpoint")
+    if solver_type in ("logrho", "bh1", "bh2"):
+        solver_type = "midpoint"
+    if solver_type not in ("midpoint", "heun"):
+        raise UnknownNameError("solver_type", solver_type, ("midpoint", "heun"))
+    single = name == "DPMSolverSinglestepScheduler"
+    suffix = "_sde" if algorithm.startswith("sde") else ""
+    arguments: dict[str, Any] = {"solver_type": solver_type}
+    arguments["lower_order_final"] = bool(config.get("lower_order_final", not single))
+    arguments["published"] = True
+    if not single:
+        arguments["euler_at_final"] = bool(config.get("euler_at_final", False))
+    return find_sampler(f"dpmpp_{order}{'s' if single else 'm'}{suffix}"), arguments
+
+
+def _check_steps(
+    steps: int | None, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None, start: int, count: int
+) -> None:
+    if sum(value is not None for value in (steps, timesteps, sigmas)) != 1:
+        raise ArgumentError("steps, timesteps and sigmas", expected="exactly one of them")
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= count):
+        raise ArgumentError(f"steps={steps!r}", expected=f"an integer from 1 to {count}")
+    if isinstance(start, bool) or not isinstance(start, int) or start < 0:
+        raise ArgumentError(f"start={start!r}", expected="an integer of at least 0")
+
+
+def _schedule_name(config: Mapping[str, Any], timesteps: object, sigmas: object) -> str:
+    if timesteps is not None or sigmas is not None:
+        return "timesteps" if timesteps is not None else "sigmas"
+    default = "leading" if config["_class_name"] in ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler") else "linspace"
+    if config["_class_name"] in ("LCMScheduler", "TCDScheduler"):
+        default = "lcm"
+    return grids.respacing(config) or str(config.get("timestep_spacing") or config.get("sigma_schedule") or default)
+
+
+_RESPACED_BY = {
+    "karras": "use_karras_sigmas",
+    "exponential": "use_exponential_sigmas",
+    "beta": "use_beta_sigmas",
+    "lu": "use_lu_lambdas",
+}
+_DEFAULT_SPACED = ("leading", "linspace", "trailing")
+
+
+def compile_compat(
+    sampler: Sampler,
+    schedule: str | None,
+    steps: int | None,
+    noise: NoiseSchedule,
+    prediction: str | None,
+    start: int,
+    timesteps: Sequence[float] | None,
+    sigmas: Sequence[float] | None,
+    options: Mapping[str, Any],
+) -> Program:
+    """`compile_program(..., compat="diffusers")`: the checkpoint's config under the sampler's class.
+
+    `options` are config keys of that class and arguments of its `step`.
+    """
+    config = scheduler_config(sampler, noise)
+    kind = CLASSES[config["_class_name"]]
+    if prediction is not None:
+        config["prediction_type"] = prediction
+    step_options = {}
+    for key, value in options.items():
+        if key in kind.step_options:
+            step_options[key] = value
+        elif key in (*COMMON, *kind.reads):
+            config[key] = value
+        elif key != "published":
+            accepted = [*kind.step_options, *kind.reads, *COMMON]
+            raise UnknownNameError(f"option of {sampler.name} with compat='diffusers'", key, accepted)
+    if schedule is not None:
+        steps, timesteps = _apply_schedule(config, kind, schedule, steps, timesteps, sampler)
+    return program_from_diffusers(config, steps=steps, timesteps=timesteps, sigmas=sigmas, start=start, **step_options)
+
+
+def scheduler_config(sampler: Sampler, noise: NoiseSchedule) -> dict[str, Any]:
+    """The config of a sampler's diffusers class on a checkpoint's noise schedule, `_class_name` included.
+
+    Raises UnsupportedError for a sampler that diffusers does not have.
+    """
+    name = sampler.diffusers
+    if name is None:
+        raise UnsupportedError(f"sampler {sampler.name!r} with compat='diffusers'", remedy="Use compat=None.")
+    kind = CLASSES[name]
+    config: dict[str, Any] = {key: value for key, value in noise.config.items() if key in (*COMMON, *kind.reads)}
+    config.update(_preset_keys(sampler))
+    if kind.clips:
+        config.setdefault("clip_sample", False)
+    return {**config, "_class_name": name}
+
+
+def _preset_keys(sampler: Sampler) -> dict[str, Any]:
+    """A sampler's presets as config keys of its class."""
+    keys: dict[str, Any] = {}
+    if "order" in sampler.presets:
+        keys["solver_order"] = sampler.presets["order"]
+    if sampler.diffusers in ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"):
+        keys["algorithm_type"] = "sde-dpmsolver++" if sampler.presets.get("sde") else "dpmsolver++"
+        keys["solver_type"] = "midpoint"
+    if sampler.diffusers == "UniPCMultistepScheduler":
+        keys["solver_type"] = "bh2"
+    if sampler.name == "plms":
+        keys["skip_prk_steps"] = True
+    return keys
+
+
+def _apply_schedule(
+    config: dict[str, Any],
+    kind: SchedulerClass,
+    schedule: str,
+    steps: int | None,
+    timesteps: Sequence[float] | None,
+    sampler: Sampler,
+) -> tuple[int | None, Sequence[float] | None]:
+    """Say a schedule in the config keys of the class, or as explicit timesteps for the published ones."""
+    for key in _RESPACED_BY.values():
+        config.pop(key, None)
+    if schedule in _DEFAULT_SPACED and "timestep_spacing" in kind.reads:
+        config["timestep_spacing"] = schedule
+        return steps, timesteps
+    if schedule in _RESPACED_BY and _RESPACED_BY[schedule] in kind.reads:
+        config[_RESPACED_BY[schedule]] = True
+        return steps, timesteps
+    if sampler.name == "edm_euler" and schedule in ("karras", "exponential"):
+        config["sigma_schedule"] = schedule
+        return steps, timesteps
+    if schedule == "lcm" and kind.layout is grids.lcm_family:
+        return steps, timesteps
+    if schedule.startswith("ays"):
+        table = load_table(schedule)
+        if table.timesteps is not None and steps == len(table.timesteps) - 1:
+            return None, table.timesteps[:-1]
+        raise UnsupportedError(
+            f"schedule {schedule!r} at {steps} steps with compat='diffusers', which has it at its own length only",
+            remedy="Use compat=None, which has it at any step count.",
+        )
+    offered = [s for s in (*_DEFAULT_SPACED, *_RESPACED_BY) if _RESPACED_BY.get(s, "timestep_spacing") in kind.reads]
+    raise UnsupportedError(
+        f"schedule {schedule!r} with {sampler.diffusers} in diffusers",
+        expected=f"one of {', '.join(offered)}" if offered else "no schedule",
+        remedy="Use compat=None, which has every schedule with every sampler.",
+    )

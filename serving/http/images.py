@@ -1,0 +1,171 @@
+"""`POST /v1/images/generations` and `/v1/images/edits`: OpenAI's images API on a server's tickets."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+
+from ...runtime.result import Result, Step
+from ..server import Server
+from ..ticket import Ticket
+from .bodies import check_content_type, encode_picture, open_picture, read_body, read_form
+from .calls import Calls, arguments, make_calls
+from .errors import HttpError, describe, json_response
+from .service import Service
+from .settings import Settings
+
+
+class ImageRoutes:
+    """The two calls that make images. A client that goes away cancels what it asked for."""
+
+    def __init__(self, service: Service, settings: Settings) -> None:
+        self._service, self._settings = service, settings
+        self._calls: Calls | None = None
+
+    def _ready(self) -> tuple[Server, Calls]:
+        """The server and its call types; raises `UnavailableError` while there is none."""
+        server = self._service.server
+        if self._calls is None:
+            self._calls = make_calls(self._settings, server.sizes)
+        return server, self._calls
+
+    async def generate(self, request: Request) -> Response:
+        check_content_type(request, "application/json")
+        body = await read_body(request, self._settings.json_bytes)
+        server, calls = self._ready()
+        return await self._run(request, server, calls.generation_from(body), {}, "image_generation")
+
+    async def edit(self, request: Request) -> Response:
+        fields, pictures = await read_form(request, self._settings.body_bytes)
+        server, calls = self._ready()
+        call = calls.edit_from(fields)
+        if len(pictures) != 1:
+            raise HttpError(400, "invalid_request", f"the form has {len(pictures)} images; one is taken")
+        image = await asyncio.to_thread(open_picture, pictures[0], self._settings.picture_pixels)
+        return await self._run(request, server, call, {"image": image, "strength": call.strength}, "image_edit")
+
+    async def _run(self, request: Request, server: Server, call: Any, extra: dict[str, Any], kind: str) -> Response:
+        if call.model is not None and call.model not in self._settings.models:
+            raise HttpError(404, "model_not_found", "there is no model of that name here")
+        ticket = await asyncio.to_thread(
+            server.submit,
+            call.prompt,
+            deadline_s=call.deadline_s or self._settings.deadline_s,
+            previews=bool(call.stream and call.partial_images),
+            name=request.scope["state"].get("request_id"),
+            **arguments(call),
+            **extra,
+        )
+        if call.stream:
+            return StreamingResponse(_events(ticket, call, kind), media_type="text/event-stream", headers=_NO_CACHE)
+        result = await _or_gone(request, ticket)
+        pictures = await asyncio.to_thread(_encode_all, result, call)
+        return json_response(_answer(result, call, pictures))
+
+
+_NO_CACHE = {"cache-control": "no-store", "x-accel-buffering": "no"}
+
+
+async def _or_gone(request: Request, ticket: Ticket) -> Result:
+    """The ticket's result; when the client disconnects first, the ticket is cancelled and `ClientDisconnect` raised."""
+    gone = asyncio.ensure_future(_disconnected(request))
+    made = asyncio.ensure_future(_result(ticket))
+    try:
+        await asyncio.wait({gone, made}, return_when=asyncio.FIRST_COMPLETED)
+        if not made.done():
+            ticket.cancel()
+            raise ClientDisconnect
+        return made.result()
+    finally:
+        gone.cancel()
+        if not made.done():
+            made.cancel()
+
+
+async def _result(ticket: Ticket) -> Result:
+    return await ticket
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _events(ticket: Ticket, call: Any, kind: str) -> AsyncIterator[bytes]:
+    """Server-sent events as OpenAI names them: previews on the way, then each image; or an error."""
+    try:
+        index = 0
+        wanted = call.partial_images or 0
+        async for step in ticket.asteps():
+            if index < wanted and step.index + 1 < step.total and _is_due(step, index, wanted):
+                event = await asyncio.to_thread(_preview, step, call, kind, index)
+                yield _event(event)
+                index += 1
+        result = await ticket
+        pictures = await asyncio.to_thread(_encode_all, result, call)
+        for i, (picture, seed) in enumerate(zip(pictures, result.seeds, strict=True)):
+            about = _about(call, result.images.shape[2], result.images.shape[1])
+            yield _event({"type": f"{kind}.completed", "b64_json": picture, "index": i, "seed": seed, **about})
+    except Exception as error:
+        yield _event({"type": "error", **describe(error)[1]}, name="error")
+    finally:
+        ticket.cancel()
+
+
+def _is_due(step: Step, made: int, wanted: int) -> bool:
+    """Whether the next of `wanted` previews, spread over the steps, is due."""
+    return (step.index + 1) * (wanted + 1) >= (made + 1) * step.total
+
+
+def _preview(step: Step, call: Any, kind: str, index: int) -> dict[str, Any]:
+    pixels = step.preview()
+    height, width = pixels.shape[1:3]
+    return {
+        "type": f"{kind}.partial_image",
+        "partial_image_index": index,
+        "step": step.index + 1,
+        "steps": step.total,
+        "b64_json": _encode(pixels[0], call),
+        **_about(call, width, height),
+    }
+
+
+def _about(call: Any, width: int, height: int) -> dict[str, Any]:
+    return {
+        "created_at": int(time.time()),
+        "size": f"{width}x{height}",
+        "quality": "auto",
+        "background": "opaque",
+        "output_format": call.output_format or "png",
+    }
+
+
+def _event(data: dict[str, Any], *, name: str | None = None) -> bytes:
+    return f"event: {name or data['type']}\ndata: ".encode() + msgspec.json.encode(data) + b"\n\n"
+
+
+def _answer(result: Result, call: Any, pictures: list[str]) -> dict[str, Any]:
+    height, width = result.images.shape[1:3]
+    return {
+        "created": int(time.time()),
+        "data": [{"b64_json": p, "seed": s} for p, s in zip(pictures, result.seeds, strict=True)],
+        "size": f"{width}x{height}",
+        "output_format": call.output_format or "png",
+        "timings_ms": {k: round(v, 2) for k, v in result.timings.items() if isinstance(v, (int, float))},
+    }
+
+
+def _encode_all(result: Result, call: Any) -> list[str]:
+    return [_encode(image, call) for image in result.images]
+
+
+def _encode(pixels: Any, call: Any) -> str:
+    data = encode_picture(pixels, call.output_format or "png", call.output_compression)
+    return base64.b64encode(data).decode()

@@ -1,0 +1,82 @@
+"""What Prometheus reads: histograms of the stages, counters of outcomes, and the server's figures when it asks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.exposition import generate_latest
+from prometheus_client.registry import Collector
+
+from ...errors import FewstepError
+from .service import Service
+
+STATES = ("starting", "ready", "draining", "failed", "closed")
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+
+
+class Metrics:
+    """An observer with a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        at: dict[str, Any] = {"registry": self.registry}
+        self._stages = Histogram("fewstep_stage_seconds", "Seconds by stage", ["stage"], buckets=SECONDS, **at)
+        self._rows = Histogram("fewstep_tick_rows", "UNet rows of a tick", buckets=ROWS, **at)
+        self._padding = Counter("fewstep_padding_rows", "UNet rows evaluated for nobody", **at)
+        self._ended = Counter("fewstep_requests", "Requests by outcome", ["outcome"], **at)
+        self._rejected = Counter("fewstep_rejections", "Refused requests by reason", ["reason"], **at)
+        self._http = Counter("fewstep_http_responses", "Responses by route and status", ["route", "status"], **at)
+
+    def observe(self, stage: str, took_ms: float) -> None:
+        self._stages.labels(stage).observe(1e-3 * took_ms)
+
+    def tick(self, took_ms: float, *, rows: int, bucket: int, slots: int) -> None:
+        self.observe("tick", took_ms)
+        self._rows.observe(rows)
+        self._padding.inc(bucket - rows)
+
+    def ended(self, outcome: str, took_ms: float) -> None:
+        self._ended.labels(outcome).inc()
+        self.observe("total", took_ms)
+
+    def rejected(self, reason: str) -> None:
+        self._rejected.labels(reason).inc()
+
+    def responded(self, route: str, status: int) -> None:
+        self._http.labels(route, str(status)).inc()
+
+    def watch(self, service: Service) -> None:
+        """Let the registry ask the service's figures when it is read."""
+        self.registry.register(_Figures(service))
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class _Figures(Collector):
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def collect(self) -> Iterable[Any]:
+        state = GaugeMetricFamily("fewstep_state", "1 for the state the service is in", labels=["state"])
+        for name in STATES:
+            state.add_metric([name], float(self._service.state == name))
+        yield state
+        try:
+            stats = self._service.server.stats()
+        except FewstepError:
+            return
+        for name, words, value in (
+            ("outstanding", "Requests accepted and not settled", stats.outstanding),
+            ("waiting", "Requests without a slot", stats.waiting),
+            ("slots_in_use", "Images in progress", stats.slots_in_use),
+            ("slots", "Images that may be in progress, by size", stats.most_slots),
+            ("work_seconds", "Estimated seconds until all accepted work is done", stats.work_s),
+            ("utilisation", "Share of evaluated rows that were somebody's", stats.utilisation),
+        ):
+            yield GaugeMetricFamily(f"fewstep_{name}", words, value=float(value))
+        yield CounterMetricFamily("fewstep_tick_seconds", "Seconds spent in ticks", value=stats.tick_s)

@@ -1,0 +1,122 @@
+"""Running the application with uvicorn: SIGTERM drains, a second signal does not wait."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import logging
+import socket
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+
+from ...errors import ArgumentError
+from .service import Service
+
+log = logging.getLogger("fewstep.serving.http")
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what is bound to `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def allowed_hosts(host: str, token: str | None) -> tuple[str, ...]:
+    """The `Host` values to answer: its own names on loopback without a token, any otherwise.
+
+    `ArgumentError` for a service beyond loopback that asks for no token.
+    """
+    if token is not None:
+        return ()
+    if not is_loopback(host):
+        raise ArgumentError(
+            f"{host} can be reached from other machines",
+            expected="a token",
+            remedy="Set FEWSTEP_TOKEN, or serve on 127.0.0.1.",
+        )
+    return (*LOOPBACK, host)
+
+
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Sockets that listen on all addresses of a host, on a free port for port 0; `ArgumentError` if that cannot be."""
+    made: list[socket.socket] = []
+    try:
+        for family, _, _, _, address in socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        ):
+            at = (address[0], made[0].getsockname()[1] if made else port)
+            made.append(socket.create_server(at, family=family, backlog=2048))
+    except OSError as error:
+        for opened in made:
+            opened.close()
+        raise ArgumentError(
+            f"nothing can listen on {host}, port {port} ({error.strerror})",
+            expected="an address of this machine and a port that is free",
+            remedy="Name others with --host and --port.",
+        ) from error
+    return made
+
+
+def serve(app: Starlette, service: Service, listening: list[socket.socket], *, drain_s: float) -> None:
+    """Serve until SIGTERM or SIGINT; then refuse new work with 503, finish what was accepted, and return."""
+    config = uvicorn.Config(
+        app,
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        ws_max_size=4 * 1024 * 1024,
+        ws_per_message_deflate=False,  # frames and pictures are compressed already
+        h11_max_incomplete_event_size=64 * 1024,
+        timeout_keep_alive=15,
+        timeout_graceful_shutdown=max(1, round(drain_s)),
+    )
+    _Draining(config, service, drain_s).run(sockets=listening)
+
+
+class _Draining(uvicorn.Server):
+    """A uvicorn server that goes on answering while the service drains, so that callers hear of it."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, drain_s: float) -> None:
+        super().__init__(config)
+        self._service, self._drain_s = service, drain_s
+        self._drainer: threading.Thread | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._drainer is not None:
+            super().handle_exit(sig, frame)
+            return
+        log.info("draining")
+        self._drainer = threading.Thread(target=self._drain, name="fewstep-drain", daemon=True)
+        self._drainer.start()
+
+    def _drain(self) -> None:
+        drained = self._service.drain(self._drain_s)
+        log.info("drained" if drained else "not drained in time: what is left is given up")
+        self.should_exit = True
+
+
+class JsonLines(logging.Formatter):
+    """A record as a line of JSON. Prompts are in no record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        data: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info and record.exc_info[0] is not None:
+            data["error"] = record.exc_info[0].__name__
+            data["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(data, ensure_ascii=False)

@@ -1,0 +1,40 @@
+"""What an HTTP service allows: who may call it, and how much of everything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...errors import ArgumentError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """model, aliases: names that requests may give as `model`. token: what callers must present, if anything.
+
+    hosts: values of the `Host` header that are answered (without their port), all when empty: a service on loopback
+    names its own, so that no web page can reach it through a name of its making. Limits: body_bytes of a request,
+    picture_pixels of an upload before it is decoded, prompt_characters, images and steps of a request, previews of a
+    stream. deadline_s: after which a request is given up. drain_s: how long SIGTERM waits for requests in progress.
+    """
+
+    model: str
+    aliases: tuple[str, ...] = ()
+    token: str | None = None
+    hosts: tuple[str, ...] = ()
+    body_bytes: int = 16 * 1024 * 1024
+    json_bytes: int = 256 * 1024
+    picture_pixels: int = 4096 * 4096
+    prompt_characters: int = 4000
+    images: int = 8
+    steps: int = 100
+    previews: int = 16
+    deadline_s: float = 120.0
+    drain_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        if self.token is not None and len(self.token) < 16:
+            raise ArgumentError(f"the token has {len(self.token)} characters", expected="at least 16")
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return (self.model, *self.aliases)

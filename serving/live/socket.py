@@ -1,0 +1,321 @@
+"""`/live/socket`: a live session over a WebSocket, and `/live`: the page that speaks to it.
+
+Nothing queues: inputs replace one another in the session, frames replace one another until the client has shown those
+that are under way, and what else there is to say is bounded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import time
+from base64 import b64encode, urlsafe_b64decode
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import HTMLResponse
+from starlette.routing import BaseRoute, Route, WebSocketRoute
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+
+from ...errors import EngineFailedError, FewstepError, UnavailableError
+from ..http import Metrics, Service, Settings
+from .frames import Frame
+from .hub import LiveHub
+from .metrics import LiveMetrics
+from .noise import MODES
+from .pictures import MOST_BYTES, MOST_PIXELS
+from .protocol import (
+    SUBPROTOCOL,
+    Ack,
+    Clear,
+    Picture,
+    ProtocolError,
+    Set,
+    read_binary,
+    read_text,
+    write_error,
+    write_frame,
+    write_hello,
+    write_set,
+    write_unchanged,
+)
+from .session import LiveSession
+
+log = logging.getLogger("fewstep.serving")
+TOKEN_PREFIX = "fewstep-token."
+INLINE_PIXELS = 128 * 128
+KEPT_NUMBERS = 1024
+POLICY = (
+    "default-src 'none'; script-src {script}; style-src {style}; img-src blob:; media-src blob:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SocketLimits:
+    """window: frames sent and not yet acknowledged. messages_per_s: from a client, over a second; twice that closes
+    the socket. errors: messages in a row that could not be obeyed. idle_s: without any message."""
+
+    window: int = 3
+    messages_per_s: float = 500.0
+    errors: int = 32
+    idle_s: float = 600.0
+
+
+def live_routes(hub: LiveHub, *, token: str | None = None, limits: SocketLimits | None = None) -> list[BaseRoute]:
+    """The page and the socket, for an application that checks host and origin (`make_app` does).
+
+    token: what clients of the socket must know, as the subprotocol `fewstep-token.<base64url of it>`. The page itself
+    holds nothing that is worth one.
+    """
+    bounds = limits or SocketLimits()
+    html = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    headers = page_headers(html)
+
+    async def page(request: HttpRequest) -> HTMLResponse:
+        return HTMLResponse(html, headers=headers)
+
+    async def socket(websocket: WebSocket) -> None:
+        await Connection(hub, websocket, token=token, limits=bounds).run()
+
+    return [Route("/live", page, methods=["GET"]), WebSocketRoute("/live/socket", socket)]
+
+
+def add_live(service: Service, settings: Settings, metrics: Metrics) -> list[BaseRoute]:
+    """The routes of live sessions on a service's server, with their figures among the service's."""
+    observer = LiveMetrics(metrics.registry)
+    hub = LiveHub(lambda: service.server, observer=observer)
+    observer.watch(hub)
+    return live_routes(hub, token=settings.token)
+
+
+def page_headers(html: str) -> dict[str, str]:
+    """Headers of a page that loads nothing: its own script and style run by their hashes, and nothing else does."""
+    return {
+        "Content-Security-Policy": POLICY.format(script=_hash(html, "script"), style=_hash(html, "style")),
+        "Cache-Control": "no-cache",
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Permissions-Policy": "camera=(self), microphone=(), geolocation=()",
+        "Cross-Origin-Opener-Policy": "same-origin",
+    }
+
+
+def _hash(html: str, element: str) -> str:
+    """What a content security policy calls the page's one inline element of this kind."""
+    inner = html.partition(f"<{element}>")[2].partition(f"</{element}>")[0]
+    return f"'sha256-{b64encode(hashlib.sha256(inner.encode()).digest()).decode()}'"
+
+
+class Connection:
+    """One client: what it says goes to its session, what the session makes goes to it."""
+
+    def __init__(self, hub: LiveHub, socket: WebSocket, *, token: str | None, limits: SocketLimits) -> None:
+        self._hub, self._socket, self._token, self._limits = hub, socket, token, limits
+        self._loop = asyncio.get_running_loop()
+        self._wake = asyncio.Event()
+        self._said: deque[FewstepError | int | str] = deque(maxlen=64)
+        self._numbers: OrderedDict[int, tuple[int, float]] = OrderedDict()
+        self._sent: deque[int] = deque()
+        self._tokens, self._filled_at = limits.messages_per_s, time.monotonic()
+        self._answer, self._answered = 0, True
+        self._heard_at = time.monotonic()
+        self._errors = 0
+
+    async def run(self) -> None:
+        """Serve the client until either side ends it; never raises."""
+        try:
+            if not await self._accept():
+                return
+            session = await asyncio.to_thread(self._hub.open, self._heard)
+        except FewstepError as error:
+            await self._close(1013, error)
+            return
+        try:
+            await self._serve(session)
+        finally:
+            await asyncio.to_thread(self._hub.release, session)
+
+    async def _accept(self) -> bool:
+        """The token, before anything else (host and origin are the application's guard's); a refusal is a 403."""
+        offered = self._socket.scope.get("subprotocols", [])
+        if not self._knows_token(offered):
+            await self._socket.close(1008)
+            return False
+        await self._socket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
+        return True
+
+    def _knows_token(self, offered: list[str]) -> bool:
+        if self._token is None:
+            return True
+        given = [p.removeprefix(TOKEN_PREFIX) for p in offered if p.startswith(TOKEN_PREFIX)]
+        try:
+            found = urlsafe_b64decode(given[0] + "=" * (-len(given[0]) % 4)) if given else b""
+        except ValueError:
+            return False
+        return hmac.compare_digest(found, self._token.encode())
+
+    async def _serve(self, session: LiveSession) -> None:
+        await self._socket.send_text(self._hello(session))
+        tasks = {asyncio.create_task(c) for c in (self._receive(session), self._send(session), self._watch())}
+        done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+        error = next((e for t in done if (e := t.exception()) is not None), None)
+        if error is None or isinstance(error, WebSocketDisconnect):
+            await self._close(1000, None)
+        elif isinstance(error, ProtocolError):
+            await self._close(error.code, error)
+        elif isinstance(error, EngineFailedError):
+            await self._close(1011, error)
+        elif isinstance(error, UnavailableError):
+            await self._close(1001, error)
+        elif isinstance(error, (RuntimeError, OSError)):
+            log.debug("a live client went away (%s)", type(error).__name__)
+        else:
+            log.error("a live connection failed", exc_info=error)
+            await self._close(1011, FewstepError("the connection failed"))
+
+    def _hello(self, session: LiveSession) -> str:
+        pipeline = self._hub.server.pipeline
+        defaults = pipeline.bundle.defaults
+        return write_hello(
+            session.settings,
+            bundle=pipeline.bundle.name,
+            size=list(pipeline.size),
+            sizes=[list(s) for s in self._hub.server.sizes],
+            defaults={"steps": defaults.steps, "guidance": defaults.guidance, "sampler": defaults.sampler},
+            noises=list(MODES),
+            limits={
+                "picture_bytes": MOST_BYTES,
+                "picture_pixels": MOST_PIXELS,
+                "window": self._limits.window,
+                "messages_per_s": self._limits.messages_per_s,
+            },
+        )
+
+    # --- what the client says ---
+
+    async def _receive(self, session: LiveSession) -> None:
+        while True:
+            message = await self._socket.receive()
+            self._heard_at = time.monotonic()
+            if message["type"] == "websocket.disconnect":
+                raise WebSocketDisconnect(message.get("code") or 1005)
+            self._spend()
+            text, data = message.get("text"), message.get("bytes")
+            said = read_text(text) if text is not None else read_binary(data or b"")
+            try:
+                await self._obey(session, said)
+            except FewstepError as error:
+                self._errors += 1
+                if self._errors > self._limits.errors:
+                    raise ProtocolError("too many messages that cannot be obeyed", code=1008) from error
+                self._say(write_error(error, number=getattr(said, "id", None)))
+            else:
+                self._errors = 0
+
+    async def _watch(self) -> None:
+        """End it when the client has said nothing for too long."""
+        while (left_s := self._heard_at + self._limits.idle_s - time.monotonic()) > 0:
+            await asyncio.sleep(left_s)
+        raise ProtocolError(f"nothing was said for {self._limits.idle_s:g} s", code=4408)
+
+    async def _obey(self, session: LiveSession, said: Set | Ack | Clear | Picture) -> None:
+        match said:
+            case Ack():
+                if said.frame in self._sent:
+                    while self._sent.popleft() != said.frame:
+                        pass
+                self._wake.set()
+            case Picture():
+                self._remember(session.push(said.data), said)
+            case Clear():
+                self._remember(session.push(None), said)
+            case Set():
+                changes: dict[str, Any] = dict(said.settings)
+                if isinstance(changes.get("size"), list):
+                    changes["size"] = tuple(changes["size"])
+                self._remember(session.update(**changes), said)
+                self._answer, self._answered = said.id, False
+                self._wake.set()
+
+    def _remember(self, number: int, said: Set | Clear | Picture) -> None:
+        self._numbers[number] = (said.id, said.at)
+        while len(self._numbers) > KEPT_NUMBERS:
+            self._numbers.popitem(last=False)
+
+    def _spend(self) -> None:
+        """A token bucket a second deep."""
+        now = time.monotonic()
+        rate = self._limits.messages_per_s
+        self._tokens = min(rate, self._tokens + (now - self._filled_at) * rate) - 1.0
+        self._filled_at = now
+        if self._tokens < 0:
+            raise ProtocolError("too many messages", code=1008, expected=f"at most {rate:g} a second")
+
+    # --- what the session makes ---
+
+    def _heard(self, event: Frame | FewstepError | int) -> None:
+        """On a thread of the server: remember what there is to say, wake the sender."""
+        if not isinstance(event, Frame):
+            self._said.append(event)
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._wake.set)
+
+    def _say(self, text: str) -> None:
+        self._said.append(text)
+        self._wake.set()
+
+    async def _send(self, session: LiveSession) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            if not self._answered:
+                self._answered = True
+                await self._socket.send_text(write_set(session.settings, number=self._answer))
+            while self._said:
+                await self._send_event(self._said.popleft())
+            if len(self._sent) < self._limits.window and (frame := session.take()) is not None:
+                await self._send_frame(frame)
+                self._wake.set()
+
+    async def _send_event(self, event: FewstepError | int | str) -> None:
+        if isinstance(event, str):
+            await self._socket.send_text(event)
+        elif isinstance(event, int):
+            number, at = self._numbers.pop(event, (0, 0.0))
+            await self._socket.send_bytes(write_unchanged(number=number, at=at))
+        elif isinstance(event, UnavailableError):
+            raise event
+        else:
+            await self._socket.send_text(write_error(event))
+
+    async def _send_frame(self, frame: Frame) -> None:
+        small = frame.image.shape[0] * frame.image.shape[1] <= INLINE_PIXELS
+        jpeg = frame.jpeg() if small else await asyncio.to_thread(frame.jpeg)
+        number, at = self._newest(frame.input)
+        self._sent.append(frame.index % 2**32)
+        await self._socket.send_bytes(write_frame(frame, jpeg, number=number, at=at))
+
+    def _newest(self, shown: int) -> tuple[int, float]:
+        """What the client called the newest input that a frame shows; inputs before it will not be asked for again."""
+        while self._numbers and next(iter(self._numbers)) < shown:
+            self._numbers.popitem(last=False)
+        return self._numbers.get(shown, (0, 0.0))
+
+    async def _close(self, code: int, error: FewstepError | None) -> None:
+        """Say why, then close; the client may be gone already."""
+        try:
+            if self._socket.application_state is WebSocketState.CONNECTED:
+                if error is not None:
+                    await self._socket.send_text(write_error(error))
+                await self._socket.close(code, (str(error.found) if error else "")[:100])
+        except (RuntimeError, OSError, WebSocketDisconnect):
+            log.debug("a live client went away before it was told why")

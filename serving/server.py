@@ -1,0 +1,389 @@
+"""`fewstep.Server`: many callers, one pipeline; their requests share every evaluation of the UNet."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+from ..bundle import Bundle
+from ..engines.base import Engine
+from ..engines.parallel import ParallelEngine
+from ..errors import ArgumentError, EngineFailedError, FewstepError, QueueFullError, UnavailableError
+from ..runtime.pipeline import Pipeline, load
+from ..runtime.prepare import Prepared, latent_shape
+from ..runtime.request import Request, check_integer, check_size
+from ..runtime.result import Result
+from .cpu_lock import Turns
+from .job import Job, check_prepared
+from .observe import Counters, Observer, ServerStats
+from .policy import STRETCHES
+from .scheduler import Scheduler
+from .ticket import Ticket
+from .warm_up import make_pools
+from .worker import Worker
+
+log = logging.getLogger("fewstep.serving")
+WATCH_S = 0.1
+
+
+class Server:
+    """Serves a pipeline to many callers: continuous batching over slots, bounded, with deadlines.
+
+    pipeline: a `Pipeline`, or a bundle folder (then `options` are `fewstep.load`'s). sizes: (width, height) in pixels
+    that requests may ask for; the pipeline's own by default. most_slots: images in progress by size. buckets: row
+    counts to evaluate with (default: those of 1, 2, 3, 4, 6, 8, 12, 16 up to `most_rows` that the engine admits and
+    that are worth it, measured); a single one makes an image's bits independent of its company. row_threads: threads
+    among which the rows of an evaluation are split, on a CPU; one a core when the pipeline was loaded with
+    `threads=1`, else one. queue: images accepted beyond the slots. most_work_s: seconds of work accepted ahead of a
+    request. hung_s: after a tick of that length the engine counts as failed. image: warm the VAE's encoder too.
+
+    Everything is warm when the constructor returns. Thread-safe. A context manager: leaving it drains and closes.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline | Bundle | str | os.PathLike[str],
+        *,
+        sizes: Sequence[tuple[int, int]] | None = None,
+        most_slots: int = 32,
+        most_rows: int = 16,
+        buckets: Sequence[int] | None = None,
+        row_threads: int | None = None,
+        queue: int = 64,
+        most_work_s: float = 60.0,
+        hung_s: float = 60.0,
+        image: bool = False,
+        observer: Observer | None = None,
+        **options: Any,
+    ) -> None:
+        if isinstance(pipeline, Pipeline) and options:
+            raise ArgumentError(f"{', '.join(options)} given beside a pipeline", expected="them given to fewstep.load")
+        if "devices" in options:
+            raise ArgumentError("a server was asked for several devices", expected="a server for each")
+        self.pipeline: Pipeline = pipeline if isinstance(pipeline, Pipeline) else load(pipeline, **options)
+        self.most_slots = check_integer("most_slots", most_slots, 1, 4096)
+        self._queue = check_integer("queue", queue, 0, 1_000_000)
+        self._most_work_s, self._hung_s = _positive("most_work_s", most_work_s), _positive("hung_s", hung_s)
+        self.sizes = tuple(dict.fromkeys(check_size(self.pipeline.bundle, s) for s in sizes or [self.pipeline.size]))
+        self._counters = Counters(observer)
+        self._unet = _in_parallel(self.pipeline, row_threads)
+        self._turns = Turns(taken=self._unet.device == "cpu" and not isinstance(self._unet, ParallelEngine))
+        self._pools, self._estimates = make_pools(
+            self.pipeline,
+            self._unet,
+            self.sizes,
+            slots=self.most_slots,
+            rows=_candidates(buckets, check_integer("most_rows", most_rows, 1, 1024)),
+            fixed=buckets is not None,
+            image=image,
+        )
+        self._state = "ready"
+        self._lock = threading.Condition()
+        self._outstanding: dict[Ticket, float] = {}
+        self._accepted = 0
+        self._scheduler = Scheduler(
+            self.pipeline,
+            self._pools,
+            estimates=self._estimates,
+            finished=lambda job: self._decoder.put(_turn(job.ticket), lambda: self._decode(job)),
+            failed=self._engine_failed,
+            observer=self._counters,
+            turns=self._turns,
+        )
+        self._encoder, self._decoder = Worker("fewstep-encode"), Worker("fewstep-decode")
+        self._stop = threading.Event()
+        self._watch = threading.Thread(target=self._watch_over, name="fewstep-watch", daemon=True)
+        self._scheduler.start()
+        self._watch.start()
+
+    @property
+    def state(self) -> str:
+        """`"ready"`, `"draining"`, `"failed"` or `"closed"`."""
+        return self._state
+
+    @property
+    def ready(self) -> bool:
+        return self._state == "ready"
+
+    def submit(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        deadline_s: float | None = None,
+        previews: bool = False,
+        name: str | None = None,
+        **options: Any,
+    ) -> Ticket:
+        """Accept a request; returns at once.
+
+        Takes what a pipeline's call takes, and `deadline_s`: seconds from now after which it ends with
+        `DeadlineError`. previews: its steps can show what they see. name: for logs.
+
+        Raises `ArgumentError` for what is wrong with it, `QueueFullError` when there is too much work already and
+        `UnavailableError` when the server is draining, closed or failed.
+        """
+        self._check_open()
+        try:
+            request = self.pipeline.request(prompt, **options)
+        except FewstepError as error:
+            self._counters.rejected(type(error).__name__)
+            raise
+        return self.submit_request(request, deadline_s=deadline_s, previews=previews, name=name)
+
+    def submit_request(
+        self,
+        request: Request,
+        *,
+        prepare: Callable[[], Prepared] | None = None,
+        deadline_s: float | None = None,
+        previews: bool = False,
+        name: str | None = None,
+    ) -> Ticket:
+        """As `submit`, for a request that was made before.
+
+        prepare: called on the encode thread in place of `Pipeline.prepare`, for noise or latents of the caller's own.
+        """
+        self._check_open()
+        if deadline_s is not None:
+            _positive("deadline_s", deadline_s)
+        try:
+            shape, rows = self.check(request)
+        except FewstepError as error:
+            self._counters.rejected(type(error).__name__)
+            raise
+        work_s = self._estimates.work_s(request, shape, rows)
+        alone_s = self._estimates.alone_s(request, shape, rows)
+        ticket = Ticket(request, deadline_s=deadline_s, previews=previews, name=name, alone_s=alone_s)
+        with self._lock:
+            self._check_open()
+            self._check_room(request)
+            self._outstanding[ticket] = work_s
+            self._accepted += 1
+        ticket.on_done(self._settled)
+        self._encoder.put(ticket.arrival + alone_s, lambda: self._prepare(ticket, prepare))
+        return ticket
+
+    def generate(self, prompt: str | Sequence[str], **options: Any) -> Result:
+        """Submit and wait; options as `submit`'s."""
+        return self.submit(prompt, **options).result()
+
+    async def agenerate(self, prompt: str | Sequence[str], **options: Any) -> Result:
+        """Submit and wait, for asyncio; cancelling the task cancels the request."""
+        return await self.submit(prompt, **options)
+
+    def stats(self) -> ServerStats:
+        with self._lock:
+            work_s, outstanding = sum(self._outstanding.values()), len(self._outstanding)
+        outcomes, counters, factor = self._counters.outcomes, self._counters, self.pipeline.bundle.latent.factor
+        known = {n: outcomes.get(n, 0) for n in ("ok", "CancelledError", "DeadlineError")}
+        return ServerStats(
+            state=self._state,
+            accepted=self._accepted,
+            rejected=sum(counters.rejections.values()),
+            finished=known["ok"],
+            failed=sum(outcomes.values()) - sum(known.values()),
+            cancelled=known["CancelledError"],
+            late=known["DeadlineError"],
+            outstanding=outstanding,
+            waiting=self._scheduler.waiting,
+            slots_in_use=self._scheduler.slots_in_use,
+            most_slots=self.most_slots,
+            ticks=counters.ticks,
+            rows=counters.rows,
+            padding=counters.padding,
+            tick_s=1e-3 * counters.tick_ms,
+            work_s=work_s,
+            buckets={f"{w * factor}x{h * factor}": b.costs_ms for (_, h, w), (_, b) in self._pools.items()},
+        )
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Take no more requests and wait for those accepted; whether all are settled."""
+        with self._lock:
+            if self._state == "ready":
+                self._state = "draining"
+            return self._lock.wait_for(lambda: not self._outstanding, timeout)
+
+    def close(self) -> None:
+        """End at once: what is not settled fails with `UnavailableError`."""
+        with self._lock:
+            if self._state == "closed":
+                return
+            self._state = "closed"
+        self._fail_all(UnavailableError("the server was closed before the request was finished"))
+        self._stop.set()
+        self._scheduler.close(timeout=self._hung_s)
+        self._encoder.close(timeout=self._hung_s)
+        self._decoder.close(timeout=self._hung_s)
+        self._watch.join()
+        if isinstance(self._unet, ParallelEngine):
+            self._unet.close()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.drain()
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._state == "failed":
+            raise EngineFailedError("the engine has failed", remedy="Restart the server.")
+        if self._state != "ready":
+            raise UnavailableError(f"the server is {self._state}")
+
+    def check(self, request: Request) -> tuple[tuple[int, int, int], int]:
+        """The request's latent shape and the UNet rows of an image; `ArgumentError` if this server does not take it."""
+        shape = latent_shape(self.pipeline.bundle, request)
+        if shape not in self._pools:
+            raise ArgumentError(
+                f"size is {request.width}x{request.height}",
+                expected=f"one of {', '.join(f'{w}x{h}' for w, h in self.sizes)}",
+            )
+        if request.images > self.most_slots:
+            raise ArgumentError(f"{request.images} images in one request", expected=f"at most {self.most_slots}")
+        rows = 2 if request.guided and not self.pipeline.bundle.guidance_embedding else 1
+        if rows > self._pools[shape][1].most_rows:
+            raise ArgumentError("guidance takes two rows of the UNet", expected="guidance of at most 1 on this server")
+        return shape, rows
+
+    def _check_room(self, request: Request) -> None:
+        """`QueueFullError` when there are too many images or too much work; a server with nothing to do takes any."""
+        images = sum(t.request.images for t in self._outstanding)
+        work_s = sum(self._outstanding.values())
+        full = images + request.images > self.most_slots + self._queue
+        if self._outstanding and (full or work_s > self._most_work_s):
+            self._counters.rejected("QueueFullError")
+            each_s = work_s / max(1, images)
+            wait_s = max(work_s - self._most_work_s, each_s * request.images, 0.05)
+            what = f"{images} images" if full else f"{work_s:.1f} s of work"
+            raise QueueFullError(f"{what} are waiting already", retry_after_s=wait_s, remedy="Try again later.")
+
+    def _prepare(self, ticket: Ticket, prepare: Callable[[], Prepared] | None) -> None:
+        """On the encode thread: text and picture encoded, noise drawn."""
+        if ticket.done:
+            return
+        try:
+            with self._turns.first() if ticket.request.has_image else nullcontext():
+                prepared = prepare() if prepare else self.pipeline.prepare(ticket.request)
+            check_prepared(prepared, dict(self.pipeline.engines["unet"].inputs), self.most_slots)
+        except FewstepError as error:
+            ticket.fail(error)
+            return
+        except Exception as error:
+            log.exception("%s could not be prepared", ticket.name)
+            ticket.fail(FewstepError(f"the request could not be prepared ({type(error).__name__})"))
+            return
+        self._counters.observe("text", prepared.text_ms)
+        self._estimates.observe_text(prepared.text_ms)
+        if prepared.latents is not None:
+            self._counters.observe("encode_image", prepared.encode_image_ms)
+        self._scheduler.put(Job(ticket, prepared))
+
+    def _decode(self, job: Job) -> None:
+        """On the decode thread: latents to images, and the ticket settled."""
+        ticket, prepared = job.ticket, job.prepared
+        if ticket.done:
+            return
+        try:
+            with self._turns.first():
+                began = time.monotonic()
+                images = self.pipeline.vae.decode(job.out)
+                ended = time.monotonic()
+        except FewstepError as error:
+            ticket.fail(error)
+            return
+        except Exception as error:
+            log.exception("%s could not be decoded", ticket.name)
+            self._engine_failed(EngineFailedError(f"decoding failed ({type(error).__name__})"))
+            return
+        self._counters.observe("decode", 1e3 * (ended - began))
+        self._estimates.observe_decode(prepared.shape, 1e3 * (ended - began), job.images)
+        timings = {
+            "queue": job.times.queue,
+            "text": prepared.text_ms,
+            "encode_image": prepared.encode_image_ms,
+            "denoise": 1e3 * (job.denoised_at - job.admitted_at),
+            "decode": 1e3 * (ended - began),
+            "total": 1e3 * (ended - ticket.arrival),
+            "evaluations": job.times.evaluations,
+            "update": job.times.update,
+            "guidance": job.times.guidance,
+            "gather": job.times.gather,
+        }
+        ticket.finish(
+            Result(
+                images=images,
+                seeds=ticket.request.seeds,
+                timings=timings,
+                latents=job.out,
+                parameters=self.pipeline.parameters(ticket.request),
+            )
+        )
+
+    def _settled(self, ticket: Ticket) -> None:
+        error = ticket.error
+        outcome = "ok" if error is None else type(error).__name__
+        self._counters.ended(outcome, 1e3 * (time.monotonic() - ticket.arrival))
+        with self._lock:
+            self._outstanding.pop(ticket, None)
+            self._lock.notify_all()
+
+    def _engine_failed(self, error: FewstepError) -> None:
+        with self._lock:
+            if self._state != "closed":
+                self._state = "failed"
+        self._fail_all(error)
+
+    def _fail_all(self, error: FewstepError) -> None:
+        for ticket in list(self._outstanding):
+            ticket.fail(error)
+
+    def _watch_over(self) -> None:
+        """Expire what is too late wherever it is, and notice a tick that does not come back."""
+        while not self._stop.wait(WATCH_S):
+            now = time.monotonic()
+            with self._lock:
+                tickets = list(self._outstanding)
+            for ticket in tickets:
+                if ticket.expired(now):
+                    ticket.expire()
+            age_s = self._scheduler.tick_age_s
+            if age_s > self._hung_s and self._state in {"ready", "draining"}:
+                log.error("a tick has been running for %.1f s: the engine is taken out of service", age_s)
+                self._engine_failed(EngineFailedError(f"an evaluation has been running for {age_s:.1f} s"))
+
+
+def _turn(ticket: Ticket) -> float:
+    """What the decoder goes by: when the ticket is due, or if that is past, when it would be if it had come now."""
+    now, allowed_s = time.monotonic(), STRETCHES[-1] * ticket.alone_s
+    due = ticket.arrival + allowed_s
+    if ticket.deadline is not None:
+        due = min(due, ticket.deadline)
+    return due if due > now else now + allowed_s
+
+
+def _in_parallel(pipeline: Pipeline, ways: int | None) -> Engine:
+    """The pipeline's UNet, with its rows in so many parts at once; by default one a core for engines of one thread."""
+    unet: Engine = pipeline.engines["unet"]
+    if ways is None:
+        alone = unet.backend == "ort-cpu" and pipeline.threads == 1
+        ways = (os.cpu_count() or 1) if alone else 1
+    return unet if check_integer("row_threads", ways, 1, 1024) == 1 else ParallelEngine(unet, ways=ways)
+
+
+def _candidates(buckets: Sequence[int] | None, most_rows: int) -> list[int]:
+    if buckets is None:
+        return [r for r in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64) if r <= most_rows]
+    return sorted({check_integer("buckets", b, 1, 1024) for b in buckets})
+
+
+def _positive(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise ArgumentError(f"{name} is {value!r}", expected="a positive number")
+    return float(value)

@@ -1,0 +1,103 @@
+"""Warming a server up: every size and every bucket is run once, and timed, before the first request."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..engines.base import Engine
+from ..engines.parallel import ParallelEngine
+from ..errors import MismatchError
+from ..runtime.device.numpy_slots import Slots
+from ..runtime.pipeline import Pipeline
+from ..runtime.prepare import Prepared
+from .batch_sizes import Buckets, admitted_rows, measure
+from .estimates import Estimates
+
+Shape = tuple[int, int, int]
+
+
+def make_pools(
+    pipeline: Pipeline,
+    unet: Engine,
+    sizes: Sequence[tuple[int, int]],
+    *,
+    slots: int,
+    rows: Sequence[int],
+    fixed: bool,
+    image: bool,
+) -> tuple[dict[Shape, tuple[Slots, Buckets]], Estimates]:
+    """Slots and measured buckets for each size (width, height in pixels), and what the other stages take.
+
+    `unet` is the pipeline's own, or the same with its rows in parallel.
+    `rows` are the buckets to consider, or with `fixed` to use, as far as the engine admits them (`MismatchError` if
+    it admits none). `image` runs the VAE's encoder too.
+    """
+    pools: dict[Shape, tuple[Slots, Buckets]] = {}
+    text_ms, decode_ms = 0.0, {}
+    for size in sizes:
+        prepared = _prepare(pipeline, size, image=image)
+        text_ms = _prepare(pipeline, size, image=image).text_ms
+        _, height, width = prepared.shape
+        dims = {"height": height, "width": width, "tokens": len(prepared.tenants[0].positive.hidden)}
+        admitted = admitted_rows(unet, dims, rows)
+        if not admitted:
+            raise MismatchError(
+                f"the UNet's engine admits none of {', '.join(map(str, rows))} rows at {size[0]}x{size[1]}",
+                expected="a profile for at least one",
+                remedy="Build the engine for the sizes and batches to serve: fewstep build BUNDLE --help",
+            )
+        pool = _slots(pipeline, unet, prepared.shape, slots)
+        buckets = _measure(pool, prepared, admitted, fixed=fixed)
+        pools[prepared.shape] = pool, buckets
+        decode_ms[prepared.shape] = _decode_ms(pipeline, prepared)
+    pipeline.text.forget()
+    return pools, Estimates({s: b for s, (_, b) in pools.items()}, text_ms=text_ms, decode_ms=decode_ms)
+
+
+def _slots(pipeline: Pipeline, unet: Engine, shape: Shape, count: int) -> Slots:
+    if isinstance(unet, ParallelEngine):
+        return Slots(unet, slots=count, shape=shape)
+    made: Slots = pipeline.make_slots(shape, count)
+    return made
+
+
+def _prepare(pipeline: Pipeline, size: tuple[int, int], *, image: bool) -> Prepared:
+    """One image's worth of a request that is prepared as any other."""
+    pipeline.text.forget()
+    picture = np.full((size[1], size[0], 3), 128, np.uint8) if image else None
+    request = pipeline.request(
+        "warm-up", steps=1, sampler="euler", schedule="trailing", guidance=1.0, seed=0, size=size, image=picture,
+        strength=1.0,
+    )  # fmt: skip
+    return pipeline.prepare(request)
+
+
+def _measure(slots: Slots, prepared: Prepared, rows: Sequence[int], *, fixed: bool) -> Buckets:
+    (tenant,) = prepared.tenants
+
+    def evaluate(count: int) -> None:
+        tenant.row = 0
+        slot = slots.admit(tenant, prepared.gaussians[0], None if prepared.latents is None else prepared.latents[0])
+        try:
+            slots.tick([slot], rows=count)
+            _ = slots.times  # on a GPU this waits for the evaluation
+        finally:
+            slots.release(slot)
+
+    if not fixed:
+        return measure(evaluate, rows)
+    costs = {r: c for r in rows for c in measure(evaluate, [r]).costs_ms.values()}
+    return Buckets(costs)
+
+
+def _decode_ms(pipeline: Pipeline, prepared: Prepared) -> float:
+    """Milliseconds to decode one image, at best, after a first time."""
+    times = []
+    for _ in range(4):
+        began = time.perf_counter()
+        pipeline.vae.decode_unguarded(prepared.gaussians)
+        times.append(1e3 * (time.perf_counter() - began))
+    return min(times[1:])
