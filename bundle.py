@@ -13,11 +13,11 @@ from typing import Any
 
 from .engines.base import TensorSpec
 from .errors import ArgumentError, CorruptError, MissingError, UnknownNameError, UnsafeFileError
+from .families import Condition, Family, all_families, find_family
 
 FORMAT = 1
 MANIFEST = "bundle.json"
-FAMILIES = ("sd1", "sd2", "sdxl")
-COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder")
+OPTIONAL = "vae_encoder"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 
@@ -154,17 +154,18 @@ class Bundle:
     gate: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.family not in FAMILIES:
-            raise CorruptError(f"{MANIFEST} names the family {self.family!r}", expected=f"one of {', '.join(FAMILIES)}")
-        for required in ("text_encoder", "unet", "vae_decoder"):
-            if required not in self.components:
+        families = [f.name for f in all_families()]
+        if self.family not in families:
+            raise CorruptError(f"{MANIFEST} names the family {self.family!r}", expected=f"one of {', '.join(families)}")
+        for required in self.model.components:
+            if required not in self.components and required != OPTIONAL:
                 raise CorruptError(f"{MANIFEST} has no component {required!r}", remedy="Export the checkpoint again.")
         _require(isinstance(self.scheduler, Mapping), "the scheduler", self.scheduler, "a scheduler's configuration")
         _text("the scheduler's _class_name", self.scheduler.get("_class_name"))
-        encoders = [n for n in ("text_encoder", "text_encoder_2") if n in self.components]
-        lengths = [self.components[n].inputs[0].shape[-1] for n in encoders if self.components[n].inputs]
-        found = [t.length for t in self.tokenizers]
-        _require(found == lengths, "the tokenizers' lengths", found, f"{lengths}, as the text encoders take")
+        encoders = [self.components[n] for n in self.text_encoders]
+        lengths = [e.inputs[0].shape[-1] for e in encoders if e.inputs]
+        stated = [t.length for t in self.tokenizers]
+        _require(stated == lengths, "the tokenizers' lengths", stated, f"{lengths}, as the text encoders take")
 
     def path(self, name: str) -> Path:
         """The path of a file that the manifest names; `UnsafeFileError` if it leaves the folder or is a link."""
@@ -181,7 +182,7 @@ class Bundle:
 
     def component(self, name: str) -> Component:
         """The component of this name; `UnknownNameError` for a word that is none, `MissingError` where it is absent."""
-        if name not in COMPONENTS:
+        if name not in self.components and not any(name in f.components for f in all_families()):
             raise UnknownNameError("component", name, self.components)
         if name not in self.components:
             raise MissingError(
@@ -190,6 +191,21 @@ class Bundle:
                 remedy="Export the checkpoint again with this component.",
             )
         return self.components[name]
+
+    @property
+    def model(self) -> Family:
+        """What its family says of itself."""
+        return find_family(self.family)
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """The names of its text encoders, in the order in which their outputs are joined."""
+        return tuple(e.name for e in self.model.text_encoders)
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """What its UNet is told besides latent and timestep."""
+        return self.model.conditions(self.component("unet").config)
 
     @property
     def noise_config(self) -> Mapping[str, Any]:

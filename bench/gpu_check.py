@@ -54,7 +54,7 @@ TINY = (Model("tiny", "embedded", ((64, 1), (64, 2))),)
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to run a model: backend, options of `DevicePipeline`, and the module that it needs."""
+    """A way to run a model: backend, options of `Pipeline`, and the module that it needs."""
 
     name: str
     backend: str
@@ -260,7 +260,7 @@ class Check:
             for name in ("unet", "vae_decoder"):
                 part = bundle.component(name)
                 with torch.device("meta"):
-                    traceable = wrap(name, build_model(name, part.config), part.config, "float32")
+                    traceable = wrap(name, build_model(name, part.config), part.config, "float32", bundle.model)
                     given = {s.name: torch.empty(s.resolve(dims), dtype=_torch(s.dtype)) for s in traceable.inputs}
                     with FlopCounterMode(display=False) as counter, torch.no_grad():
                         traceable.module(**given)

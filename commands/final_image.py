@@ -17,7 +17,7 @@ from ..engines import RunOptions, Store, register_backend
 from ..engines.backends.ort import OrtEngine
 from ..engines.gate.gate import FACTOR, IMAGE_PSNR_DB, compare
 from ..errors import FewstepError
-from ..runtime.group import open_pipeline
+from ..runtime import Pipeline
 
 GRAPHS = "onnx-graphs"
 """A backend of its own: the exported graphs on ONNX Runtime's CPU, not optimised."""
@@ -73,7 +73,7 @@ def compare_final_images(
 
 def _picture(bundle: Bundle, backend: str, **options: Any) -> Any:
     """uint8 [1, H, W, 3]."""
-    pipeline = open_pipeline(bundle, backend=backend, **options)
+    pipeline = Pipeline(bundle, backend=backend, **options)
     return pipeline(PROMPT, seed=0, steps=min(bundle.defaults.steps, MOST_STEPS)).images
 
 

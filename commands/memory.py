@@ -98,9 +98,9 @@ def _largest_measured(
 def _build_first(bundle: Bundle, options: argparse.Namespace, pixels: tuple[int, int]) -> None:
     """Make the engines before anything is measured: building takes more memory than running."""
     from ..engines import RunOptions, open_engines
-    from ..engines.memory import STAGES, dims_for
+    from ..engines.memory import dims_for, stages_of
 
-    names = [n for n in STAGES if n in bundle.components]
+    names = stages_of(bundle)
     run = RunOptions(torch_device="cuda" if options.device.startswith("cuda") else "cpu")
     for batch in {*MEASURED, options.batch}:
         dims = dims_for(bundle, pixels, batch)

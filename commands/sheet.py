@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from ..runtime.pictures.images import UInt8
+from ..runtime.arrays import UInt8
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -24,7 +24,6 @@ UNFOLDED = 9
 """Values for each input of a 3x3 convolution when its input is unfolded."""
 SCORES = 2
 """Matrices of attention scores alive at once: before the softmax, and after it."""
-STAGES = ("text_encoder", "text_encoder_2", "unet", "vae_decoder")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +51,11 @@ def dims_for(bundle: Bundle, size: tuple[int, int], batch: int) -> dict[str, int
     return dims | {"height": size[1] // factor, "width": size[0] // factor}
 
 
+def stages_of(bundle: Bundle) -> list[str]:
+    """The components that every request runs, in their order."""
+    return [n for n in bundle.model.components if n in bundle.components and n != "vae_encoder"]
+
+
 def predict_stage(bundle: Bundle, name: str, dims: Mapping[str, int], *, on_cpu: bool = True) -> StageMemory:
     """The estimate for one component."""
     part = bundle.component(name)
@@ -66,7 +70,7 @@ def predict_stage(bundle: Bundle, name: str, dims: Mapping[str, int], *, on_cpu:
 def predict(bundle: Bundle, size: tuple[int, int], batch: int, *, on_cpu: bool = True) -> list[StageMemory]:
     """The estimate for each stage of making images."""
     dims = dims_for(bundle, size, batch)
-    return [predict_stage(bundle, n, dims, on_cpu=on_cpu) for n in STAGES if n in bundle.components]
+    return [predict_stage(bundle, n, dims, on_cpu=on_cpu) for n in stages_of(bundle)]
 
 
 def predicted_peak(

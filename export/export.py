@@ -20,7 +20,6 @@ from ..bundle import MANIFEST, Bundle, Component, Defaults, Latent, read_default
 from ..errors import ArgumentError, CorruptError, MissingExtraError
 from ..schedules import NoiseSchedule
 from .checkpoint.compose import compose_checkpoint, describe_part, names_of, read_tensors
-from .checkpoint.configs import vae_factor
 from .checkpoint.folder import Checkpoint
 from .checkpoint.lora import Fusion, match_loras
 from .checkpoint.weights import open_tensors, write_weights
@@ -182,7 +181,7 @@ def _trace(plan: ComponentPlan) -> Graph:
     from .trace.trace import trace_component
 
     log.info("tracing %s (%s)", plan.kind, plan.dtype)
-    graph = trace_component(plan.kind, plan.config, plan.dtype, key=plan.key)
+    graph = trace_component(plan.kind, plan.config, plan.dtype, plan.family, key=plan.key)
     keep_graph(graph)
     return graph
 
@@ -190,18 +189,16 @@ def _trace(plan: ComponentPlan) -> Graph:
 def _assemble(
     checkpoint: Checkpoint, folder: Path, components: Mapping[str, Component], name: str, preset: Preset | None
 ) -> Bundle:
-    names = ("tokenizer.json", "tokenizer_2.json")
-    longest = int(checkpoint.parts["text_encoder"].config["max_position_embeddings"])
-    tokenizers = tuple(
-        export_tokenizer(t, folder / n, longest) for t, n in zip(checkpoint.tokenizers, names, strict=False)
-    )
-    encoders = [k for k in components if k.startswith("text_encoder")]
-    if len(tokenizers) != len(encoders):
+    model = checkpoint.model
+    longest = int(checkpoint.parts[model.text_encoders[0].name].config["max_position_embeddings"])
+    tokenizers = tuple(export_tokenizer(t, folder / f"{t.name}.json", longest) for t in checkpoint.tokenizers)
+    if len(tokenizers) != len(model.text_encoders):
         raise CorruptError(
-            f"the checkpoint has {len(tokenizers)} tokenizers", expected=f"{len(encoders)}, one a text encoder"
+            f"the checkpoint has {len(tokenizers)} tokenizers",
+            expected=f"{len(model.text_encoders)}, one a text encoder",
         )
     unet, vae = checkpoint.parts["unet"].config, checkpoint.parts["vae"].config
-    factor = vae_factor(vae)
+    channels, factor, multiple = model.geometry(unet, vae)
     size = unet.get("sample_size") or 64
     height, width = (size, size) if isinstance(size, int) else size
     return Bundle(
@@ -210,9 +207,7 @@ def _assemble(
         family=checkpoint.family,
         components=components,
         tokenizers=tokenizers,
-        latent=Latent(
-            channels=vae["latent_channels"], factor=factor, multiple=2 ** (len(unet["block_out_channels"]) - 1)
-        ),
+        latent=Latent(channels=channels, factor=factor, multiple=multiple),
         scheduler=checkpoint.scheduler,
         defaults=_defaults(checkpoint, width * factor, height * factor, preset),
         force_zeros=checkpoint.force_zeros,
@@ -232,8 +227,8 @@ def _defaults(checkpoint: Checkpoint, width: int, height: int, preset: Preset | 
     plain: dict[str, Any] = {
         "width": width,
         "height": height,
-        "steps": 25,
-        "guidance": 5.0 if checkpoint.family == "sdxl" else 7.5,
+        "steps": checkpoint.model.steps,
+        "guidance": checkpoint.model.guidance,
     }
     own = checkpoint.folder / "fewstep.json"
     if own.is_file():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ArgumentError
+from ..families import Family
 from .checkpoint.folder import Checkpoint, Part
 from .trace.graphs import graph_key
 
@@ -22,6 +23,7 @@ class ComponentPlan:
     part: Part
     config: Mapping[str, Any]
     dtype: str
+    family: Family
 
     @property
     def key(self) -> str:
@@ -46,7 +48,7 @@ def choose_precisions(
     configuration says `force_upcast` (SDXL's, which overflows there): that one is float32. `ArgumentError` for names
     of precisions or components that are not known.
     """
-    kinds = _kinds(checkpoint)
+    kinds = list(checkpoint.model.components)
     general, named = _read_precisions(dtype, kinds)
     if vae_dtype is not None:
         if any(k.startswith("vae") for k in named):
@@ -89,23 +91,18 @@ def _precision(name: str) -> str:
     return full
 
 
-def _kinds(checkpoint: Checkpoint) -> list[str]:
-    encoders = [name for name in ("text_encoder", "text_encoder_2") if name in checkpoint.parts]
-    return [*encoders, "unet", "vae_decoder", "vae_encoder"]
-
-
 def plan_components(checkpoint: Checkpoint, dtypes: Mapping[str, str] | None = None) -> list[ComponentPlan]:
     """The components in the order of their export; text encoders first, as the gate feeds the UNet their output."""
-    plans = []
-    for kind in _kinds(checkpoint):
+    plans, family = [], checkpoint.model
+    for kind in family.components:
         part = checkpoint.parts["vae" if kind.startswith("vae") else kind]
-        config = component_config(kind, part.config, part.class_name, checkpoint.family)
-        plans.append(ComponentPlan(kind=kind, part=part, config=config, dtype=(dtypes or {}).get(kind, "float32")))
+        config = component_config(kind, part.config, part.class_name, family)
+        dtype = (dtypes or {}).get(kind, "float32")
+        plans.append(ComponentPlan(kind=kind, part=part, config=config, dtype=dtype, family=family))
     return plans
 
 
-def component_config(kind: str, config: Mapping[str, Any], class_name: str, family: str) -> dict[str, Any]:
+def component_config(kind: str, config: Mapping[str, Any], class_name: str, family: Family) -> dict[str, Any]:
     """A part's configuration, with what else decides a text encoder's graph: its class and the family's own layer."""
-    if not kind.startswith("text_encoder"):
-        return dict(config)
-    return {**config, "_class": class_name, "_layer": 2 if family == "sdxl" else 0}
+    layers = {e.name: e.layer for e in family.text_encoders}
+    return {**config, "_class": class_name, "_layer": layers[kind]} if kind in layers else dict(config)

@@ -1,10 +1,10 @@
-"""Running a bundle: tokenizer, seeds, slots, pipeline, images. NumPy throughout; torch only inside the CUDA device."""
+"""Running a bundle: prompts, noise, slots, pipeline, pictures. NumPy throughout; torch only inside the torch device."""
 
 from .call import Call
-from .device.numpy_slots import Slots, Tenant
-from .device.numpy_update import SlotState
-from .pipeline import Pipeline, load
+from .device.base import Device, Sampling, Slots
+from .loader import load
+from .pipeline import Pipeline
 from .request import Request, make_request
 from .result import Result, Step
 
-__all__ = ["Call", "Pipeline", "Request", "Result", "SlotState", "Slots", "Step", "Tenant", "load", "make_request"]
+__all__ = ["Call", "Device", "Pipeline", "Request", "Result", "Sampling", "Slots", "Step", "load", "make_request"]

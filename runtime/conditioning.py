@@ -1,101 +1,81 @@
-"""What the UNet is told besides latent and timestep: prompts, sizes and crops, guidance as an embedding."""
+"""What the UNet is told of an image besides latent and timestep: arrays by the names of the graph's inputs.
+
+Prompts, sizes, a guidance scale, a control picture: whoever has something to tell produces named arrays, and nothing
+else in the runtime knows what they mean.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..bundle import Bundle
-from ..errors import ArgumentError
-from .arguments import check_pair
-from .call import Call
-from .prompts.encoders import Embedding, Float32, TextEncoders
-from .prompts.syntax import Prompt, common_length
+from ..engines import TensorSpec
+from ..errors import ArgumentError, NonFiniteError
+from .arrays import Float32
 
-if TYPE_CHECKING:
-    from .request import Request
-
-MOST_TOKENS = 24 * 77
-LARGEST_SIZE = 65_536
-SIZE_ARGUMENTS = tuple(f"{n}{a}" for n in ("", "negative_") for a in ("original_size", "crop_top_left", "target_size"))
+OWN_INPUTS = ("sample", "timestep")
+"""Inputs of the UNet that a slot's state fills."""
+TOKENS = "tokens"
+"""The dimension along which an array may be repeated whole: attention to repeated keys is what it was."""
+Arrays = Mapping[str, Float32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Sizes:
-    """SDXL's conditioning, float32 [6] each: original height, width, crop's top, left, target height, width."""
+class Conditioning:
+    """One image's arrays, each of the shape that a row of the UNet's input has.
 
-    positive: Float32
-    negative: Float32
-
-
-def condition(
-    bundle: Bundle, text: TextEncoders, request: Request
-) -> tuple[list[Embedding], Sequence[Embedding | None]]:
-    """Embeddings of the prompts and, where guidance needs them, of the negative prompts, all of one length.
-
-    A negative prompt that was not given is the empty prompt; in families that say so (SDXL's
-    `force_zeros_for_empty_prompt`) it is zeros, as in diffusers. Prompts of fewer chunks are repeated whole.
+    positive: of the prompt's row. negative: of the row that guidance leads away from; `None` where there is none.
+    tokens: the length that both rows' prompts have or divide; arrays along `tokens` are repeated to fill a longer one.
     """
-    wording = request.wording
-    guided = request.guided and not bundle.guidance_embedding
-    empty = [_empty_like(p) for p in wording.positives]
-    told = [*wording.positives, *(n or e for n, e in zip(wording.negatives, empty, strict=True) if guided)]
-    texts = [t for t in told if isinstance(t, Prompt)]
-    encoded = iter(text.encode(texts) if texts else [])
-    embeddings = [next(encoded) if isinstance(t, Prompt) else t for t in told]
-    length = common_length([len(e.hidden) for e in embeddings], MOST_TOKENS)
-    embeddings = [e.repeated(length) for e in embeddings]
-    positives, negatives = embeddings[: request.images], embeddings[request.images :]
-    if not guided:
-        return positives, [None] * request.images
-    if bundle.force_zeros:
-        negatives = [e.zeros() if given is None else e for e, given in zip(negatives, wording.negatives, strict=True)]
-    return positives, negatives
+
+    positive: Arrays
+    negative: Arrays | None
+    tokens: int
+
+    @property
+    def parts(self) -> tuple[Arrays, ...]:
+        """The arrays by UNet row: the negative's before the prompt's."""
+        return (self.positive,) if self.negative is None else (self.negative, self.positive)
 
 
-def _empty_like(positive: Prompt | Embedding) -> Prompt:
-    """The empty prompt, read as the prompt is."""
-    if isinstance(positive, Embedding) or positive.syntax == "plain":
-        return Prompt(text="")
-    return Prompt(text="", syntax=positive.syntax, long=positive.long, clip_skip=positive.clip_skip)
+def told_inputs(inputs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """The inputs of a UNet that its conditioning fills."""
+    return {n: s for n, s in inputs.items() if n not in OWN_INPUTS}
 
 
-def size_and_crop(bundle: Bundle, call: Call, width: int, height: int) -> Sizes | None:
-    """What a family with time ids is told of sizes and crops; `None` for the others, which take none of it."""
-    if not any(s.name == "time_ids" for s in bundle.component("unet").inputs):
-        given = [n for n in SIZE_ARGUMENTS if getattr(call, n) not in (None, (0, 0))]
-        if given:
-            raise ArgumentError(f"{given[0]} for a model that is told no sizes", remedy="Leave it out.")
-        return None
+def check_conditioning(
+    conditioning: Conditioning, inputs: Mapping[str, TensorSpec], dims: Mapping[str, int], *, values: bool = False
+) -> None:
+    """Raise `ArgumentError` unless the arrays are those that the UNet takes, by name and shape.
 
-    def size(name: str, otherwise: Sequence[float]) -> list[float]:
-        given = getattr(call, name)
-        return list(otherwise) if given is None else list(check_pair(name, given, 1, LARGEST_SIZE)[::-1])
-
-    def crop(name: str, otherwise: Sequence[float]) -> list[float]:
-        given = getattr(call, name)
-        return list(otherwise) if given is None else list(check_pair(name, given, -LARGEST_SIZE, LARGEST_SIZE))
-
-    own = [height, width]
-    positive = [*size("original_size", own), *crop("crop_top_left", (0, 0)), *size("target_size", own)]
-    negative = [
-        *size("negative_original_size", positive[:2]),
-        *crop("negative_crop_top_left", positive[2:4]),
-        *size("negative_target_size", positive[4:]),
-    ]
-    return Sizes(positive=np.array(positive, np.float32), negative=np.array(negative, np.float32))
+    dims: `height` and `width` of the latent. values: look at every number too; `NonFiniteError` for NaN or infinity.
+    """
+    expected = told_inputs(inputs)
+    for arrays in conditioning.parts:
+        unknown = sorted(arrays.keys() ^ expected.keys())
+        if unknown:
+            verb = "lacks" if unknown[0] in expected else "has"
+            raise ArgumentError(
+                f"the conditioning {verb} {unknown[0]!r}", expected=f"arrays for {', '.join(sorted(expected))}"
+            )
+        for name, spec in expected.items():
+            _check_shape(arrays[name], spec, {**dims, TOKENS: conditioning.tokens})
+            if values and not np.isfinite(arrays[name]).all():
+                raise NonFiniteError(f"{name} holds NaN or infinity", remedy="Check what it was made from.")
 
 
-def guidance_vector(bundle: Bundle, request: Request) -> Float32 | None:
-    """The sinusoidal embedding of `guidance - 1` that LCM's full UNets take instead of a second row, float32 [E]."""
-    if not bundle.guidance_embedding:
-        return None
-    half = bundle.guidance_embedding // 2
-    rates = np.exp(-math.log(10_000.0) / (half - 1) * np.arange(half))
-    angles = (request.guidance - 1.0) * 1000.0 * rates
-    vector = np.concatenate([np.sin(angles), np.cos(angles)]).astype(np.float32)
-    return np.pad(vector, (0, bundle.guidance_embedding - len(vector)))
+def _check_shape(array: Float32, spec: TensorSpec, dims: Mapping[str, int]) -> None:
+    row = TensorSpec(name=spec.name, dtype=spec.dtype, shape=spec.shape[1:]).resolve(dims)
+    repeats = spec.shape[1:2] == (TOKENS,) and array.ndim and len(array) and row[0] % len(array) == 0
+    shape = (row[0], *array.shape[1:]) if repeats else array.shape
+    if shape != row:
+        words = ["tokens" if d == TOKENS else str(n) for d, n in zip(spec.shape[1:], row, strict=True)]
+        raise ArgumentError(f"{spec.name} has shape {list(array.shape)} for an image", expected=f"[{', '.join(words)}]")
+
+
+def write_row(buffer: Float32, array: Float32) -> None:
+    """Fill a row's buffer with its array, as often as it takes; where they are equally long, once."""
+    times = len(buffer) // len(array) if buffer.ndim else 1
+    np.copyto(buffer if times == 1 else buffer.reshape(times, *array.shape), array)

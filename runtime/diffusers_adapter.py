@@ -20,9 +20,10 @@ import numpy as np
 
 from ..bundle import Defaults
 from ..errors import ArgumentError, UnsupportedError
+from .loader import load
 from .noise.seeds import Gaussians, TorchCpuGenerator
 from .noise.torch_state import is_generator, read_generator, seed_of, write_back
-from .pipeline import Pipeline, load
+from .pipeline import Pipeline
 from .programs import step_options
 from .request import Request, make_request
 from .result import Result, Step
@@ -83,10 +84,11 @@ class DiffusersPipeline:
     task: ClassVar[str] = "text"
 
     def __init__(self, pipeline: Pipeline) -> None:
-        if ("text_encoder_2" in pipeline.bundle.components) != self.BIG:
+        admitted = pipeline.bundle.model.pipelines
+        if not any(c.__name__ in admitted for c in type(self).__mro__):
             raise ArgumentError(
                 f"{type(self).__name__} for a bundle of family {pipeline.bundle.family}",
-                expected="the class whose name has XL" if not self.BIG else "the class whose name has no XL",
+                expected=f"{admitted[0]} or another of its family",
             )
         self.pipeline = pipeline
         own = pipeline.bundle.defaults

@@ -3,37 +3,46 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
-from typing import TYPE_CHECKING, Any, overload
+from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
 
-from .. import __version__
-from ..bundle import Bundle, read_bundle
-from ..engines import RunOptions, Store, open_engines
-from ..errors import BlackImageError, CancelledError, NonFiniteError
+from ..bundle import Bundle
+from ..engines import Engine, RunOptions, Store, open_engines
+from ..engines.memory import largest_batch
+from ..errors import ArgumentError, BlackImageError, CancelledError, NonFiniteError, OutOfMemoryError
+from ..schedules import Program
 from .arguments import check_integer
+from .arrays import Float32, Shape
 from .call import takes_a_call
-from .device.numpy_slots import Float32, Slots
+from .device.base import Device, Slots, TickTimes, check_engine
+from .device.open import open_device
 from .device.pool import SlotPool
-from .pictures.vae import Vae
+from .pictures.vae import Vae, check_images
 from .prepare import Prepared, prepare
 from .prompts.encoders import TextEncoders
 from .request import MOST_IMAGES, Request, check_size, make_request
-from .result import Result, Step
+from .result import Made, Result, Step, make_result
 
-if TYPE_CHECKING:
-    from .group import PipelineGroup
-
+MODES = ("latency", "shared")
+T = TypeVar("T")
 log = logging.getLogger("fewstep.runtime")
 
 
 class Pipeline:
-    """A loaded bundle. Several threads may call it: engines are shared, each call takes slots from a pool.
+    """A loaded bundle on a device. Several threads may call it: engines are shared, each call takes slots from a pool.
+
+    device: `"cpu"` (NumPy), `"cuda"`, `"cuda:1"`, `"cpu:torch"` for the GPU's code on CPU tensors, a `Device`, or
+    `None` for where the backend runs. mode: `"latency"` does a whole request as one piece of work, without progress or
+    cancelling in between, unless somebody wants previews; `"shared"` ticks; `None` is what suits the device. graphs:
+    capture that work (`None`: on CUDA), with `graphs_kept` recordings a set of slots. engine_options: fields of
+    `RunOptions` (`compile`, `cuda_graph`, ...).
 
     At most `most_contexts` sets of slots are kept between calls, by latent shape and number. vae_tiling, vae_slicing:
     `"auto"`, `True` or `False`, as `Vae` says. keep_text_encoders: `False` opens them when a prompt comes that is not
@@ -45,6 +54,10 @@ class Pipeline:
         bundle: Bundle,
         *,
         backend: str = "auto",
+        device: str | Device | None = None,
+        mode: str | None = None,
+        graphs: bool | None = None,
+        graphs_kept: int = 8,
         size: tuple[int, int] | None = None,
         batch: int = 1,
         store: Store | None = None,
@@ -54,37 +67,49 @@ class Pipeline:
         vae_tiling: str | bool = "auto",
         vae_slicing: str | bool = "auto",
         keep_text_encoders: bool = True,
+        engine_options: Mapping[str, Any] | None = None,
         progress: Callable[[str, str, float], None] | None = None,
     ) -> None:
+        if mode not in (None, *MODES):
+            raise ArgumentError(f"mode is {mode!r}", expected=f"one of {', '.join(MODES)}")
         self.bundle, self.threads = bundle, threads
+        self.device = open_device(device, backend=backend, graphs=graphs, graphs_kept=graphs_kept)
+        self.mode = mode or ("latency" if self.device.whole_requests else "shared")
         self._warned: set[str] = set()
         self.batch = check_integer("batch", batch, 1, MOST_IMAGES)
+        run = self.device.run_options(RunOptions(threads=threads))
         self._options: dict[str, Any] = {
             "backend": backend,
-            "run": RunOptions(threads=threads),
+            "run": replace(run, **(engine_options or {})),
             "store": store,
             "build": build,
             "progress": progress,
         }
         self.size = check_size(bundle, size or (bundle.defaults.width, bundle.defaults.height))
-        encoders = [n for n in ("text_encoder", "text_encoder_2") if n in bundle.components]
-        self.engines = self._open([*(encoders if keep_text_encoders else ()), "unet", "vae_decoder"])
+        encoders = list(bundle.text_encoders)
+        self._on_device = self._open([*(encoders if keep_text_encoders else ()), "unet", "vae_decoder"])
+        check_engine(self._on_device["unet"], self.device)
+        self.engines = {n: e if n == "unet" else self.device.on_host(e) for n, e in self._on_device.items()}
         self.text = TextEncoders(
             bundle,
-            self.engines if keep_text_encoders else lambda: self._open(encoders),
+            self.engines if keep_text_encoders else lambda: self._open_on_host(encoders),
             keep_engines=keep_text_encoders,
         )
         self.vae = Vae(
             bundle,
             self.engines["vae_decoder"],
-            lambda: self._open(["vae_encoder"])["vae_encoder"],
+            lambda: self._open_on_host(["vae_encoder"])["vae_encoder"],
             tiling=vae_tiling,
             slicing=vae_slicing,
         )
-        self._pool = SlotPool(self.engines["unet"], keep=check_integer("most_contexts", most_contexts, 0, 1024))
+        self._pool = SlotPool(self.make_slots, keep=check_integer("most_contexts", most_contexts, 0, 1024))
 
-    def _open(self, names: Sequence[str]) -> dict[str, Any]:
-        return open_engines(self.bundle, names, dims={n: self._dims(n) for n in names}, **self._options)
+    def _open(self, names: Sequence[str]) -> dict[str, Engine]:
+        with self.device.guard_memory("the engines"):
+            return open_engines(self.bundle, names, dims={n: self._dims(n) for n in names}, **self._options)
+
+    def _open_on_host(self, names: Sequence[str]) -> dict[str, Engine]:
+        return {n: self.device.on_host(e) for n, e in self._open(names).items()}
 
     def _dims(self, name: str) -> dict[str, int]:
         """The sizes an engine is opened for; an engine with dynamic shapes takes others too."""
@@ -108,7 +133,7 @@ class Pipeline:
         cancel: ends the call between two evaluations once it is set. on_step: is told of each evaluation.
 
         Raises `ArgumentError` before anything is computed; `NonFiniteError` and `BlackImageError` instead of
-        returning a broken image; `CancelledError` once `cancel` is set.
+        returning a broken image; `CancelledError` once `cancel` is set; `OutOfMemoryError` with what would fit.
         """
         if cancel is not None and cancel.is_set():
             raise CancelledError("the request was cancelled before it began")
@@ -122,19 +147,7 @@ class Pipeline:
         on_step: Callable[[Step], None] | None = None,
     ) -> Result:
         """Make a request's images; as a call, for a request that was made before."""
-        with closing(self.stream(request)) as stream:
-            while True:
-                try:
-                    step = next(stream)
-                except StopIteration as stop:
-                    result: Result = stop.value
-                    return result
-                if on_step is not None:
-                    on_step(step)
-                if cancel is not None and cancel.is_set():
-                    raise CancelledError(
-                        f"the request was cancelled after {step.index + 1} of {step.total} evaluations"
-                    )
+        return follow(self.stream(request), on_step, [cancel])
 
     @takes_a_call
     def request(self, prompt: str | Sequence[str] | None = None, **given: Any) -> Request:
@@ -146,141 +159,154 @@ class Pipeline:
         return request
 
     def stream(self, request: Request, *, previews: bool = False) -> Generator[Step, None, Result]:
-        """A generator of `Step`s that returns the `Result`; closing it ends the request between two evaluations."""
-        began = time.perf_counter()
-        return (yield from self._stream(self.prepare(request), began, previews=previews))
+        """A generator of `Step`s that returns the `Result`; closing it ends the request between two evaluations.
 
-    def _stream(self, prepared: Prepared, began: float, *, previews: bool) -> Generator[Step, None, Result]:
-        """`stream`, of a request that was prepared before."""
-        request, out = prepared.request, np.empty_like(prepared.gaussians)
-        started = time.perf_counter()
-        with self._pool.take(prepared.shape, request.images) as slots:
-            yield from self._denoise(slots, prepared, out, previews=previews)
-            times = slots.times
-        denoised = time.perf_counter()
-        images = self.vae.decode(out)
-        timings = {
-            "text": prepared.text_ms,
-            "encode_image": prepared.encode_image_ms,
-            "denoise": 1e3 * (denoised - started),
-            "decode": _since(denoised),
-            "total": _since(began),
-            "evaluations": times.evaluations,
-            "update": times.update,
-            "guidance": times.guidance,
-            "gather": times.gather,
-        }
-        return Result(
-            images=images,
-            seeds=request.seeds,
-            timings=timings,
-            latents=out,
-            parameters=self.parameters(request),
-            truncated=prepared.truncated,
-        )
+        In latency mode without previews the only step comes when all is done.
+        """
+        began = time.perf_counter()
+        prepared = self.prepare(request)
+        made = yield from self.make(prepared, previews=previews)
+        return make_result(self.bundle, prepared, [made], total_ms=_since(began))
 
     def prepare(self, request: Request) -> Prepared:
         """The request with prompts and picture encoded and noise drawn, ready for slots."""
         return prepare(self.bundle, self.text, self.vae, request)
 
-    def make_slots(self, shape: tuple[int, int, int], count: int) -> Any:
-        """Slots of a latent shape (C, h, w) on this pipeline's device, for callers that tick themselves."""
-        return self._pool.make(shape, count)
+    def make(self, prepared: Prepared, *, previews: bool = False) -> Generator[Step, None, Made]:
+        """The pictures of a prepared request, or of a part of one, step by step or as one piece of work."""
+        images, request = len(prepared.samplings), prepared.request
+        try:
+            with self.device.guard_memory(f"{images} image{'s' * (images > 1)} of {request.width}x{request.height}"):
+                return (yield from self._make(prepared, previews=previews))
+        except OutOfMemoryError as error:
+            fits = self._would_fit((request.width, request.height), images)
+            raise OutOfMemoryError(error.found, expected=fits, remedy=error.remedy) from error
 
-    def warm_up(self, *, size: tuple[int, int] | None = None, batch: int | None = None, image: bool = False) -> None:
+    def _make(self, prepared: Prepared, *, previews: bool) -> Generator[Step, None, Made]:
+        began, program = time.perf_counter(), prepared.request.program
+        latents, decoded, ticks = np.empty_like(prepared.gaussians), None, TickTimes()
+        with self._admitted(prepared) as (slots, held):
+            if self.mode == "latency" and not previews and self._is_whole(slots, held):
+                decoded = slots.run(held, self._on_device["vae_decoder"])
+                latents = decoded.latents
+            else:
+                for i in range(program.evaluations):
+                    x0 = np.empty_like(latents) if previews else None
+                    slots.tick(held, None if x0 is None else dict(zip(held, x0, strict=True)))
+                    yield self._step(program, i, x0, lambda: np.stack([slots.latent(slot) for slot in held]))
+                for slot, into in zip(held, latents, strict=True):
+                    slots.result(slot, into)
+                ticks = slots.take_times()
+        denoised = time.perf_counter()
+        if decoded is not None:
+            check_images(decoded.images, decoded.finite)
+            yield self._step(program, program.evaluations - 1, None, lambda: latents)
+        return Made(
+            device=self.device.name,
+            images=self.vae.decode(latents) if decoded is None else decoded.images,
+            latents=latents,
+            denoise_ms=1e3 * (denoised - began),
+            decode_ms=_since(denoised) if decoded is None else 0.0,
+            ticks=ticks,
+            tensor=None if decoded is None else decoded.tensor,
+        )
+
+    def _is_whole(self, slots: Slots, held: Sequence[int]) -> bool:
+        """Whether one evaluation and one pass of the decoder take these slots."""
+        return len(slots.share(held)) == 1 and self.vae.in_one_pass(len(held), *slots.shape[1:])
+
+    def _step(self, program: Program, index: int, x0: Float32 | None, latents: Callable[[], Float32]) -> Step:
+        return Step(
+            index=index,
+            total=program.evaluations,
+            timestep=float(program.timesteps[index]),
+            x0=x0,
+            _latents=latents,
+            _decode=self.vae.decode_unguarded,
+        )
+
+    @contextmanager
+    def _admitted(self, prepared: Prepared) -> Iterator[tuple[Slots, list[int]]]:
+        """Slots from the pool with a request's images in them; they are left as they were."""
+        with self._pool.take(prepared.shape, len(prepared.samplings)) as slots:
+            held: list[int] = []
+            try:
+                for i, sampling in enumerate(prepared.samplings):
+                    latent = None if prepared.latents is None else prepared.latents[i]
+                    held.append(slots.admit(sampling, prepared.gaussians[i], latent))
+                yield slots, held
+            finally:
+                for slot in held:
+                    slots.release(slot)
+
+    def make_slots(self, shape: Shape, count: int) -> Slots:
+        """Slots of a latent shape (C, h, w) on this pipeline's device, for callers that tick themselves."""
+        return self.device.make_slots(self._on_device["unet"], shape, count)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory of the sets of slots that are kept, with what they recorded; the engines' weights apart."""
+        return sum(s.bytes for s in self._pool.kept())
+
+    @property
+    def graph_counts(self) -> Mapping[str, int]:
+        """Captures, replays, failures, evictions and invalidations so far, over the sets of slots that are kept."""
+        return sum((Counter(s.recordings) for s in self._pool.kept()), Counter())
+
+    def warm_up(
+        self,
+        *,
+        size: tuple[int, int] | None = None,
+        batch: int | None = None,
+        image: bool = False,
+        steps: Sequence[int] | None = None,
+    ) -> None:
         """Run requests of this shape once, with guidance and without, so that no later one pays for first-time work.
 
-        `image` opens the VAE's encoder too, for services that start from pictures.
+        `image` opens the VAE's encoder too, for services that start from pictures. Where whole requests are recorded,
+        they are for so many steps (`None`: the bundle's own).
         """
         width, height = check_size(self.bundle, size or self.size)
         picture = np.full((height, width, 3), 128, np.uint8) if image else None
-        count = self.batch if batch is None else check_integer("batch", batch, 1, MOST_IMAGES)
-        for guidance in (1.0, max(2.0, self.bundle.defaults.guidance)):
+        images = self.batch if batch is None else check_integer("batch", batch, 1, MOST_IMAGES)
+        first = {"steps": 1, "sampler": "euler", "schedule": "trailing", "image": picture, "strength": 1.0}
+        calls: list[dict[str, Any]] = [{**first, "guidance": g} for g in (1.0, max(2.0, self.bundle.defaults.guidance))]
+        if self.mode == "latency" and self.device.records:
+            calls += [{"steps": n} for n in ((self.bundle.defaults.steps,) if steps is None else steps)]
+        for call in calls:
             self.text.forget()
+            prompts = [f"warm-up {i}" for i in range(images)]
             with suppress(BlackImageError, NonFiniteError):  # one step of a nonsense prompt may well be black
-                self(
-                    [f"warm-up {i}" for i in range(count)],
-                    steps=1,
-                    sampler="euler",
-                    schedule="trailing",
-                    guidance=guidance,
-                    seed=list(range(count)),
-                    size=(width, height),
-                    image=picture,
-                    strength=1.0,
-                )
+                self(prompts, seed=list(range(images)), size=(width, height), **call)
         self.text.forget()
 
-    def _denoise(self, slots: Slots, prepared: Prepared, out: Float32, *, previews: bool) -> Iterator[Step]:
-        """Admit the images of a request, tick until they are done, leave the slots as they were."""
-        held: list[int] = []
-        latents = prepared.latents
-        try:
-            for i, tenant in enumerate(prepared.tenants):
-                held.append(slots.admit(tenant, prepared.gaussians[i], None if latents is None else latents[i]))
-            program = prepared.request.program
-            for i in range(program.evaluations):
-                x0 = np.empty_like(out) if previews else None
-                slots.tick(held, None if x0 is None else dict(zip(held, x0, strict=True)))
-                yield Step(
-                    index=i,
-                    total=program.evaluations,
-                    timestep=float(program.timesteps[i]),
-                    x0=x0,
-                    _latents=lambda: np.stack([slots.latent(slot) for slot in held]),
-                    _decode=self.vae.decode_unguarded,
-                )
-            for slot, into in zip(held, out, strict=True):
-                slots.result(slot, into)
-        finally:
-            for slot in held:
-                slots.release(slot)
+    def _would_fit(self, size: tuple[int, int], images: int) -> str:
+        """How many images of this size the free memory takes, in words."""
+        free, on_cpu = self.device.free_bytes() or 0, self.device.engines == "cpu"
+        most = min(largest_batch(self.bundle, size, free_bytes=free, loaded=True, on_cpu=on_cpu), images - 1)
+        if most < 1:
+            return "a smaller size"
+        return f"at most about {most} image{'s' * (most > 1)} of {size[0]}x{size[1]} at once"
 
-    def parameters(self, request: Request) -> tuple[Mapping[str, Any], ...]:
-        """What goes into each picture: everything that made it."""
-        shared: dict[str, Any] = {
-            "bundle": self.bundle.name,
-            "model": self.bundle.name,
-            "steps": request.steps,
-            "guidance": request.guidance,
-            "width": request.width,
-            "height": request.height,
-            "sampler": request.sampler,
-            "schedule": request.schedule,
-            "compat": request.compat,
-            "sampler_name": request.program.sampler,
-            "schedule_name": request.program.schedule,
-            "strength": request.strength,
-            "image": request.recorded.get("image"),
-            "options": dict(request.options),
-            "recorded": {k: v for k, v in request.recorded.items() if k != "image"},
-            "version": __version__,
-            "unet_sha256": self.bundle.components["unet"].weights_sha256,
-        }
-        if request.shared_stream and request.images > 1:
-            shared["batch"] = {"prompts": list(request.prompts), "seed": request.seeds[0]}
-        made = zip(request.wording.described(), request.seeds, strict=True)
-        return tuple({**shared, **told, "seed": s, "index": i} for i, (told, s) in enumerate(made))
+
+def follow(
+    stream: Generator[Step, None, T],
+    on_step: Callable[[Step], None] | None,
+    cancels: Sequence[threading.Event | None],
+) -> T:
+    """Run a stream of steps to its end; `CancelledError` between two of them once one of the events is set."""
+    with closing(stream):
+        while True:
+            try:
+                step = next(stream)
+            except StopIteration as stop:
+                outcome: T = stop.value
+                return outcome
+            if on_step is not None:
+                on_step(step)
+            if any(c is not None and c.is_set() for c in cancels):
+                raise CancelledError(f"the request was cancelled after {step.index + 1} of {step.total} evaluations")
 
 
 def _since(began: float) -> float:
     return 1e3 * (time.perf_counter() - began)
-
-
-@overload
-def load(folder: str | os.PathLike[str] | Bundle, *, devices: None = None, **options: Any) -> Pipeline: ...
-@overload
-def load(folder: str | os.PathLike[str] | Bundle, *, devices: Sequence[str], **options: Any) -> PipelineGroup: ...
-def load(
-    folder: str | os.PathLike[str] | Bundle, *, devices: Sequence[str] | None = None, **options: Any
-) -> Pipeline | PipelineGroup:
-    """Load a bundle for use: `fewstep.load("bundle-folder", backend="auto", size=(512, 512), batch=1)`.
-
-    Options are those of `Pipeline`, and `device` (`"cpu"`, `"cuda"`, `"cuda:1"`) with those of `DevicePipeline`.
-    `devices` spreads the images of each request over several. Engines that are not built yet are built first
-    (`build="never"` refuses instead).
-    """
-    from .group import PipelineGroup, open_pipeline
-
-    bundle = folder if isinstance(folder, Bundle) else read_bundle(folder)
-    return open_pipeline(bundle, **options) if devices is None else PipelineGroup(bundle, devices=devices, **options)

@@ -9,13 +9,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..bundle import Bundle
-from .conditioning import condition, guidance_vector
-from .device.numpy_slots import Float32, Tenant
-from .noise.seeds import RequestNoise, request_noise
+from ..families.base import GUIDANCE_INPUT, guidance_embedding
+from .arrays import Float32, Shape
+from .conditioning import Arrays, Conditioning
+from .device.base import Sampling
+from .noise.seeds import request_noise
 from .pictures.inpaint import Blend, make_blend
 from .pictures.vae import Vae
 from .prompts.encoders import Embedding, TextEncoders
+from .prompts.syntax import Prompt, common_length
 from .request import Request
+
+MOST_TOKENS = 24 * 77
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -23,23 +28,20 @@ class Prepared:
     """A request that is ready for slots, one entry an image.
 
     gaussians: unit noise to start from, float32 [B, C, h, w]. latents: of the picture it starts from, float32
-    [B, C, h, w], or `None`. text_ms, encode_image_ms: what preparing took.
+    [B, C, h, w], or `None`. truncated: by image, whether tokens of its prompt or negative prompt were cut off.
+    text_ms, encode_image_ms: what preparing took.
     """
 
     request: Request
-    tenants: tuple[Tenant, ...]
+    samplings: tuple[Sampling, ...]
     gaussians: Float32
     latents: Float32 | None
+    truncated: tuple[bool, ...]
     text_ms: float
     encode_image_ms: float
 
     @property
-    def truncated(self) -> tuple[bool, ...]:
-        """By image, whether tokens of its prompt or negative prompt were cut off."""
-        return tuple(t.positive.truncated or (t.negative is not None and t.negative.truncated) for t in self.tenants)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> Shape:
         """(C, h, w) of a latent."""
         _, channels, height, width = self.gaussians.shape
         return channels, height, width
@@ -48,7 +50,7 @@ class Prepared:
 def prepare(bundle: Bundle, text: TextEncoders, vae: Vae, request: Request) -> Prepared:
     """Encode the prompts and the pictures, and draw the noise, in the order in which diffusers draws it."""
     began = time.perf_counter()
-    positives, negatives = condition(bundle, text, request)
+    conditionings, truncated = condition(bundle, text, request)
     encoded = time.perf_counter()
     noise = request_noise(
         request.seeds,
@@ -67,44 +69,61 @@ def prepare(bundle: Bundle, text: TextEncoders, vae: Vae, request: Request) -> P
     if pictures is not None and pictures.masks is not None and latents is not None:
         noise.draw_for_pictures(len(pictures.pixels), shape)  # diffusers encodes the masked picture too
         masks = np.broadcast_to(pictures.masks, (request.images, *pictures.masks.shape[1:]))
-        blends = [make_blend(m, z, n) for m, z, n in zip(masks, latents, gaussians, strict=True)]
+        blends = [make_blend(request.program, *kept) for kept in zip(masks, latents, gaussians, strict=True)]
     return Prepared(
         request=request,
-        tenants=_tenants(bundle, request, positives, negatives, noise, blends),
+        samplings=tuple(
+            Sampling(program=request.program, noise=n, conditioning=c, guidance=request.guidance, blend=b)
+            for n, c, b in zip(noise.members, conditionings, blends, strict=True)
+        ),
         gaussians=gaussians,
         latents=latents,
+        truncated=truncated,
         text_ms=1e3 * (encoded - began),
         encode_image_ms=1e3 * (time.perf_counter() - encoded),
     )
 
 
-def latent_shape(bundle: Bundle, request: Request) -> tuple[int, int, int]:
+def latent_shape(bundle: Bundle, request: Request) -> Shape:
     """(C, h, w) of the request's latents."""
     latent = bundle.latent
     return latent.channels, request.height // latent.factor, request.width // latent.factor
 
 
-def _tenants(
-    bundle: Bundle,
-    request: Request,
-    positives: Sequence[Embedding],
-    negatives: Sequence[Embedding | None],
-    noise: RequestNoise,
-    blends: Sequence[Blend | None],
-) -> tuple[Tenant, ...]:
-    sizes = request.sizes
-    vector = guidance_vector(bundle, request)
-    return tuple(
-        Tenant(
-            program=request.program,
-            noise=member,
-            positive=p,
-            negative=n,
-            guidance=request.guidance,
-            time_ids=None if sizes is None else sizes.positive,
-            negative_time_ids=None if sizes is None else sizes.negative,
-            guidance_vector=vector,
-            blend=blend,
+def condition(bundle: Bundle, text: TextEncoders, request: Request) -> tuple[list[Conditioning], tuple[bool, ...]]:
+    """What the UNet is told of each image, and whether its prompts were cut.
+
+    A negative prompt that was not given is the empty prompt; in families that say so (`force_zeros_for_empty_prompt`)
+    it is zeros, as in diffusers.
+    """
+    wording, two_rows = request.wording, request.guided and not bundle.guidance_embedding
+    positives, negatives = list(wording.positives), list(wording.negatives) if two_rows else []
+    prompts = [*positives, *(n or _empty_like(p) for n, p in zip(negatives, positives, strict=False))]
+    encoded = iter(text.encode([p for p in prompts if isinstance(p, Prompt)]))
+    embeddings = [next(encoded) if isinstance(p, Prompt) else p for p in prompts]
+    tokens = common_length([e.tokens for e in embeddings], MOST_TOKENS)
+    of_negatives: Sequence[Embedding | None] = embeddings[request.images :] or [None] * request.images
+    guidance: Arrays = {}
+    if bundle.guidance_embedding:
+        guidance = {GUIDANCE_INPUT: guidance_embedding(request.guidance, bundle.guidance_embedding)}
+    sizes, negative_sizes = request.sizes
+    conditionings, truncated = [], []
+    for positive, negative, asked in zip(embeddings, of_negatives, wording.negatives, strict=False):
+        truncated.append(positive.truncated or (negative is not None and negative.truncated))
+        if negative is not None and asked is None and bundle.force_zeros:
+            negative = negative.zeros()
+        conditionings.append(
+            Conditioning(
+                positive={**positive.arrays, **sizes, **guidance},
+                negative=None if negative is None else {**negative.arrays, **negative_sizes, **guidance},
+                tokens=tokens,
+            )
         )
-        for member, p, n, blend in zip(noise.members, positives, negatives, blends, strict=True)
-    )
+    return conditionings, tuple(truncated)
+
+
+def _empty_like(positive: Prompt | Embedding) -> Prompt:
+    """The empty prompt, read as the prompt is."""
+    if isinstance(positive, Embedding) or positive.syntax == "plain":
+        return Prompt(text="")
+    return Prompt(text="", syntax=positive.syntax, long=positive.long, clip_skip=positive.clip_skip)

@@ -39,8 +39,8 @@ def choose_program(
         options = {**own.options, **options}
     explicit = timesteps is not None or sigmas is not None
     shared = {"steps": None if explicit else steps, "start": start, "timesteps": timesteps, "sigmas": sigmas}
-    if schedule is not None and resolve_schedule(schedule) == "ays_sd" and bundle.family == "sdxl":
-        schedule = "ays_sdxl"
+    if schedule is not None and resolve_schedule(schedule) == resolve_schedule("ays"):
+        schedule = bundle.model.schedule
     if compat not in (None, "diffusers"):
         raise UnknownNameError("compat", str(compat), ("diffusers",))
     if sampler is None and schedule is None and set(options) <= set(step_options(scheduler)):

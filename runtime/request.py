@@ -16,20 +16,21 @@ from ..bundle import Bundle
 from ..errors import ArgumentError
 from ..presets import preset_warnings
 from ..schedules import Program
-from .arguments import check_flag, check_levels, check_real, check_seed
+from .arguments import check_flag, check_levels, check_pair, check_real, check_seed
 from .arguments import check_integer as check_integer
+from .arrays import Float32
 from .call import Call, make_call, recorded
-from .conditioning import Sizes, size_and_crop
+from .conditioning import Arrays
 from .noise.seeds import Gaussians, check_seed_device
 from .pictures.inpaint import check_mask_for
 from .pictures.resize import Pictures, fit_pictures, open_pictures, size_of
 from .programs import choose_program
-from .prompts.encoders import Float32
 from .prompts.wording import Wording, as_float32, read_wording
 
 MOST_IMAGES = 1024
 LARGEST_SIDE = 16_384
 MOST_STEPS = 1000
+SIZE_ARGUMENTS = tuple(f"{n}{a}" for n in ("", "negative_") for a in ("original_size", "crop_top_left", "target_size"))
 PRESET_ARGUMENTS = ("steps", "guidance", "sampler", "schedule", "size")
 
 
@@ -38,10 +39,11 @@ class Request:
     """One call, one entry an image: seeds, and what each image is told (`wording`).
 
     `shared_stream` draws all noise from the first seed's generator, as diffusers does for one generator. `sizes` are
-    SDXL's. `gaussians` float32 [B, C, h, w], if given, are the noise to start from; `generators` draw instead of the
-    seeds', one an image, or one where the stream is shared. With `first_draws` only the first of them draws for the
-    latents of a picture that several images share, as diffusers does in inpainting. `warnings` say what goes against
-    the bundle's preset. `recorded` are arguments for a picture's parameters that have no field here.
+    what the prompt's row and the negative's are told of them. `gaussians` float32 [B, C, h, w], if given, are the noise
+    to start from; `generators` draw instead of the seeds', one an image, or one where the stream is shared. With
+    `first_draws` only the first of them draws for the latents of a picture that several images share, as diffusers
+    does in inpainting. `warnings` say what goes against the bundle's preset. `recorded` are arguments for a picture's
+    parameters that have no field here.
     """
 
     wording: Wording
@@ -55,7 +57,7 @@ class Request:
     sampler: str | None
     schedule: str | None
     compat: str | None
-    sizes: Sizes | None = None
+    sizes: tuple[Arrays, Arrays] = ({}, {})
     pictures: Pictures | None = None
     gaussians: Float32 | None = None
     seed_device: str = "cpu"
@@ -151,7 +153,7 @@ def make_request(
         sampler=sampler,
         schedule=schedule,
         compat=call.compat,
-        sizes=size_and_crop(bundle, call, width, height),
+        sizes=_sizes(bundle, call, width, height),
         pictures=pictures,
         gaussians=_gaussians(bundle, call, (len(seeds), height, width), program),
         seed_device=call.seed_device,
@@ -160,6 +162,17 @@ def make_request(
         options={**call.options, **levels},
         recorded={**recorded(call), **_names(call)},
     )
+
+
+def _sizes(bundle: Bundle, call: Call, width: int, height: int) -> tuple[Arrays, Arrays]:
+    """What the UNet is told of sizes and corners, from those arguments of a call that its family takes."""
+    admitted = bundle.model.size_arguments
+    for name in SIZE_ARGUMENTS:
+        if name not in admitted and getattr(call, name) not in (None, (0, 0)):
+            raise ArgumentError(f"{name} for a model that is told no sizes", remedy="Leave it out.")
+    asked = {n: getattr(call, n) for n in admitted}
+    pairs = {n: None if v is None else check_pair(n, v, *admitted[n]) for n, v in asked.items()}
+    return bundle.model.sizes(width, height, pairs)
 
 
 def _counted(asked: int | None, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None) -> int:

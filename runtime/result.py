@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from .. import __version__
+from ..bundle import Bundle
 from ..errors import ArgumentError
-from .pictures.images import Float32, UInt8, check_output, save_png
+from .arrays import Float32, UInt8
+from .device.base import TickTimes
+from .pictures.images import check_output, save_png
+from .prepare import Prepared
+from .request import Request
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """What a device made of a request's images, or of some: pictures, latents, and milliseconds by stage.
+
+    tensor: the pictures as torch uint8 [B, H, W, 3] where they were made, if that is a torch device.
+    """
+
+    device: str
+    images: UInt8
+    latents: Float32
+    denoise_ms: float
+    decode_ms: float
+    ticks: TickTimes
+    tensor: Any = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,8 +43,9 @@ class Result:
     """What a call gives back.
 
     images: uint8 [B, H, W, 3]. seeds: one an image. latents: float32 [B, C, h, w], what was decoded. parameters: by
-    image, what made it, as its PNG holds it. timings: milliseconds by stage (`text`, `encode_image`,
-    `denoise`, `decode`, `total`; of the denoising: `evaluations`, a list, and `update`, `guidance`, `gather`).
+    image, what made it, as its PNG holds it. timings: milliseconds by stage (`queue`, `text`, `encode_image`,
+    `denoise`, `decode`, `total`; of the denoising: `evaluations`, a list, and `update`, `guidance`, `gather`), and
+    `devices`: by device `denoise` and `decode` there. A request that is one piece of work is all `denoise`.
     truncated: by image, whether the text encoder did not take all of its prompt or negative prompt.
     tensor: the images as torch uint8 [B, H, W, 3] on the device that made them, where it is one; DLPack gives these,
     or the NumPy images.
@@ -31,7 +56,7 @@ class Result:
     timings: Mapping[str, Any]
     latents: Float32
     parameters: tuple[Mapping[str, Any], ...]
-    truncated: tuple[bool, ...] = ()
+    truncated: tuple[bool, ...]
     tensor: Any = field(default=None, repr=False)
 
     def __dlpack__(self, **options: Any) -> Any:
@@ -78,7 +103,7 @@ class Step:
     def latents(self) -> Float32:
         """The latents after this evaluation, in diffusers' coordinates, float32 [B, C, h, w]; until the next one."""
         if self._latents is None:
-            raise ArgumentError("this call does not show its latents", remedy="Run it on the CPU.")
+            raise ArgumentError("this request does not show its latents", remedy="Ask for previews.")
         return self._latents()
 
     def preview(self) -> UInt8:
@@ -86,3 +111,61 @@ class Step:
         if self.x0 is None or self._decode is None:
             raise ArgumentError("this call makes no previews", remedy="Pass previews=True.")
         return self._decode(self.x0)
+
+
+def make_result(
+    bundle: Bundle, prepared: Prepared, parts: Sequence[Made], *, total_ms: float, queue_ms: float = 0.0
+) -> Result:
+    """What every caller gets, of a request whose images were made in one part or, on several devices, in several."""
+    (first, *others), request = parts, prepared.request
+    ticks = TickTimes() if others else first.ticks
+    slowest = max(parts, key=lambda m: m.denoise_ms + m.decode_ms)
+    timings = {
+        "queue": queue_ms,
+        "text": prepared.text_ms,
+        "encode_image": prepared.encode_image_ms,
+        "denoise": slowest.denoise_ms,
+        "decode": slowest.decode_ms,
+        "total": total_ms,
+        "evaluations": ticks.evaluations,
+        "update": ticks.update,
+        "guidance": ticks.guidance,
+        "gather": ticks.gather,
+        "devices": [{"device": m.device, "denoise": m.denoise_ms, "decode": m.decode_ms} for m in parts],
+    }
+    return Result(
+        images=np.concatenate([m.images for m in parts]) if others else first.images,
+        seeds=request.seeds,
+        timings=timings,
+        latents=np.concatenate([m.latents for m in parts]) if others else first.latents,
+        parameters=picture_parameters(bundle, request),
+        truncated=prepared.truncated,
+        tensor=None if others else first.tensor,
+    )
+
+
+def picture_parameters(bundle: Bundle, request: Request) -> tuple[Mapping[str, Any], ...]:
+    """What goes into each picture: everything that made it."""
+    shared: dict[str, Any] = {
+        "bundle": bundle.name,
+        "model": bundle.name,
+        "steps": request.steps,
+        "guidance": request.guidance,
+        "width": request.width,
+        "height": request.height,
+        "sampler": request.sampler,
+        "schedule": request.schedule,
+        "compat": request.compat,
+        "sampler_name": request.program.sampler,
+        "schedule_name": request.program.schedule,
+        "strength": request.strength,
+        "image": request.recorded.get("image"),
+        "options": dict(request.options),
+        "recorded": {k: v for k, v in request.recorded.items() if k != "image"},
+        "version": __version__,
+        "unet_sha256": bundle.components["unet"].weights_sha256,
+    }
+    if request.shared_stream and request.images > 1:
+        shared["batch"] = {"prompts": list(request.prompts), "seed": request.seeds[0]}
+    prompts = zip(request.wording.described(), request.seeds, strict=True)
+    return tuple({**shared, **prompt, "seed": s, "index": i} for i, (prompt, s) in enumerate(prompts))

@@ -19,7 +19,7 @@ import numpy as np
 from .. import errors
 from ..bundle import MANIFEST, Bundle, read_bundle
 from ..errors import ArgumentError, FewstepError, MismatchError, MissingExtraError, QueueFullError, UnavailableError
-from ..runtime.pictures.images import UInt8
+from ..runtime.arrays import UInt8
 from .server import Server
 
 if TYPE_CHECKING:

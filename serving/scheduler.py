@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Mapping
 
 from ..errors import EngineFailedError, FewstepError
-from ..runtime.device.numpy_slots import Float32, Slots, TickTimes
+from ..runtime.arrays import Float32
+from ..runtime.device.base import Slots
 from ..runtime.pipeline import Pipeline
 from .batch_sizes import Buckets
 from .cpu_lock import Turns
@@ -138,7 +139,7 @@ class Scheduler:
             self._waiting.remove(job)
             job.admit(slots)
             self._active.append(job)
-            self._observer.observe("queue", job.times.queue)
+            self._observer.observe("queue", job.queue_ms)
 
     def _tick(self) -> None:
         by_candidate = {self._candidate(j): j for j in self._active}
@@ -149,10 +150,9 @@ class Scheduler:
         previews: dict[int, Float32] = {}
         for job, images in chosen:
             previews |= job.preview_targets(images)
-        slots.times = TickTimes()
         self._tick_began = began = time.monotonic()
         slots.tick(held, previews or None, rows=choice.bucket)
-        times = slots.times  # on a GPU this waits for the evaluation
+        times = slots.take_times()  # on a GPU this waits for the evaluation
         self._tick_began = None
         took_ms = 1e3 * (time.monotonic() - began)
         self._ticks += 1
@@ -161,16 +161,10 @@ class Scheduler:
             buckets.observe(choice.bucket, took_ms)
         self._observer.tick(took_ms, rows=rows, bucket=max(rows, choice.bucket), slots=len(held))
         for job, _ in chosen:
-            self._account(job, times)
-            job.report(self._pipeline.vae.decode_unguarded)
+            job.account(times)
+            job.report(slots, self._pipeline.vae.decode_unguarded)
             if job.done:
                 self._collect(job, slots)
-
-    def _account(self, job: Job, times: TickTimes) -> None:
-        job.times.evaluations.append(sum(times.evaluations))
-        job.times.update += times.update
-        job.times.guidance += times.guidance
-        job.times.gather += times.gather
 
     def _collect(self, job: Job, slots: Slots) -> None:
         try:

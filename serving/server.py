@@ -14,10 +14,11 @@ from ..bundle import Bundle
 from ..engines.base import Engine
 from ..engines.parallel import ParallelEngine
 from ..errors import ArgumentError, EngineFailedError, FewstepError, QueueFullError, UnavailableError
-from ..runtime.pipeline import Pipeline, load
+from ..runtime.loader import load
+from ..runtime.pipeline import Pipeline
 from ..runtime.prepare import Prepared, latent_shape
 from ..runtime.request import Request, check_integer, check_size
-from ..runtime.result import Result
+from ..runtime.result import Made, Result, make_result
 from .cpu_lock import Turns
 from .job import Job, check_prepared
 from .observe import Counters, Observer, ServerStats
@@ -304,27 +305,16 @@ class Server:
             return
         self._counters.observe("decode", 1e3 * (ended - began))
         self._estimates.observe_decode(prepared.shape, 1e3 * (ended - began), job.images)
-        timings = {
-            "queue": job.times.queue,
-            "text": prepared.text_ms,
-            "encode_image": prepared.encode_image_ms,
-            "denoise": 1e3 * (job.denoised_at - job.admitted_at),
-            "decode": 1e3 * (ended - began),
-            "total": 1e3 * (ended - ticket.arrival),
-            "evaluations": job.times.evaluations,
-            "update": job.times.update,
-            "guidance": job.times.guidance,
-            "gather": job.times.gather,
-        }
-        ticket.finish(
-            Result(
-                images=images,
-                seeds=ticket.request.seeds,
-                timings=timings,
-                latents=job.out,
-                parameters=self.pipeline.parameters(ticket.request),
-            )
+        made = Made(
+            device=self.pipeline.device.name,
+            images=images,
+            latents=job.out,
+            denoise_ms=1e3 * (job.denoised_at - job.admitted_at),
+            decode_ms=1e3 * (ended - began),
+            ticks=job.ticks,
         )
+        total_ms = 1e3 * (ended - ticket.arrival)
+        ticket.finish(make_result(self.pipeline.bundle, prepared, [made], total_ms=total_ms, queue_ms=job.queue_ms))
 
     def _settled(self, ticket: Ticket) -> None:
         error = ticket.error

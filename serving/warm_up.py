@@ -8,9 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..engines.base import Engine
-from ..engines.parallel import ParallelEngine
 from ..errors import MismatchError
-from ..runtime.device.numpy_slots import Slots
+from ..runtime.device.base import Slots
 from ..runtime.pipeline import Pipeline
 from ..runtime.prepare import Prepared
 from .batch_sizes import Buckets, admitted_rows, measure
@@ -41,7 +40,7 @@ def make_pools(
         prepared = _prepare(pipeline, size, image=image)
         text_ms = _prepare(pipeline, size, image=image).text_ms
         _, height, width = prepared.shape
-        dims = {"height": height, "width": width, "tokens": len(prepared.tenants[0].positive.hidden)}
+        dims = {"height": height, "width": width, "tokens": prepared.samplings[0].tokens}
         admitted = admitted_rows(unet, dims, rows)
         if not admitted:
             raise MismatchError(
@@ -58,10 +57,7 @@ def make_pools(
 
 
 def _slots(pipeline: Pipeline, unet: Engine, shape: Shape, count: int) -> Slots:
-    if isinstance(unet, ParallelEngine):
-        return Slots(unet, slots=count, shape=shape)
-    made: Slots = pipeline.make_slots(shape, count)
-    return made
+    return pipeline.device.make_slots(unet, shape, count)
 
 
 def _prepare(pipeline: Pipeline, size: tuple[int, int], *, image: bool) -> Prepared:
@@ -76,14 +72,14 @@ def _prepare(pipeline: Pipeline, size: tuple[int, int], *, image: bool) -> Prepa
 
 
 def _measure(slots: Slots, prepared: Prepared, rows: Sequence[int], *, fixed: bool) -> Buckets:
-    (tenant,) = prepared.tenants
+    (sampling,) = prepared.samplings
 
     def evaluate(count: int) -> None:
-        tenant.row = 0
-        slot = slots.admit(tenant, prepared.gaussians[0], None if prepared.latents is None else prepared.latents[0])
+        sampling.position = 0
+        slot = slots.admit(sampling, prepared.gaussians[0], None if prepared.latents is None else prepared.latents[0])
         try:
             slots.tick([slot], rows=count)
-            _ = slots.times  # on a GPU this waits for the evaluation
+            slots.take_times()  # on a GPU this waits for the evaluation
         finally:
             slots.release(slot)
 

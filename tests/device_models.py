@@ -10,9 +10,11 @@ import torch
 from fewstep.engines import RunOptions
 from fewstep.export.torch_engine import TorchEngine
 from fewstep.export.trace.modules import build_model, wrap
-from fewstep.runtime.device.numpy_slots import Tenant
+from fewstep.families import find_family
+from fewstep.runtime.conditioning import Conditioning
+from fewstep.runtime.device.base import Sampling
 from fewstep.runtime.noise.seeds import TorchCpuGenerator
-from fewstep.runtime.prompts.encoders import Embedding
+from fewstep.runtime.pictures.inpaint import make_blend
 from fewstep.schedules import NoiseSchedule, Program, compile_program
 
 SHAPE = (4, 8, 8)
@@ -51,7 +53,8 @@ VAE: dict[str, Any] = {
 
 def engine(kind: str, config: dict[str, Any], seed: int = 0, **options: Any) -> TorchEngine:
     torch.manual_seed(seed)
-    return TorchEngine(wrap(kind, build_model(kind, config), config, "float32"), RunOptions(**options))
+    traceable = wrap(kind, build_model(kind, config), config, "float32", find_family("sdxl"))
+    return TorchEngine(traceable, RunOptions(**options))
 
 
 def unet(**options: Any) -> TorchEngine:
@@ -66,36 +69,55 @@ def program(sampler: str = "euler", steps: int = 4, **options: Any) -> Program:
     return compile_program(sampler, steps=steps, noise=NOISE, **options)
 
 
-def embedding(seed: int, tokens: int = TOKENS) -> Embedding:
+def told(seed: int, tokens: int, *, extra: bool, number: int) -> dict[str, np.ndarray]:
+    """A row's arrays for `UNET`, or with `extra` for `SDXL`."""
     rng = np.random.default_rng([7, seed])
     hidden = rng.standard_normal((tokens, WIDTH)).astype(np.float32)
-    return Embedding(hidden=hidden, pooled=rng.standard_normal(POOLED).astype(np.float32))
+    if not extra:
+        return {"encoder_hidden_states": hidden}
+    return {
+        "encoder_hidden_states": hidden,
+        "text_embeds": rng.standard_normal(POOLED).astype(np.float32),
+        "time_ids": np.array([64, 64, 0, number, 64, 64], np.float32),
+        "timestep_cond": np.linspace(-1, 1, 12, dtype=np.float32) * number,
+    }
 
 
 @dataclass(frozen=True)
 class Image:
-    """What one image is asked to be; `tenant` makes it anew for every set of slots."""
+    """What one image is asked to be; `sampling` makes it anew for every set of slots."""
 
     program: Program
     seed: int
     guidance: float = 1.0
     tokens: int = TOKENS
     extra: bool = False
+    number: int | None = None
+    masked: str = ""
 
-    def tenant(self) -> tuple[Tenant, np.ndarray, np.ndarray]:
+    def sampling(self) -> tuple[Sampling, np.ndarray, np.ndarray]:
         noise = TorchCpuGenerator(self.seed)
         gaussian = noise.randn(SHAPE)
-        made = Tenant(
+        latent = np.random.default_rng([9, self.seed]).standard_normal(SHAPE).astype(np.float32)
+        shared: dict[str, Any] = {"extra": self.extra, "number": self.seed if self.number is None else self.number}
+        made = Sampling(
             program=self.program,
             noise=noise,
-            positive=embedding(self.seed, self.tokens),
-            negative=embedding(1000 + self.seed, self.tokens) if self.guidance > 1 else None,
+            conditioning=Conditioning(
+                positive=told(self.seed, self.tokens, **shared),
+                negative=told(1000 + self.seed, self.tokens, **shared) if self.guidance > 1 else None,
+                tokens=self.tokens,
+            ),
             guidance=self.guidance,
-            time_ids=np.array([64, 64, 0, self.seed, 64, 64], np.float32) if self.extra else None,
-            guidance_vector=np.linspace(-1, 1, 12, dtype=np.float32) * self.seed if self.extra else None,
+            blend=make_blend(self.program, mask(self.masked), latent, gaussian) if self.masked else None,
         )
-        latent = np.random.default_rng([9, self.seed]).standard_normal(SHAPE).astype(np.float32)
         return made, gaussian, latent
+
+
+def mask(kind: str) -> np.ndarray:
+    """float32 [h, w]: `"binary"`, the right half made anew; `"soft"`, from left to right more and more of it."""
+    ramp = np.tile(np.linspace(0, 1, SHAPE[2], dtype=np.float32), (SHAPE[1], 1))
+    return ramp if kind == "soft" else (ramp > 0.5).astype(np.float32)
 
 
 def psnr(found: np.ndarray, true: np.ndarray) -> float:

@@ -13,18 +13,19 @@ import pytest
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "diffusers", "onnx", "transformers", "onnxruntime"}
 MAY_KNOW = {
+    "families": {"families"},
     "schedules": {"schedules"},
-    "engines": {"engines"},
-    "runtime": {"runtime", "engines", "schedules"},
-    "serving": {"serving", "runtime", "engines", "schedules"},
-    "export": {"export", "engines", "schedules", "runtime"},
+    "engines": {"engines", "families"},
+    "runtime": {"runtime", "engines", "schedules", "families"},
+    "serving": {"serving", "runtime", "engines", "schedules", "families"},
+    "export": {"export", "engines", "schedules", "runtime", "families"},
 }
 ROOMS = {*MAY_KNOW, "commands", "cli"}
 TORCH_ROOMS = {"export"}
 TORCH_FILES = {
     "runtime/device/clock.py": "the CUDA device",
     "runtime/device/memory.py": "the CUDA device",
-    "runtime/device_pipeline.py": "the CUDA device",
+    "runtime/device/torch_device.py": "the CUDA device",
     "runtime/device/torch_slots.py": "the CUDA device",
     "runtime/device/torch_tables.py": "the CUDA device",
     "runtime/device/cuda_graphs.py": "the CUDA device",

@@ -38,5 +38,5 @@ def standard_configs(name: str) -> dict[str, dict[str, Any]]:
 
 
 def family_of(name: str) -> str:
-    """`sd1`, `sd2` or `sdxl`."""
-    return "sd2" if name == "sd21" else name.partition("-")[0]
+    """The family of an architecture; a VAE for itself has any."""
+    return {"sd21": "sd2", "taesd": "sd1"}.get(name, name.partition("-")[0])

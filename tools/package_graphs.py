@@ -21,6 +21,7 @@ from architectures import CLASSES, family_of, standard_configs
 from fewstep.export.checkpoint.folder import open_checkpoint
 from fewstep.export.plan import PRECISIONS, component_config, plan_components
 from fewstep.export.trace.graphs import find_graph, graph_key, keep_graph
+from fewstep.families import Family, find_family
 
 PACKAGED = Path(__file__).parents[1] / "export" / "graphs"
 STANDARD = ("sd1", "sd2", "sd21", "sdxl", "sd1-lcm", "sdxl-lcm", "taesd")
@@ -33,10 +34,10 @@ def standard_components(name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for part in sorted(configs, reverse=True):
         kinds = ("vae_decoder", "vae_encoder") if part == "vae" else (part,)
         for kind in kinds:
-            yield kind, component_config(kind, configs[part], CLASSES[part], family_of(name))
+            yield kind, component_config(kind, configs[part], CLASSES[part], find_family(family_of(name)))
 
 
-def package(kind: str, config: Mapping[str, Any], dtype: str) -> None:
+def package(kind: str, config: Mapping[str, Any], dtype: str, family: Family) -> None:
     key = graph_key(kind, config, dtype)
     if (PACKAGED / f"{key}.graph").is_file():
         return
@@ -45,7 +46,7 @@ def package(kind: str, config: Mapping[str, Any], dtype: str) -> None:
 
     began = time.monotonic()
     half = find_graph(graph_key(kind, config, "float16")) if kind == "unet" and dtype != "float16" else None
-    graph = retype(half, dtype, key) if half else trace_component(kind, config, dtype, key=key)
+    graph = retype(half, dtype, key) if half else trace_component(kind, config, dtype, family, key=key)
     path = keep_graph(graph, PACKAGED)
     path.chmod(0o644)
     how = "retyped" if half else "traced"
@@ -57,7 +58,7 @@ def embed(folder: str) -> None:
 
     checkpoint = open_checkpoint(folder)
     for plan in plan_components(checkpoint):
-        package(plan.kind, plan.config, plan.dtype)
+        package(plan.kind, plan.config, plan.dtype, plan.family)
     path = checkpoint.folder / "reference.safetensors"
     make_reference(checkpoint, path, dtypes={})
     path.chmod(0o644)
@@ -84,7 +85,7 @@ def main() -> int:
     for dtype in sorted(options.dtypes, key=lambda d: d != "float16"):
         for name in options.standard:
             for kind, config in standard_components(name):
-                package(kind, config, dtype)
+                package(kind, config, dtype, find_family(family_of(name)))
     for folder in options.folders:
         embed(folder)
     if options.prune:

@@ -17,9 +17,9 @@ from typing import Any
 from safetensors import safe_open
 
 from ...errors import ArgumentError, CorruptError, MissingError, UnsafeFileError, UnsupportedError
+from ...families import Family, all_families
 from .configs import TINY_DEFAULTS
 from .folder import (
-    CLASSES,
     Checkpoint,
     LoraFile,
     Part,
@@ -32,8 +32,6 @@ from .folder import (
 from .singlefile import TINY_MARK, find_layout, refuse_others, scheduler_changes, translate
 from .weights import PICKLES, Stored, open_tensors
 
-FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
-"""What each width of the text's vectors usually is."""
 _RESCALING = {
     *("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"),
     *("EulerAncestralDiscreteScheduler", "UniPCMultistepScheduler", "LCMScheduler", "TCDScheduler"),
@@ -74,9 +72,9 @@ def compose_checkpoint(
         scheduler |= _marked(file, scheduler)
         parts |= _single_file_parts(opened, file, skip={"vae"} if vae is not None else set())
     if unet is not None:
-        parts["unet"] = _replaced(parts["unet"], Path(unet))
+        parts["unet"] = _replaced(opened.model, parts["unet"], Path(unet))
     if vae is not None:
-        parts["vae"] = _replaced(parts["vae"], Path(vae))
+        parts["vae"] = _replaced(opened.model, parts["vae"], Path(vae))
     _check_vae(parts["vae"], parts["unet"])
     fused = tuple(_lora_file(path, scale) for path, scale in loras)
     given: dict[str, Any] = {
@@ -133,14 +131,14 @@ def _single_file_parts(base: Checkpoint, file: Path, *, skip: set[str]) -> dict[
     return parts
 
 
-def _replaced(part: Part, path: Path) -> Part:
+def _replaced(family: Family, part: Part, path: Path) -> Part:
     """A part with its weights from another file, or with everything from another folder."""
     if path.suffix in PICKLES:
         raise UnsafeFileError(
             f"{path.name} is a pickle, which can run code when it is loaded", expected="a .safetensors file"
         )
     if path.is_dir():
-        return _from_folder(part, path)
+        return _from_folder(family, part, path)
     if not path.is_file():
         raise MissingError(f"no file {str(path)!r}", expected="a .safetensors file, or a folder with config.json")
     tensors = open_tensors([path])
@@ -181,18 +179,17 @@ def _check_vae(vae: Part, unet: Part) -> None:
             )
 
 
-def _from_folder(part: Part, path: Path) -> Part:
+def _from_folder(family: Family, part: Part, path: Path) -> Part:
     """The part's own folder, or the folder of a whole checkpoint."""
     place = path if (path / "config.json").is_file() else path / part.name
     config = read_json(place / "config.json", remedy="Give the folder that holds the part's config.json.")
     found = str(config.get("_class_name"))
-    if found not in CLASSES[part.name]:
-        raise UnsupportedError(
-            f"the {part.name} in {path.name!r} is a {found!r}", expected=" or ".join(CLASSES[part.name])
-        )
-    made = read_part(place, part.name, found, None)
+    admitted = family.parts[part.name].classes
+    if found not in admitted:
+        raise UnsupportedError(f"the {part.name} in {path.name!r} is a {found!r}", expected=" or ".join(admitted))
+    made = read_part(place, part.name, found, family, None)
     if part.name == "unet":
-        check_unet(made.config)
+        check_unet(made.config, family)
         ours, theirs = (p.config.get("cross_attention_dim") for p in (part, made))
         if ours != theirs:
             raise _another_family(path, theirs, ours)
@@ -218,7 +215,8 @@ def _check_family(part: Part, tensors: Mapping[str, Stored], file: Path, found: 
 
 def _another_family(path: Path, theirs: Any, ours: Any) -> ArgumentError:
     def name(width: Any) -> str:
-        return f"{width} ({FAMILIES[width]})" if width in FAMILIES else str(width)
+        title = next((f.title for f in all_families() if f.text_width == width), None)
+        return f"{width} ({title})" if title else str(width)
 
     return ArgumentError(
         f"the UNet in {path.name} attends to text vectors of width {name(theirs)}",

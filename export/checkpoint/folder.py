@@ -14,17 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CorruptError, MissingError, MissingExtraError, UnsafeFileError, UnsupportedError
+from ...families import Family, all_families
 from .weights import PICKLES
 
-PIPELINES = {
-    "StableDiffusionPipeline": "sd",
-    "StableDiffusionImg2ImgPipeline": "sd",
-    "StableDiffusionInpaintPipeline": "sd",
-    "LatentConsistencyModelPipeline": "sd",
-    "StableDiffusionXLPipeline": "sdxl",
-    "StableDiffusionXLImg2ImgPipeline": "sdxl",
-    "StableDiffusionXLInpaintPipeline": "sdxl",
-}
 NOT_EXPORTED = {
     "StableVideoDiffusion": "Stable Video Diffusion",
     "IF": "DeepFloyd-IF",
@@ -40,23 +32,11 @@ NOT_EXPORTED = {
     "StableDiffusionDepth2Img": "SD 2's depth-to-image model",
 }
 """Beginnings of class names (before `Pipeline`, `Model`, `Img2Img` ...) of models that are known and not exported."""
-CLASSES = {
-    "unet": {"UNet2DConditionModel"},
-    "vae": {"AutoencoderKL", "AutoencoderTiny"},
-    "text_encoder": {"CLIPTextModel"},
-    "text_encoder_2": {"CLIPTextModelWithProjection"},
-    "tokenizer": {"CLIPTokenizer", "CLIPTokenizerFast"},
-    "tokenizer_2": {"CLIPTokenizer", "CLIPTokenizerFast"},
-}
+TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 UNUSED = {"safety_checker", "feature_extractor", "image_encoder", "watermark"}
 HUB_INDEX = ("model_index.json", "fewstep.json", "README.md")
-NEEDED = {
-    "unet": ("block_out_channels", "cross_attention_dim", "in_channels", "out_channels"),
-    "vae": ("block_out_channels", "latent_channels", "in_channels", "out_channels"),
-    "text_encoder": ("hidden_size", "max_position_embeddings", "vocab_size"),
-    "text_encoder_2": ("hidden_size", "max_position_embeddings", "vocab_size", "projection_dim"),
-}
-NEEDED_TINY = ("encoder_block_out_channels", "decoder_block_out_channels", "latent_channels", "in_channels")
+UNET_OPTIONS = ("class_embed_type", "encoder_hid_dim_type", "num_class_embeds")
+"""Keys of a UNet's configuration that make it one of another kind, unless its family has them."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -87,14 +67,14 @@ class LoraFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A diffusers folder, understood, with whatever replaces its parts. `family` is `sd1`, `sd2` or `sdxl`.
+    """A diffusers folder, understood, with whatever replaces its parts.
 
     `options` are the arguments that, given to `compose_checkpoint` with `path`, make the same checkpoint again.
     """
 
     folder: Path
     source: str
-    family: str
+    model: Family
     pipeline: str
     parts: Mapping[str, Part]
     tokenizers: tuple[Path, ...]
@@ -105,6 +85,10 @@ class Checkpoint:
     options: Mapping[str, Any] = field(default_factory=dict)
     file: Path | None = None
     loras: tuple[LoraFile, ...] = ()
+
+    @property
+    def family(self) -> str:
+        return self.model.name
 
     @property
     def path(self) -> Path:
@@ -167,9 +151,8 @@ def hub_files(index: Mapping[str, Any], variant: str | None) -> list[str]:
     """Patterns of the files an export reads, and no others: a repository may hold every weight several times over."""
     middle = f".{variant}" if variant else ""
     patterns = [*HUB_INDEX, "scheduler/*.json"]
-    for name in CLASSES:
-        if name not in index:
-            continue
+    named = {n for f in all_families() for n in (*f.parts, *(e.tokenizer for e in f.text_encoders))}
+    for name in sorted(named & index.keys()):
         patterns += [f"{name}/*.json", f"{name}/*.txt"]
         if not name.startswith("tokenizer"):
             stem = _stem(name)
@@ -186,43 +169,62 @@ def _from_folder(folder: Path, source: str, *, variant: str | None, revision: st
         _refuse_class(str(read_json(folder / "config.json").get("_class_name")))
     index = read_json(folder / "model_index.json", remedy="Give the folder that holds model_index.json.")
     pipeline = str(index.get("_class_name"))
-    if pipeline not in PIPELINES:
+    families = [f for f in all_families() if pipeline in f.pipelines]
+    if not families:
         _refuse_class(pipeline)
-        raise UnsupportedError(f"the checkpoint is a {pipeline}", expected=f"one of {', '.join(PIPELINES)}")
-    _refuse_refiner(index)
-    parts, tokenizers = {}, []
+        known = dict.fromkeys(p for f in all_families() for p in f.pipelines)
+        raise UnsupportedError(f"the checkpoint is a {pipeline}", expected=f"one of {', '.join(known)}")
+    refused = next((r for f in families if (r := f.refusal(index)) is not None), None)
+    if refused is not None:
+        raise UnsupportedError(
+            f"the checkpoint is {refused}", expected=_known_models(), remedy="Export the base of its family."
+        )
+    parts, tokenizers = _read_parts(folder, index, families[0], variant)
+    wanted = families[0].parts
+    for name in wanted:
+        if name not in parts:
+            raise UnsupportedError(f"the checkpoint has no {name}", expected=f"a {pipeline} with {', '.join(wanted)}")
+    configs = {n: p.config for n, p in parts.items()}
+    model = next(f for f in families if f.recognises(configs))
+    check_unet(parts["unet"].config, model)
+    return Checkpoint(
+        folder=folder,
+        source=source,
+        model=model,
+        pipeline=pipeline,
+        parts=parts,
+        tokenizers=tokenizers,
+        scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
+        force_zeros=bool(index.get("force_zeros_for_empty_prompt", model.force_zeros)),
+        licence=licence_of(folder),
+        revision=revision,
+    )
+
+
+def _read_parts(
+    folder: Path, index: Mapping[str, Any], family: Family, variant: str | None
+) -> tuple[dict[str, Part], tuple[Path, ...]]:
+    """The parts that `model_index.json` names, and the folders of the tokenizers in the encoders' order."""
+    parts: dict[str, Part] = {}
+    order = [e.tokenizer for e in family.text_encoders]
+    tokenizers: set[str] = set()
+    admitted = {**{n: tuple(p.classes) for n, p in family.parts.items()}, **dict.fromkeys(order, TOKENIZERS)}
     for name, value in index.items():
         if name.startswith("_") or not isinstance(value, list) or len(value) != 2 or value[1] is None:
             continue
         if name in UNUSED or name == "scheduler":
             continue
-        if name not in CLASSES:
+        if name not in admitted:
             raise UnsupportedError(
-                f"the checkpoint has a part {name!r} ({value[1]})", expected=f"only {', '.join(CLASSES)}"
+                f"the checkpoint has a part {name!r} ({value[1]})", expected=f"only {', '.join(admitted)}"
             )
-        if value[1] not in CLASSES[name]:
-            raise UnsupportedError(f"the {name} is a {value[1]!r}", expected=" or ".join(sorted(CLASSES[name])))
-        if name.startswith("tokenizer"):
-            tokenizers.append(folder / name)
+        if value[1] not in admitted[name]:
+            raise UnsupportedError(f"the {name} is a {value[1]!r}", expected=" or ".join(sorted(admitted[name])))
+        if name in order:
+            tokenizers.add(name)
         else:
-            parts[name] = read_part(folder / name, name, str(value[1]), variant)
-    wanted = ["unet", "vae", "text_encoder"] + (["text_encoder_2"] if PIPELINES[pipeline] == "sdxl" else [])
-    for name in wanted:
-        if name not in parts:
-            raise UnsupportedError(f"the checkpoint has no {name}", expected=f"a {pipeline} with {', '.join(wanted)}")
-    check_unet(parts["unet"].config)
-    return Checkpoint(
-        folder=folder,
-        source=source,
-        family=_family(pipeline, parts),
-        pipeline=pipeline,
-        parts=parts,
-        tokenizers=tuple(sorted(tokenizers)),
-        scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
-        force_zeros=bool(index.get("force_zeros_for_empty_prompt", PIPELINES[pipeline] == "sdxl")),
-        licence=licence_of(folder),
-        revision=revision,
-    )
+            parts[name] = read_part(folder / name, name, str(value[1]), family, variant)
+    return parts, tuple(folder / n for n in order if n in tokenizers)
 
 
 def _refuse_class(name: str) -> None:
@@ -231,31 +233,18 @@ def _refuse_class(name: str) -> None:
     if stem in NOT_EXPORTED:
         raise UnsupportedError(
             f"the checkpoint is {NOT_EXPORTED[stem]} ({name})",
-            expected="a model of SD 1.x, SD 2.x or SDXL",
+            expected=_known_models(),
             remedy="It is not exported.",
         )
 
 
-def _refuse_refiner(index: Mapping[str, Any]) -> None:
-    """The refiner has SDXL's pipeline class and its second text encoder alone."""
-    first = index.get("text_encoder")
-    absent = not isinstance(first, list) or len(first) != 2 or first[1] is None
-    if PIPELINES[str(index["_class_name"])] == "sdxl" and absent and index.get("text_encoder_2"):
-        raise UnsupportedError(
-            "the checkpoint is the SDXL refiner (it has no first text encoder)",
-            expected="a model of SD 1.x, SD 2.x or SDXL",
-            remedy="Export SDXL's base: the refiner is not exported.",
-        )
+def _known_models() -> str:
+    """The families in words."""
+    *others, last = [f.title for f in all_families()]
+    return f"a model of {', '.join(others)} or {last}"
 
 
-def _family(pipeline: str, parts: Mapping[str, Part]) -> str:
-    """SD 2.x is told from SD 1.x by its text encoder: OpenCLIP's uses GELU, OpenAI's the quick approximation."""
-    if PIPELINES[pipeline] == "sdxl":
-        return "sdxl"
-    return "sd2" if parts["text_encoder"].config.get("hidden_act") == "gelu" else "sd1"
-
-
-def check_unet(config: Mapping[str, Any]) -> None:
+def check_unet(config: Mapping[str, Any], family: Family) -> None:
     """`UnsupportedError` for a UNet whose configuration says that it is of another kind."""
     if config.get("in_channels") != config.get("out_channels"):
         raise UnsupportedError(
@@ -263,15 +252,15 @@ def check_unet(config: Mapping[str, Any]) -> None:
             expected="as many in as out; inpainting UNets with mask channels are not exported",
             remedy="Use the base checkpoint: inpainting with it blends latents.",
         )
-    for name in ("class_embed_type", "encoder_hid_dim_type", "num_class_embeds"):
-        if config.get(name) is not None:
-            raise UnsupportedError(f"the UNet has {name}={config[name]!r}", expected="a UNet of SD 1.x, SD 2.x or SDXL")
+    for name in UNET_OPTIONS:
+        if config.get(name) is not None and name not in family.unet_options:
+            raise UnsupportedError(f"the UNet has {name}={config[name]!r}", expected=f"a UNet of {family.title}")
 
 
-def read_part(place: Path, name: str, class_name: str, variant: str | None) -> Part:
+def read_part(place: Path, name: str, class_name: str, family: Family, variant: str | None) -> Part:
     """A component from its own folder, which holds its configuration and its weights."""
     config = read_json(place / "config.json")
-    needed = NEEDED_TINY if class_name == "AutoencoderTiny" else NEEDED.get(name, ())
+    needed = family.parts[name].classes[class_name]
     missing = [k for k in needed if not isinstance(config.get(k), (int, list, tuple)) or not config[k]]
     if missing:
         raise CorruptError(

@@ -19,6 +19,7 @@ import numpy as np
 from safetensors import safe_open
 
 from ...errors import CorruptError, UnsupportedError
+from ...families import all_families
 from .folder import LoraFile
 from .singlefile import original_name
 from .weights import Stored, convert, open_tensors
@@ -37,12 +38,6 @@ _REFUSED = {
     "oft_blocks": "OFT",
     "diff": "a full difference of weights",
     "diff_b": "a full difference of biases",
-}
-_KOHYA = {
-    "lora_unet_": "unet",
-    "lora_te_": "text_encoder",
-    "lora_te1_": "text_encoder",
-    "lora_te2_": "text_encoder_2",
 }
 _TEXT_LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
 _SHOWN = 20
@@ -199,7 +194,7 @@ def _refuse(lora: LoraFile, strange: list[str], pairs: int) -> None:
 def _resolve(module: str, targets: Mapping[str, Target]) -> tuple[str, str] | None:
     """(component, module) that a LoRA's module name stands for."""
     name = module.removeprefix("base_model.model.")
-    for prefix, kind in _KOHYA.items():
+    for prefix, kind in _kohya_prefixes().items():
         if name.startswith(prefix):
             return _look_up(targets.get(kind), name.removeprefix(prefix).removeprefix("text_model_"))
     name = re.sub(r"\.processor\.(to_out(?=$)|)", lambda m: ".to_out.0" if m[1] else ".", name)
@@ -208,6 +203,12 @@ def _resolve(module: str, targets: Mapping[str, Target]) -> tuple[str, str] | No
             return _look_up(targets[kind], _plain(name.removeprefix(f"{kind}.")))
     name = _plain(name.removeprefix("diffusion_model."))
     return next((found for t in targets.values() if (found := _look_up(t, name))), None)
+
+
+def _kohya_prefixes() -> dict[str, str]:
+    """What modules' names begin with in LoRAs of kohya's trainer, and the component that they are of."""
+    encoders = [e for f in all_families() for e in f.text_encoders]
+    return {"lora_unet_": "unet", **{prefix: e.name for e in encoders for prefix in e.lora}}
 
 
 def _look_up(target: Target | None, name: str) -> tuple[str, str] | None:
@@ -241,7 +242,7 @@ class _Adapter:
     def factor(self, module: str, rank: int) -> float:
         """alpha / rank, or alpha / sqrt(rank) where the configuration asks for it; 1 without one."""
         name = module.removeprefix("base_model.model.")
-        known = [p for p in ("unet", "text_encoder", "text_encoder_2") if f"{p}.lora_alpha" in self.config]
+        known = [k.removesuffix(".lora_alpha") for k in self.config if k.endswith(".lora_alpha")]
         part = next((p for p in known if name.startswith(f"{p}.")), None)
         own = {k.removeprefix(f"{part}."): v for k, v in self.config.items()} if part else self.config
         name = name.removeprefix(f"{part}.") if part else name

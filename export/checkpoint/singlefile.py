@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import CorruptError, UnsupportedError
+from ...families import all_families
 from .weights import Stored
 
 REFUSED = {
@@ -40,12 +41,6 @@ TINY_MARK = "decoder.layers.0.weight"
 _PREFIXES = {
     "unet": ("model.diffusion_model.", "diffusion_model.", "unet.", ""),
     "vae": ("first_stage_model.", "vae.", ""),
-    "text_encoder": (
-        "cond_stage_model.transformer.",
-        "cond_stage_model.model.",
-        "conditioner.embedders.0.transformer.",
-    ),
-    "text_encoder_2": ("conditioner.embedders.1.model.",),
 }
 _MARKS = {
     "unet": {"input_blocks.0.0.weight": "original", "conv_in.weight": "diffusers"},
@@ -107,9 +102,15 @@ _VAE_BLOCK = re.compile(r"(?:down|up)_blocks\.(\d+)\.(resnets|downsamplers|upsam
 _TEXT_BLOCK = re.compile(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
 
+def _encoder_prefixes(name: str) -> list[str]:
+    """What a text encoder's tensors begin with in the files of any family, so that another family's are found too."""
+    return [p for f in all_families() for e in f.text_encoders if e.name == name for p in e.prefixes]
+
+
 def find_layout(part: str, names: Mapping[str, Any]) -> tuple[str, str] | None:
     """How a file names a part: (`original`, `open_clip` or `diffusers`, the prefix), or `None` if it lacks the part."""
-    for prefix in _PREFIXES[part]:
+    prefixes = _PREFIXES.get(part) or _encoder_prefixes(part)
+    for prefix in prefixes:
         for mark, layout in _MARKS["text_encoder" if part.startswith("text_encoder") else part].items():
             if prefix + mark in names:
                 return layout, prefix

@@ -6,17 +6,12 @@ fewstep's own reading of weights is not used here, so that a mistake in it shows
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderTiny,
-    DDIMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
 from safetensors.torch import load_file
 from torch import nn
@@ -27,17 +22,14 @@ from ..checkpoint.folder import Checkpoint, Part
 from ..checkpoint.lora import match_loras
 
 LOADERS = {
-    "unet": UNet2DConditionModel,
-    "vae": AutoencoderKL,
-    "text_encoder": CLIPTextModel,
-    "text_encoder_2": CLIPTextModelWithProjection,
+    c.__name__: c
+    for c in (UNet2DConditionModel, AutoencoderKL, AutoencoderTiny, CLIPTextModel, CLIPTextModelWithProjection)
 }
-WITH_LORA = ("unet", "text_encoder", "text_encoder_2")
 
 
 def load_model(checkpoint: Checkpoint, part: Part) -> nn.Module:
     """A part in float32, its LoRAs fused by diffusers."""
-    if checkpoint.loras and part.name in WITH_LORA:
+    if checkpoint.loras and part.name != "vae":
         return load_fused(checkpoint)[part.name]
     return _plain(checkpoint, part)
 
@@ -54,7 +46,7 @@ def _has_peft() -> bool:
 
 
 def _plain(checkpoint: Checkpoint, part: Part) -> nn.Module:
-    cls: Any = AutoencoderTiny if part.class_name == "AutoencoderTiny" else LOADERS[part.name]
+    cls: Any = LOADERS[part.class_name]
     text = part.name.startswith("text_encoder")
     if part.layout == "folder":
         options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
@@ -91,15 +83,15 @@ def _text_encoder(cls: Any, part: Part) -> nn.Module:
 
 def load_fused(checkpoint: Checkpoint) -> dict[str, nn.Module]:
     """The UNet and the text encoders in float32 with all LoRAs fused."""
-    parts = {n: _plain(checkpoint, p) for n, p in checkpoint.parts.items() if n in WITH_LORA}
+    parts = {n: _plain(checkpoint, p) for n, p in checkpoint.parts.items() if n != "vae"}
     if not _has_peft():
         _fuse_here(checkpoint, parts)
         return parts
-    xl = checkpoint.family == "sdxl"
-    cls: Any = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
-    others: dict[str, Any] = {"tokenizer_2": None} if xl else {"safety_checker": None, "requires_safety_checker": False}
-    scheduler = DDIMScheduler()
-    pipe = cls(vae=None, tokenizer=None, scheduler=scheduler, feature_extractor=None, **parts, **others)
+    cls: Any = getattr(diffusers, checkpoint.model.pipelines[0])
+    parameters = inspect.signature(cls).parameters
+    absent = dict.fromkeys(n for n, p in parameters.items() if p.default is p.empty)
+    unchecked = {"requires_safety_checker": False} if "safety_checker" in absent else {}
+    pipe = cls(**{**absent, **parts, **unchecked, "scheduler": DDIMScheduler()})
     names = []
     for i, lora in enumerate(checkpoint.loras):
         names.append(f"lora_{i}")

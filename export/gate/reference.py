@@ -40,7 +40,7 @@ def make_reference(checkpoint: Checkpoint, path: Path, *, dtypes: Mapping[str, s
     """
     tensors: dict[str, np.ndarray] = {}
     cases: dict[str, Any] = {}
-    context: dict[str, np.ndarray] = {}
+    context: dict[str, dict[str, np.ndarray]] = {}
     for plan in plan_components(checkpoint, dtypes):
         model = load_model(checkpoint, plan.part)
         traceable = _in(plan, model, "float32")
@@ -48,7 +48,7 @@ def make_reference(checkpoint: Checkpoint, path: Path, *, dtypes: Mapping[str, s
         inputs = list(_cases(plan, traceable, context, quick=quick))[: fewer if quick else None]
         outputs = [_run(traceable, case) for case in inputs]
         if plan.kind.startswith("text_encoder"):
-            context[plan.kind] = outputs[0]["hidden"]
+            context[plan.kind] = outputs[0]
         errors = _own_errors(checkpoint, plan, traceable, inputs, outputs)
         if plan.dtype == "float32":
             errors = [e | b for e, b in zip(errors, _bfloat16_errors(plan, model, inputs, outputs), strict=True)]
@@ -71,7 +71,7 @@ def _load(checkpoint: Checkpoint, plan: ComponentPlan, dtype: str) -> Traceable:
 
 
 def _in(plan: ComponentPlan, model: nn.Module, dtype: str) -> Traceable:
-    return wrap(plan.kind, model if dtype == "float32" else model.to(DTYPES[dtype]), plan.config, dtype)
+    return wrap(plan.kind, model if dtype == "float32" else model.to(DTYPES[dtype]), plan.config, dtype, plan.family)
 
 
 @torch.no_grad()
@@ -141,7 +141,7 @@ def _dims(traceable: Traceable, case: Mapping[str, np.ndarray]) -> dict[str, int
 
 
 def _cases(
-    plan: ComponentPlan, traceable: Traceable, context: Mapping[str, np.ndarray], *, quick: bool
+    plan: ComponentPlan, traceable: Traceable, context: Mapping[str, Mapping[str, np.ndarray]], *, quick: bool
 ) -> Iterator[dict[str, np.ndarray]]:
     """Inputs of several shapes and batch sizes: noise mixed with smooth and sharp patterns, never noise alone.
 
@@ -177,7 +177,7 @@ def _token_case(plan: ComponentPlan, rng: np.random.Generator, prompts: int, ski
 def _unet_cases(
     plan: ComponentPlan,
     traceable: Traceable,
-    context: Mapping[str, np.ndarray],
+    context: Mapping[str, Mapping[str, np.ndarray]],
     rng: np.random.Generator,
     *,
     largest: int,
@@ -185,7 +185,7 @@ def _unet_cases(
     multiple = 2 ** (len(plan.config["block_out_channels"]) - 1)
     size = plan.config.get("sample_size") or largest
     side = max(multiple, min(size if isinstance(size, int) else size[0], largest) // multiple * multiple)
-    hidden = np.concatenate([context[k][:1] for k in sorted(context)], axis=-1)
+    hidden = plan.family.join([context[e.name] for e in plan.family.text_encoders])["encoder_hidden_states"][:1]
     at = 0
     for rows, height, width in ((1, side, side), (2, side, side + multiple), (3, multiple * 2, multiple * 2)):
         t = np.array([TIMESTEPS[(at + i) % len(TIMESTEPS)] for i in range(rows)], np.float32)
@@ -203,12 +203,11 @@ def _unet_cases(
             "encoder_hidden_states": np.repeat(hidden, rows, 0)
             * (1 + 0.1 * np.arange(rows, dtype=np.float32)).reshape(-1, 1, 1),
         }
-        if "time_ids" in shapes:
-            pixels = [1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]
-            case["time_ids"] = np.tile(np.array(pixels, np.float32), (rows, 1))
-            case["text_embeds"] = rng.standard_normal(shapes["text_embeds"]).astype(np.float32)
-        if "timestep_cond" in shapes:
-            case["timestep_cond"] = rng.standard_normal(shapes["timestep_cond"]).astype(np.float32)
+        for told in plan.family.conditions(plan.config):
+            if told.example is not None:
+                case[told.name] = np.tile(np.array(told.example, np.float32), (rows, 1))
+            elif told.name not in case:
+                case[told.name] = rng.standard_normal(shapes[told.name]).astype(np.float32)
         yield {k: np.ascontiguousarray(v, np.float32) for k, v in case.items()}
 
 

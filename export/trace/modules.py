@@ -5,8 +5,9 @@ Inputs and outputs are float32 whatever the parameters' precision is; the casts 
 
 from __future__ import annotations
 
+import inspect
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ...engines.base import TensorSpec
-from ..checkpoint.configs import is_tiny, vae_factor
+from ...families import Condition, Family, vae_factor
+from ..checkpoint.configs import is_tiny
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _default_dtype = threading.Lock()
@@ -25,35 +27,35 @@ LARGEST = {"float32": 3.0e38, "float16": 65504.0, "bfloat16": 3.0e38}
 
 
 class UNet(nn.Module):
-    """`sample [R, C, h, w]`, `timestep [R]`, `encoder_hidden_states [R, T, D]` -> `out [R, C, h, w]`."""
+    """`sample [R, C, h, w]`, `timestep [R]` and what the family's conditions name -> `out [R, C, h, w]`."""
 
-    def __init__(self, model: UNet2DConditionModel) -> None:
+    def __init__(self, model: UNet2DConditionModel, conditions: Sequence[Condition]) -> None:
         super().__init__()
         self.model = model
+        self.groups = {c.name: c.group for c in conditions}
+        self.forward = _with_arguments(self._forward, ("sample", "timestep", *self.groups))
 
-    def forward(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        text_embeds: torch.Tensor | None = None,
-        time_ids: torch.Tensor | None = None,
-        timestep_cond: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def _forward(self, sample: torch.Tensor, timestep: torch.Tensor, **told: torch.Tensor) -> torch.Tensor:
         dtype = self.model.conv_in.weight.dtype
-        added = None
-        if text_embeds is not None and time_ids is not None:
-            # float32 both: torch's `concat` promotes, ONNX's takes one type; the model casts what comes of it
-            added = {"text_embeds": text_embeds, "time_ids": time_ids}
-        out = self.model(
-            sample.to(dtype),
-            timestep,
-            encoder_hidden_states.to(dtype),
-            timestep_cond=None if timestep_cond is None else timestep_cond.to(dtype),
-            added_cond_kwargs=added,
-            return_dict=False,
-        )[0]
-        return out.float()
+        arguments: dict[str, Any] = {}
+        for name, value in told.items():
+            group = self.groups[name]
+            if group is None:
+                arguments[name] = value.to(dtype)
+            else:  # in float32: torch's `concat` promotes, ONNX's takes one type; the model casts what comes of it
+                arguments.setdefault(group, {})[name] = value
+        return self.model(sample.to(dtype), timestep, **arguments, return_dict=False)[0].float()
+
+
+def _with_arguments(function: Callable[..., torch.Tensor], names: Sequence[str]) -> Callable[..., torch.Tensor]:
+    """The function with arguments of these names: torch's tracer takes inputs by the names that it can see."""
+
+    def forward(*values: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
+        return function(**dict(zip(names, values, strict=False)), **named)
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    forward.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in names])  # type: ignore[attr-defined]
+    return forward
 
 
 class UpcastAttention:
@@ -199,12 +201,12 @@ def _construct(kind: str, config: Mapping[str, Any]) -> nn.Module:
     return cls._from_config(made, dtype=torch.get_default_dtype(), attn_implementation="sdpa").eval()
 
 
-def wrap(kind: str, model: nn.Module, config: Mapping[str, Any], dtype: str) -> Traceable:
+def wrap(kind: str, model: nn.Module, config: Mapping[str, Any], dtype: str, family: Family) -> Traceable:
     """The traceable form of a component's model, whose parameters are of `dtype` already."""
     if kind == "unet":
         if config.get("upcast_attention") and dtype != "float32":
             model.set_attn_processor(UpcastAttention())
-        return _wrap_unet(model, config)
+        return _wrap_unet(model, config, family)
     if kind == "vae_decoder":
         c, f = config["latent_channels"], vae_factor(config)
         return Traceable(
@@ -254,24 +256,16 @@ def _wrap_text_encoder(model: nn.Module, config: Mapping[str, Any]) -> Traceable
     )
 
 
-def _wrap_unet(model: nn.Module, config: Mapping[str, Any]) -> Traceable:
-    width = config["cross_attention_dim"]
-    width = width if isinstance(width, int) else width[0]
+def _wrap_unet(model: nn.Module, config: Mapping[str, Any], family: Family) -> Traceable:
+    conditions = family.conditions(config)
     inputs = [
         TensorSpec(name="sample", dtype="float32", shape=("rows", config["in_channels"], "height", "width")),
         TensorSpec(name="timestep", dtype="float32", shape=("rows",)),
-        TensorSpec(name="encoder_hidden_states", dtype="float32", shape=("rows", "tokens", width)),
+        *(TensorSpec(name=c.name, dtype="float32", shape=("rows", *c.shape)) for c in conditions),
     ]
-    if config.get("addition_embed_type") == "text_time":
-        ids = 6
-        pooled = config["projection_class_embeddings_input_dim"] - ids * config["addition_time_embed_dim"]
-        inputs.append(TensorSpec(name="text_embeds", dtype="float32", shape=("rows", pooled)))
-        inputs.append(TensorSpec(name="time_ids", dtype="float32", shape=("rows", ids)))
-    if config.get("time_cond_proj_dim"):
-        inputs.append(TensorSpec(name="timestep_cond", dtype="float32", shape=("rows", config["time_cond_proj_dim"])))
     multiple = 2 ** (len(config["block_out_channels"]) - 1)
     return Traceable(
-        module=UNet(model).eval(),
+        module=UNet(model, conditions).eval(),
         inputs=tuple(inputs),
         outputs=(TensorSpec(name="out", dtype="float32", shape=("rows", config["out_channels"], "height", "width")),),
         example={"rows": 2, "height": 2 * multiple, "width": 3 * multiple, "tokens": 154},

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...engines.base import TensorSpec
 from ...errors import FewstepError, UnsupportedError
+from ...families import Family
 from .graphs import Graph, Parameter
 from .layout import plan_layout
 from .modules import Traceable, build_model, wrap
@@ -31,7 +32,7 @@ IR_VERSION = 10
 _NAMES = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16", "INT64": "int64"}
 
 
-def trace_component(kind: str, config: Mapping[str, Any], dtype: str, *, key: str) -> Graph:
+def trace_component(kind: str, config: Mapping[str, Any], dtype: str, family: Family, *, key: str) -> Graph:
     """Trace one component of a checkpoint.
 
     `config` is the component's own configuration; two keys of ours may be added to a text encoder's: `_class` and
@@ -40,7 +41,7 @@ def trace_component(kind: str, config: Mapping[str, Any], dtype: str, *, key: st
     """
     with _quiet(), _refusing(kind):
         with FakeTensorMode(allow_non_fake_inputs=True):
-            traceable = wrap(kind, build_model(kind, config, dtype), config, dtype)
+            traceable = wrap(kind, build_model(kind, config, dtype), config, dtype, family)
             program = torch.onnx.export(
                 traceable.module,
                 kwargs=_example(traceable),

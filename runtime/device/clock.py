@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .numpy_slots import TickTimes
+from .base import TickTimes
 
 MOST_MARKS = 8192
 """Of a clock that nobody reads, the oldest marks go."""

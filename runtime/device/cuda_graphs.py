@@ -1,9 +1,9 @@
 """Captured work: what a CUDA graph holds is recorded once and replayed, its numbers read from device memory each time.
 
-Two runners record. `CudaRunner` has the driver do it. `TapeRunner` does the same on CPU tensors: it writes down every
-tensor operation that runs, with the very tensors it ran on, and replays that list. Neither sees what Python does
+Two recorders capture. `CudaRecorder` has the driver do it. `TapeRecorder` does the same on CPU tensors: it writes down
+every tensor operation that runs, with the very tensors it ran on, and replays that list. Neither sees what Python does
 between the operations, and both refuse work that reads a tensor's value on the host; so what replays rightly on the
-tape needs nothing of the host on a GPU either. The tape is run in the tests; `CudaRunner` is not run on a GPU.
+tape needs nothing of the host on a GPU either. The tape is run in the tests; `CudaRecorder` is not run on a GPU.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class CaptureError(FewstepError):
     """Work that cannot be captured: it reads a value on the host, or takes data from there, while it runs."""
 
 
-class Graph(Protocol):
+class CapturedGraph(Protocol):
     """Captured work. `bytes` is the memory that it holds for its intermediate results."""
 
     bytes: int
@@ -36,16 +36,16 @@ class Graph(Protocol):
         """Run it again on what its buffers hold now."""
 
 
-class Runner(Protocol):
+class Recorder(Protocol):
     """Captures work. Running `body` for that may have side effects: the caller restores what it needs."""
 
-    def capture(self, body: Body) -> Graph: ...
+    def capture(self, body: Body) -> CapturedGraph: ...
 
 
-class TapeRunner:
+class TapeRecorder:
     """Records tensor operations on CPU tensors; raises `CaptureError` where a CUDA capture would fail."""
 
-    def capture(self, body: Body) -> Graph:
+    def capture(self, body: Body) -> CapturedGraph:
         tape = _Tape()
         with torch.no_grad(), tape:
             body()
@@ -111,7 +111,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(one)
 
 
-class CudaRunner:
+class CudaRecorder:
     """Captures CUDA graphs on a device, in one pool of memory, after two runs in which libraries choose kernels."""
 
     WARM_UPS = 2
@@ -120,7 +120,7 @@ class CudaRunner:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
 
-    def capture(self, body: Body) -> Graph:
+    def capture(self, body: Body) -> CapturedGraph:
         stream, current = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)
         stream.wait_stream(current)
         with torch.no_grad(), torch.cuda.stream(stream):
@@ -151,7 +151,7 @@ class GraphKey:
     """What captured work depends on besides the contents of its buffers.
 
     kind: `"request"` or `"tick"`. shape: (C, h, w). slots, rows, tokens: of one evaluation. evaluations: how many.
-    engines: identities of the bindings. previews: whether x0 is written.
+    engines: identities of the bindings. previews: whether x0 is written. blends: whether a picture is blended in.
     """
 
     kind: str
@@ -162,11 +162,12 @@ class GraphKey:
     evaluations: int
     engines: tuple[int, ...]
     previews: bool = False
+    blends: bool = False
 
 
 @dataclass(slots=True)
 class _Kept:
-    graph: Graph
+    graph: CapturedGraph
     owners: tuple[object, ...]
     addresses: tuple[int, ...]
 
@@ -178,13 +179,17 @@ class GraphCache:
     `invalidations`. Not thread-safe, as the slots are not.
     """
 
-    def __init__(self, runner: Runner, *, most: int = 8) -> None:
+    def __init__(self, recorder: Recorder, *, most: int = 8) -> None:
         if most < 1:
             raise ArgumentError(f"most is {most}", expected="at least 1 graph")
-        self._runner, self._most = runner, most
+        self._recorder, self._most = recorder, most
         self._kept: OrderedDict[GraphKey, _Kept] = OrderedDict()
         self._failed: dict[GraphKey, str] = {}
         self.captures = self.replays = self.failures = self.evictions = self.invalidations = 0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {n: getattr(self, n) for n in ("captures", "replays", "failures", "evictions", "invalidations")}
 
     @property
     def bytes(self) -> int:
@@ -250,7 +255,7 @@ class GraphCache:
     ) -> _Kept | None:
         before = [t.clone() for t in restore]
         try:
-            graph = self._runner.capture(body)
+            graph = self._recorder.capture(body)
         except (RuntimeError, CaptureError) as error:
             self.failures += 1
             self._failed[key] = str(error)

@@ -16,16 +16,14 @@ import numpy.typing as npt
 
 from ...errors import ArgumentError
 from ...schedules import Program
-
-Float32 = npt.NDArray[np.float32]
-
+from ..arrays import Float32
 
 Scalar = npt.NDArray[np.float32]
 """A factor as an array of no dimensions: NumPy multiplies by these faster than by Python floats."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
+class _Coefficients:
     """One row as the kernel wants it: without terms that do nothing (None), and with what no row reads back folded
     into the factors of x and out.
 
@@ -56,7 +54,7 @@ def _unless(value: float, idle: float) -> Scalar | None:
     return None if value == idle else _scalar(value)
 
 
-def _compile_rows(program: Program) -> list[_Row]:
+def _compile_rows(program: Program) -> list[_Coefficients]:
     rows = []
     stored_as = np.ones(program.history)
     for i in range(program.evaluations):
@@ -74,7 +72,7 @@ def _compile_rows(program: Program) -> list[_Row]:
                 x, out = float(program.a[i]), 0.0
         following = i + 1 < program.evaluations and bool(program.c_prev[i + 1])
         rows.append(
-            _Row(
+            _Coefficients(
                 scale=_unless(float(program.input_scale[i]), 1.0),
                 keep=keep,
                 adds=adds,
@@ -122,17 +120,21 @@ class SlotState:
         self._histories = [list(rings) for rings in self.history]
         self._noises = list(self.noise)
         self._helds = list(self._held)
-        self._tables: list[tuple[Program | None, list[_Row]]] = [(None, [])] * slots
+        self._tables: list[tuple[Program | None, list[_Coefficients]]] = [(None, [])] * slots
 
     def wipe(self, slot: int) -> None:
-        """Forget a slot's tenant. A zero coefficient would not silence a NaN, so the memory itself is zeroed."""
+        """Forget who was in a slot. A zero coefficient would not silence a NaN, so the memory itself is zeroed."""
         self._latents[slot].fill(0.0)
         self.history[slot].fill(0.0)
         self._noises[slot].fill(0.0)
         self._helds[slot].fill(0.0)
         self._tables[slot] = (None, [])
 
-    def rows(self, slot: int, program: Program) -> list[_Row]:
+    @property
+    def bytes(self) -> int:
+        return sum(a.nbytes for a in (self.latent, self.history, self.noise, self._held))
+
+    def rows(self, slot: int, program: Program) -> list[_Coefficients]:
         """The slot's table for `program`, compiled when the slot first sees it."""
         known, table = self._tables[slot]
         if known is program:
@@ -159,7 +161,11 @@ class SlotState:
             np.multiply(self._latents[slot], scale, out=out, casting="same_kind")
 
     def advance(
-        self, slots: Sequence[int], programs: Sequence[Program], rows: Sequence[int], outputs: npt.NDArray[Any]
+        self,
+        slots: Sequence[int],
+        programs: Sequence[Program],
+        rows: Sequence[int],
+        outputs: Sequence[npt.NDArray[Any]] | npt.NDArray[Any],
     ) -> None:
         """Apply row rows[j] of programs[j] to slot slots[j], given outputs[j] of the network (float32 or float16)."""
         for slot, program, i, output in zip(slots, programs, rows, outputs, strict=True):
@@ -172,7 +178,7 @@ class SlotState:
         """Write x0 as row i sees it into `into`. Call it before `advance`, which moves the state on."""
         x_factor, out_factor = self.rows(slot, program)[i].preview
         output = self._as_float32(output)
-        np.multiply(output, out_factor, out=into)
+        np.multiply(output, out_factor, out=into)  # x0 = x0_x x + x0_out out
         if x_factor is not None:
             np.multiply(self._latents[slot], x_factor, out=self._scratch)
             np.add(into, self._scratch, out=into)
@@ -190,7 +196,7 @@ class SlotState:
         np.copyto(self._converted, output)
         return self._converted
 
-    def _advance(self, slot: int, row: _Row, output: npt.NDArray[Any]) -> None:
+    def _advance(self, slot: int, row: _Coefficients, output: npt.NDArray[Any]) -> None:
         x, scratch, history = self._latents[slot], self._scratch, self._histories[slot]
         multiply, add = np.multiply, np.add
         if output.dtype != np.float32:
@@ -198,25 +204,25 @@ class SlotState:
         if row.keep is not None:
             ring, p, q = row.keep
             kept = history[ring]
-            multiply(output, q, kept)
+            multiply(output, q, kept)  # H[write] = h_x x + h_out out
             if p is not None:
                 multiply(x, p, scratch)
                 add(kept, scratch, kept)
         if row.x is not None:
-            multiply(x, row.x, x)
+            multiply(x, row.x, x)  # x' = a x ...
         if row.out is not None:
             multiply(output, row.out, scratch)
-            add(x, scratch, x)
+            add(x, scratch, x)  # + b[write] H[write], where nothing later reads H[write]: its part in out
         if row.adds:
-            add(x, kept, x)
+            add(x, kept, x)  # + b[write] H[write], stored with its factor
         for ring, factor in row.terms:
             multiply(history[ring], factor, scratch)
-            add(x, scratch, x)
+            add(x, scratch, x)  # + b[k] H[k]
         if row.c is not None:
             multiply(self._noises[slot], row.c, scratch)
-            add(x, scratch, x)
+            add(x, scratch, x)  # + c n_i
         if row.c_prev is not None:
             multiply(self._helds[slot], row.c_prev, scratch)
-            add(x, scratch, x)
+            add(x, scratch, x)  # + c_prev n_{i-1}
         if row.holds:
             np.copyto(self._helds[slot], self._noises[slot])

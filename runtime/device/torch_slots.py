@@ -1,4 +1,4 @@
-"""Slots on a device: all that a tick needs lies in device memory that never moves, and the host writes small tables.
+"""Slots on a torch device: all that a tick needs lies in device memory that never moves, the host writes small tables.
 
 A tick is one list of tensor operations: gather the rows of the slots by index tables, evaluate the UNet, add each
 slot's rows by their weights (guidance is a weight), apply each slot's own row of its own program. It reads nothing on
@@ -9,36 +9,30 @@ The same class runs on CPU tensors, which is how the tests compare it with the N
 
 from __future__ import annotations
 
-import dataclasses
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import numpy as np
 import torch
 
-from ...engines.base import Binding, Engine
-from ...errors import ArgumentError, NonFiniteError, UnsupportedError
+from ...engines import Binding, Engine
+from ...schedules import Program
+from ..arrays import Float32, Shape
+from ..conditioning import TOKENS
+from .base import MOST_HISTORY, MOST_ROWS, Decoded, Sampling, Slots, TickTimes, unet_dims
 from .clock import DeviceClock
 from .cuda_graphs import GraphCache, GraphKey
 from .memory import as_tensor, guard_memory, upload
-from .numpy_slots import MOST_HISTORY, Float32, Tenant, TickTimes
-from .torch_tables import Bucket, Conditioning, share_evaluations
-from .torch_update import CudaSlotState
-
-_KNOWN = {"program", "noise", "row", "positive", "negative", "guidance", "time_ids", "negative_time_ids"}
-_KNOWN.add("guidance_vector")
-_log = logging.getLogger("fewstep.runtime")
+from .torch_tables import Batch, ConditioningTables
+from .torch_update import TorchSlotState
 
 
-class DeviceSlots:
-    """A fixed number of slots of one latent shape on a torch device; what `Slots` offers, and whole requests.
+class TorchSlots(Slots):
+    """Slots as tensors of a torch device; see `Slots`.
 
-    shape: (C, h, w) of a latent. rows, draws: how long programs may be and how often they may draw; more is made room
-    for when a tenant needs it, at the price of a move and of the captured graphs. graphs: where captured work is kept
-    (`None`: all of it runs eagerly). Not thread-safe: one thread at a time; on CUDA every instance works on a stream
-    of its own.
+    longest_program, draws: how long programs may be and how often they may draw; more is made room for when an image
+    needs it, at the price of a move and of the captured graphs. graphs: where captured work is kept (`None`: all of it
+    runs eagerly). On CUDA every instance works on a stream of its own.
     """
 
     def __init__(
@@ -46,170 +40,130 @@ class DeviceSlots:
         engine: Engine,
         *,
         slots: int,
-        shape: tuple[int, int, int],
+        shape: Shape,
         device: str | torch.device = "cuda",
-        most_rows: int = 64,
-        rows: int = 64,
+        most_rows: int = MOST_ROWS,
+        longest_program: int = 64,
         draws: int = 4,
         graphs: GraphCache | None = None,
     ) -> None:
-        self._engine, self._shape, self._most_rows = engine, shape, max(2, most_rows)
+        super().__init__(engine, slots=slots, shape=shape, most_rows=most_rows)
         self.device = torch.device(device)
         self.graphs = graphs
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._tenants: list[Tenant | None] = [None] * slots
-        self._buckets: dict[tuple[int, int, int], Bucket] = {}
+        self._batches: dict[tuple[int, int, int], Batch] = {}
         with self._here():
-            self._state = CudaSlotState(
-                slots + 1, shape, MOST_HISTORY, max_rows=rows, max_draws=max(1, draws), device=self.device
-            )  # one slot more than there are: padding goes there
-        self._conditioning: dict[int, Conditioning] = {}
-        self._decoder: tuple[Engine, Binding] | None = None
-        self.clock = DeviceClock(self.device)
-
-    @property
-    def count(self) -> int:
-        return len(self._tenants)
-
-    @property
-    def free(self) -> list[int]:
-        return [i for i, t in enumerate(self._tenants) if t is None]
-
-    @property
-    def times(self) -> TickTimes:
-        """Milliseconds by stage; on CUDA this waits for the work it tells of."""
-        return self.clock.read()
-
-    @times.setter
-    def times(self, value: TickTimes) -> None:
-        self.clock.reset()
+            self._values = TorchSlotState(
+                slots + 1,  # one slot more than there are: padding goes there
+                shape,
+                MOST_HISTORY,
+                longest_program=longest_program,
+                max_draws=max(1, draws),
+                device=self.device,
+            )
+        self._conditioning: dict[int, ConditioningTables] = {}
+        self._decoder: tuple[Engine, int, Binding] | None = None
+        self._clock = DeviceClock(self.device)
 
     @property
     def bytes(self) -> int:
-        """Device memory of the slots, their tables and their graphs, the engines' buffers apart."""
-        held = self._state.bytes + sum(c.bytes for c in self._conditioning.values())
-        return held + sum(b.bytes for b in self._buckets.values()) + (self.graphs.bytes if self.graphs else 0)
+        tables = sum(c.bytes for c in self._conditioning.values()) + sum(b.bytes for b in self._batches.values())
+        return self._values.bytes + tables + (self.graphs.bytes if self.graphs else 0)
 
-    def tenant(self, slot: int) -> Tenant:
-        found = self._tenants[slot]
-        if found is None:
-            raise ArgumentError(f"slot {slot} is free", expected="a slot in use")
-        return found
+    @property
+    def recordings(self) -> Mapping[str, int]:
+        return {} if self.graphs is None else self.graphs.counts
 
-    def admit(self, tenant: Tenant, gaussian: Float32, latent: Float32 | None = None) -> int:
-        """Put a tenant into a free slot: its program, all of its noise, its embeddings and its starting latent.
+    def take_times(self) -> TickTimes:
+        times = self._clock.read()
+        self._clock.reset()
+        return times
 
-        All of it is uploaded here, so that no later tick takes anything but index tables from the host.
-        """
-        if not self.free:
-            raise ArgumentError(f"all {self.count} slots are in use", remedy="Release one first.")
-        _check_known(tenant)
-        slot, program = self.free[0], tenant.program
-        start = program.init_noise * gaussian.astype(np.float64)
-        if program.init_latent:
-            if latent is None:
-                raise ArgumentError("the program starts from a latent and none was given", remedy="Pass an image.")
-            start = start + program.init_latent * latent
+    def wait(self) -> None:
+        """Wait for all that was enqueued."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def _place(self, slot: int, sampling: Sampling, start: Float32) -> None:
+        """All of an image is uploaded here, so that no later tick takes anything but index tables from the host."""
+        program = sampling.program
         draws = int(np.count_nonzero(program.draws))
         with self._here():
             self._reserve(program.evaluations, draws)
-            self._state.wipe(slot)
-            self._state.load(slot, program)
-            if draws and self._state.draws is not None:
-                noise = np.stack([tenant.noise.randn(self._shape) for _ in range(draws)])
-                upload(self._state.draws[slot, :draws], noise)
-            upload(self._state.latent[slot], start.astype(np.float32))
-            self._conditioning_for(tenant.tokens).write(slot, tenant)
-        self._tenants[slot] = tenant
-        return slot
+            self._values.wipe(slot)
+            self._values.load(slot, program, sampling.blend)
+            if draws and self._values.draws is not None:
+                noise = np.stack([sampling.noise.randn(self.shape) for _ in range(draws)])
+                upload(self._values.draws[slot, :draws], noise)
+            upload(self._values.latent[slot], start)
+            self._tables(sampling.tokens).write(slot, sampling.conditioning)
 
-    def release(self, slot: int) -> None:
-        """Give a slot away: whatever it held is wiped, since a zero coefficient would not silence a NaN."""
-        self._tenants[slot] = None
-        for conditioning in self._conditioning.values():
-            conditioning.forget(slot)
+    def _clear(self, slot: int) -> None:
+        for tables in self._conditioning.values():
+            tables.forget(slot)
         with self._here():
-            self._state.wipe(slot)
+            self._values.wipe(slot)
 
-    def result(self, slot: int, into: Float32) -> None:
-        """Write the finished latent, float32 [C, h, w] in the VAE's coordinates; `NonFiniteError` if it is not."""
-        self.tenant(slot)
+    def _finish(self, slot: int, program: Program, into: Float32) -> None:
         with self._here():
-            np.copyto(into, self._state.finish(torch.tensor([slot], device=self.device))[0].cpu().numpy())
-        if not np.isfinite(into).all():
-            raise NonFiniteError(
-                "the latent holds NaN or infinity", remedy="Try float32, fewer or other steps, or a smaller guidance."
-            )
+            np.copyto(into, self._values.finish(torch.tensor([slot], device=self.device))[0].cpu().numpy())
 
-    def tick(
-        self, slots: Sequence[int], previews: Mapping[int, Float32] | None = None, *, rows: int | None = None
-    ) -> None:
-        """Advance these slots by one row each; see `Slots.tick`. What `rows` leaves over goes to a scrap slot."""
-        for tokens, group in self._groups(slots):
-            with self._here():
-                wanted = bool(previews) and any(s in (previews or {}) for s in group)
-                bucket = self._bucket(group, tokens, rows or 0)
-                self._do("tick", bucket, 1, lambda b=bucket, w=wanted: self._tick(b, previews=w), (), previews=wanted)
-                for i, slot in enumerate(group):
-                    if previews and slot in previews:
-                        np.copyto(previews[slot], bucket.x0[i].cpu().numpy())
-            for slot in group:
-                self.tenant(slot).row += 1
-
-    def run(self, slots: Sequence[int], decoder: Binding) -> torch.Tensor:
-        """Everything that is left of a request, as one piece of work: every evaluation, every update, and the VAE.
-
-        slots: in use, all in programs of one length and at their first row, of one prompt length, and as many as
-        `decoder` (a binding of the VAE's decoder) takes. Returns bool [A]: which latents are finite. That and the
-        decoder's outputs are then on their way: on CUDA nobody has waited for them.
-        """
-        tenants = [self.tenant(s) for s in slots]
-        lengths = {(t.program.evaluations, t.row) for t in tenants}
-        groups = self._groups(slots)
-        if len(lengths) != 1 or len(groups) != 1 or tenants[0].row:
-            raise ArgumentError(
-                f"{len(slots)} slots of {len(lengths)} lengths in {len(groups)} evaluations",
-                expected="slots of one request at its beginning",
-                remedy="Use tick, which takes any.",
-            )
-        count = tenants[0].program.evaluations
+    def _state(self, slot: int) -> Float32:
         with self._here():
-            bucket = self._bucket(list(slots), groups[0][0], 0)
-            latent = as_tensor(decoder.inputs["latent"])
+            state: Float32 = self._values.latent[slot].cpu().numpy()
+        return state
+
+    def _evaluate(self, slots: list[int], tokens: int, rows: int, previews: Mapping[int, Float32]) -> None:
+        with self._here():
+            batch, blends = self._batch(slots, tokens, rows), self._blends(slots)
 
             def body() -> None:
-                for _ in range(count):
-                    self._tick(bucket, previews=False)
-                finished = self._state.finish(bucket.slots)
-                bucket.finite.copy_(torch.isfinite(finished).flatten(1).all(1))
+                self._tick(batch, previews=bool(previews), blends=blends)
+
+            self._do("tick", batch, 1, body, previews=bool(previews), blends=blends)
+            for i, slot in enumerate(slots):
+                if slot in previews:
+                    np.copyto(previews[slot], batch.x0[i].cpu().numpy())
+
+    def _run(self, slots: list[int], tokens: int, evaluations: int, decoder: Engine) -> Decoded:
+        """On CUDA nobody waits before all of it is enqueued."""
+        with self._here():
+            batch, blends = self._batch(slots, tokens, 0), self._blends(slots)
+            binding = self._bind_decoder(decoder, len(slots))
+            latent = as_tensor(binding.inputs["latent"])
+
+            def body() -> None:
+                for _ in range(evaluations):
+                    self._tick(batch, previews=False, blends=blends)
+                finished = self._values.finish(batch.slots)
+                batch.finite.copy_(torch.isfinite(finished).flatten(1).all(1))
                 latent.copy_(finished)
-                decoder.enqueue()
+                binding.enqueue()
 
-            own = self._decoder is not None and self._decoder[1] is decoder and self._decoder[0]
-            capturable = not own or own.capture == "whole_request"
-            self._do("request", bucket, count, body, (decoder,), capturable=capturable)
-        for tenant in tenants:
-            tenant.row = count
-        return bucket.finite
+            capturable = decoder.capture == "whole_request"
+            self._do("request", batch, evaluations, body, (binding,), blends=blends, capturable=capturable)
+        self.wait()
+        tensor = as_tensor(binding.outputs["image"]).clone()
+        finite = (as_tensor(binding.outputs["finite"]).cpu() & batch.finite.cpu()).numpy()
+        return Decoded(images=tensor.cpu().numpy(), latents=latent.cpu().numpy().copy(), finite=finite, tensor=tensor)
 
-    def decoder(self, engine: Engine) -> Binding:
-        """The binding of a VAE's decoder for all of these slots, made once: `run` works on its buffers."""
-        if self._decoder is None or self._decoder[0] is not engine:
-            _, height, width = self._shape
-            dims = {"batch": self.count, "height": height, "width": width}
-            with self._here(), guard_memory(self.device, f"decoding {self.count} images"):
-                self._decoder = engine, engine.bind(dims)
-        return self._decoder[1]
+    def _bind_decoder(self, decoder: Engine, images: int) -> Binding:
+        """The binding of a VAE's decoder, made once: recorded work holds its buffers."""
+        if self._decoder is None or self._decoder[:2] != (decoder, images):
+            with guard_memory(self.device, f"decoding {images} images"):
+                self._decoder = decoder, images, decoder.bind({"batch": images, **self._sides})
+        return self._decoder[2]
 
     def _do(
         self,
         kind: str,
-        bucket: Bucket,
+        batch: Batch,
         evaluations: int,
-        body: Any,
-        owners: tuple[object, ...],
+        body: Callable[[], None],
+        owners: tuple[object, ...] = (),
         *,
         previews: bool = False,
+        blends: bool = False,
         capturable: bool = True,
     ) -> None:
         """Run work eagerly, or captured where there is a cache and the engines admit a caller's graph."""
@@ -217,73 +171,76 @@ class DeviceSlots:
             with torch.no_grad(), guard_memory(self.device, f"a {kind}"):
                 body()
             return
-        held = (bucket.binding, *owners)
+        held = (batch.binding, *owners)
         key = GraphKey(
             kind=kind,
-            shape=self._shape,
-            slots=bucket.count,
-            rows=bucket.rows,
-            tokens=bucket.tokens,
+            shape=self.shape,
+            slots=batch.count,
+            rows=batch.rows,
+            tokens=batch.tokens,
             evaluations=evaluations,
             engines=(id(self._engine), *(id(o) for o in held)),
             previews=previews,
+            blends=blends,
         )
-        conditioning = self._conditioning[bucket.tokens]
-        buffers = (*self._state.buffers, *conditioning.tensors, *bucket.tensors)
-        self.clock.suspend()
+        conditioning = self._conditioning[batch.tokens]
+        buffers = (*self._values.buffers, *conditioning.tensors, *batch.tensors)
+        self._clock.suspend()
         try:
             with torch.no_grad(), guard_memory(self.device, f"a {kind}"):
-                self.graphs.run(key, body, owners=(self._engine, *held), buffers=buffers, restore=self._state.tensors)
+                self.graphs.run(key, body, owners=(self._engine, *held), buffers=buffers, restore=self._values.tensors)
         finally:
-            self.clock.resume(evaluations)
+            self._clock.resume(evaluations)
 
-    def _tick(self, bucket: Bucket, *, previews: bool) -> None:
-        """One evaluation of a bucket: nothing here depends on what the tensors hold."""
-        state, clock = self._state, self.clock
+    def _tick(self, batch: Batch, *, previews: bool, blends: bool) -> None:
+        """One evaluation of a batch: nothing here depends on what the tensors hold."""
+        values, clock = self._values, self._clock
         clock.mark("gather")
-        state.model_input(bucket.slot_of_row, bucket.sample)
-        bucket.timestep.copy_(state.timesteps(bucket.slot_of_row))
-        self._conditioning[bucket.tokens].gather(bucket)
+        values.model_input(batch.slot_of_row, batch.sample)  # in_i = input_scale x, by row
+        batch.timestep.copy_(values.timesteps(batch.slot_of_row))
+        self._conditioning[batch.tokens].gather(batch)
         clock.mark("evaluations")
-        bucket.binding.enqueue()
+        batch.binding.enqueue()  # out = unet(in_i, t_i, conditioning)
         clock.mark("guidance")
-        outputs = bucket.combine()
+        outputs = batch.combine()  # (1 - g) u + g c, by slot
         clock.mark("update")
         if previews:
-            bucket.x0.copy_(state.preview(bucket.slots, outputs))
-        state.advance(bucket.slots, outputs)
+            batch.x0.copy_(values.preview(batch.slots, outputs))
+        values.advance(batch.slots, outputs, blends=blends)
         clock.mark("")
 
-    def _groups(self, slots: Sequence[int]) -> list[tuple[int, list[int]]]:
-        return share_evaluations({s: self.tenant(s) for s in slots}, self._most_rows)
+    def _blends(self, slots: list[int]) -> bool:
+        return any(self.sampling(s).blend is not None for s in slots)
 
-    def _bucket(self, slots: list[int], tokens: int, least_rows: int) -> Bucket:
+    def _batch(self, slots: list[int], tokens: int, least_rows: int) -> Batch:
         """The buffers of an evaluation of so many slots and rows, its tables saying which these are."""
-        tenants = [self.tenant(s) for s in slots]
-        rows = max(least_rows, sum(t.rows for t in tenants))
+        samplings = [self.sampling(s) for s in slots]
+        rows = max(least_rows, sum(s.rows for s in samplings))
         key = (len(slots), rows, tokens)
-        if key not in self._buckets:
-            _, height, width = self._shape
+        if key not in self._batches:
             with guard_memory(self.device, f"an evaluation of {rows} rows"):
-                binding = self._engine.bind({"rows": rows, "height": height, "width": width, "tokens": tokens})
-                self._buckets[key] = Bucket(binding, len(slots), rows, tokens, self._shape, self.device)
-        bucket = self._buckets[key]
-        bucket.point(slots, tenants, scrap=self.count)
-        for slot, tenant in zip(slots, tenants, strict=True):
-            self._conditioning_for(tokens).write(slot, tenant)
-        return bucket
+                binding = self._engine.bind(unet_dims(self.shape, rows, tokens))
+                self._batches[key] = Batch(binding, len(slots), rows, tokens, self.shape, self.device)
+        batch = self._batches[key]
+        batch.point(slots, samplings, scrap=self.count)
+        for slot, sampling in zip(slots, samplings, strict=True):
+            self._tables(tokens).write(slot, sampling.conditioning)
+        return batch
 
-    def _conditioning_for(self, tokens: int) -> Conditioning:
+    def _tables(self, tokens: int) -> ConditioningTables:
         if tokens not in self._conditioning:
-            self._conditioning[tokens] = Conditioning(self._engine.inputs, self.count + 1, tokens, self.device)
+            dims = {**self._sides, TOKENS: tokens}
+            self._conditioning[tokens] = ConditioningTables(self._engine.inputs, self.count + 1, dims, self.device)
         return self._conditioning[tokens]
 
-    def _reserve(self, rows: int, draws: int) -> None:
+    def _reserve(self, evaluations: int, draws: int) -> None:
         """Make room for a longer program; every captured graph goes, since the buffers move."""
-        state = self._state
-        if rows <= state.max_rows and draws <= state.max_draws:
+        values = self._values
+        if evaluations <= values.longest_program and draws <= values.max_draws:
             return
-        self._state = state.grown(_power(max(rows, state.max_rows)), _power(max(draws, state.max_draws)))
+        self._values = values.grown(
+            _power(max(evaluations, values.longest_program)), _power(max(draws, values.max_draws))
+        )
         if self.graphs is not None:
             self.graphs.clear()
 
@@ -293,23 +250,6 @@ class DeviceSlots:
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
             yield
 
-    def wait(self) -> None:
-        """Wait for all that was enqueued."""
-        if self._stream is not None:
-            self._stream.synchronize()
-
 
 def _power(value: int) -> int:
     return 1 << max(0, value - 1).bit_length()
-
-
-def _check_known(tenant: Tenant) -> None:
-    """Raise `UnsupportedError` for a tenant that asks for what these slots do not do."""
-    for field in dataclasses.fields(tenant):
-        value = getattr(tenant, field.name)
-        if field.name not in _KNOWN and value is not None and value is not field.default:
-            raise UnsupportedError(
-                f"{field.name} is not done by slots on a device",
-                expected="one of the plain requests",
-                remedy="Use device='cpu' for it.",
-            )

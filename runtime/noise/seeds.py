@@ -17,9 +17,9 @@ import numpy.typing as npt
 from ...errors import UnknownNameError
 from ..arguments import check_integer
 from ..arguments import check_seed as check_seed
+from ..arrays import Float32
 from .torch_cuda import THREADS, TorchCudaGenerator
 
-Float32 = npt.NDArray[np.float32]
 _BLOCK = 16
 
 

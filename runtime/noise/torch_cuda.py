@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..arguments import check_integer, check_seed
+from ..arrays import Float32
 
-Float32 = npt.NDArray[np.float32]
 UInt32 = npt.NDArray[np.uint32]
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))

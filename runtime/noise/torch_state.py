@@ -6,14 +6,13 @@ import struct
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ...errors import ArgumentError, UnsupportedError
 from ..arguments import LARGEST_SEED
+from ..arrays import UInt8
 from .seeds import Gaussians, TorchCpuGenerator
 from .torch_cuda import TorchCudaGenerator
 
-UInt8 = npt.NDArray[np.uint8]
 _CPU_BYTES, _CUDA_BYTES = 5056, 16
 _WORDS = 624
 _HEAD = struct.Struct("<Qii Q")

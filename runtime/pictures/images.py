@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ...errors import ArgumentError, CorruptError, MissingError
+from ..arrays import Float32, UInt8
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-UInt8 = npt.NDArray[np.uint8]
-Float32 = npt.NDArray[np.float32]
 MOST_PIXELS = 64 * 1024 * 1024
 MOST_BYTES = 64 * 1024 * 1024
 FORMATS = ("PNG", "JPEG", "WEBP")

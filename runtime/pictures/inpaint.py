@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ...errors import ArgumentError, UnsupportedError
 from ...schedules import Program
-
-Float32 = npt.NDArray[np.float32]
+from ..arrays import Float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -20,35 +17,39 @@ class Blend:
     """What a slot keeps of its picture. mask float32 [1, h, w]: 1 where the picture is made anew, 0 where it stays.
 
     kept_latent, kept_noise: float32 [C, h, w], the picture's latent and the slot's starting noise times 1 - mask.
+    factors: float32 [n, 2], of these two in the state after each row of the program.
     """
 
     mask: Float32
     kept_latent: Float32
     kept_noise: Float32
+    factors: Float32
 
-    def apply(self, state: Float32, program: Program, row: int, scratch: Float32) -> None:
-        """Blend the state after row `row`, float32 [C, h, w], in place: diffusers' rule for UNets of four channels.
-
-        The state is the network's input, (latent + sigma noise) / sqrt(1 + sigma^2); after the last row it is the
-        result, and the picture is put back without noise.
-        """
-        np.multiply(state, self.mask, out=state)
-        if row + 1 == program.evaluations:
-            np.multiply(self.kept_latent, np.float32(1.0 / program.state_scale[-1]), out=scratch)
-            np.add(state, scratch, out=state)
-            return
-        sigma = float(program.sigmas[row + 1])
-        scale = 1.0 / math.sqrt(1.0 + sigma * sigma)
-        np.multiply(self.kept_latent, np.float32(scale), out=scratch)
-        np.add(state, scratch, out=state)
-        np.multiply(self.kept_noise, np.float32(sigma * scale), out=scratch)
-        np.add(state, scratch, out=state)
+    def apply(self, state: Float32, position: int, scratch: Float32) -> None:
+        """Blend the state after the program's row at `position`, float32 [C, h, w], in place."""
+        latent_factor, noise_factor = self.factors[position]
+        np.multiply(state, self.mask, out=state)  # m x
+        np.multiply(self.kept_latent, latent_factor, out=scratch)
+        np.add(state, scratch, out=state)  # + f_z (1 - m) z
+        if noise_factor:
+            np.multiply(self.kept_noise, noise_factor, out=scratch)
+            np.add(state, scratch, out=state)  # + f_n (1 - m) n
 
 
-def make_blend(mask: Float32, latent: Float32, noise: Float32) -> Blend:
-    """From a mask [h, w] and latent and noise [C, h, w]."""
+def make_blend(program: Program, mask: Float32, latent: Float32, noise: Float32) -> Blend:
+    """From a mask [h, w] and latent and noise [C, h, w]: diffusers' rule for UNets of four channels.
+
+    The state is the network's input, so that what the mask keeps is (z + sigma n) / sqrt(1 + sigma^2) at the noise
+    level that a row reaches; after the last row it is the result, and the picture is put back without noise.
+    """
     keep = np.float32(1.0) - mask
-    return Blend(mask=mask[None], kept_latent=keep * latent, kept_noise=keep * noise)
+    sigmas = program.sigmas[1:]
+    scale = 1.0 / np.sqrt(1.0 + sigmas**2)
+    factors = np.stack([scale, sigmas * scale], axis=1)
+    factors[-1] = 1.0 / program.state_scale[-1], 0.0
+    return Blend(
+        mask=mask[None], kept_latent=keep * latent, kept_noise=keep * noise, factors=factors.astype(np.float32)
+    )
 
 
 def check_mask_for(program: Program, masks: Float32) -> None:

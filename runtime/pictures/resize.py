@@ -10,8 +10,9 @@ import numpy as np
 
 from ...bundle import Bundle
 from ...errors import ArgumentError, UnknownNameError
+from ..arrays import Float32
 from ..call import Call
-from .images import MOST_PIXELS, Float32, open_image, to_unit
+from .images import MOST_PIXELS, open_image, to_unit
 from .inpaint import open_mask, to_latent_mask
 
 if TYPE_CHECKING:

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ...errors import ArgumentError
+from ..arrays import Float32
 
-Float32 = npt.NDArray[np.float32]
 OVERLAP = 0.25
 WHEN = ("auto", True, False)
 AUTO_PIXELS = 1536 * 1536

@@ -10,8 +10,8 @@ import numpy as np
 from ...bundle import Bundle
 from ...engines.base import Binding, Engine
 from ...errors import BlackImageError, NonFiniteError
+from ..arrays import Float32, UInt8
 from ..noise.seeds import RequestNoise
-from .images import Float32, UInt8
 from .tiles import Tiling, check_when, run_tiled
 
 MOST_PIXELS = 1024 * 1024
@@ -55,12 +55,20 @@ class Vae:
         """As `decode`, for previews: whatever comes out is returned."""
         return self._decode(latents)[0]
 
+    def in_one_pass(self, count: int, height: int, width: int) -> bool:
+        """Whether so many latents of this height and width are decoded whole and at once."""
+        return count <= self._at_once(count, height, width) and not self._tile.wanted(self.tiling, height, width)
+
+    def _at_once(self, count: int, height: int, width: int) -> int:
+        if self.slicing != "auto":
+            return 1 if self.slicing else count
+        return max(1, MOST_PIXELS // (height * width * self._factor**2))
+
     def _decode(self, latents: Float32) -> tuple[UInt8, np.ndarray]:
         count, _, height, width = latents.shape
         images = np.empty((count, height * self._factor, width * self._factor, 3), np.uint8)
         finite = np.empty(count, bool)
-        each = max(1, MOST_PIXELS // (height * width * self._factor**2))
-        each = each if self.slicing == "auto" else 1 if self.slicing else count
+        each = self._at_once(count, height, width)
         tiled = self._tile.wanted(self.tiling, height, width)
         with self._decoding:
             for at in range(0, count, each):

@@ -15,36 +15,31 @@ from tokenizers import Tokenizer as FastTokenizer
 from ...bundle import Bundle, Tokenizer
 from ...engines.base import Binding, Engine
 from ...errors import ArgumentError, CorruptError, NonFiniteError
-from .syntax import MOST_CHUNKS, Chunk, Part, Prompt, lay_out, parse_a1111
+from ..arrays import Float32
+from ..conditioning import Arrays
+from .syntax import MOST_CHUNKS, Chunk, Prompt, TextSpan, lay_out, parse_a1111
 
-Float32 = npt.NDArray[np.float32]
-ENCODERS = ("text_encoder", "text_encoder_2")
 log = logging.getLogger("fewstep.runtime")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Embedding:
-    """A prompt as the UNet takes it: `hidden` float32 [T, D], and `pooled` float32 [P] where the family has one.
+    """A prompt as the UNet takes it: float32 arrays by the names of its inputs.
 
-    T is the encoder's length times the number of chunks. truncated: whether tokens were cut off.
+    Those of two dimensions, [T, D], lie along tokens: T is the encoders' length times the number of chunks. truncated:
+    whether tokens were cut off.
     """
 
-    hidden: Float32
-    pooled: Float32 | None
+    arrays: Arrays
     truncated: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return next(len(a) for a in self.arrays.values() if a.ndim == 2)
 
     def zeros(self) -> Embedding:
         """The embedding of no prompt at all, for families that take zeros there."""
-        return Embedding(
-            hidden=np.zeros_like(self.hidden), pooled=None if self.pooled is None else np.zeros_like(self.pooled)
-        )
-
-    def repeated(self, tokens: int) -> Embedding:
-        """All of it as often as fills `tokens`, a multiple of T: attention to repeated keys is what it was."""
-        times = tokens // len(self.hidden)
-        if times == 1:
-            return self
-        return Embedding(hidden=np.tile(self.hidden, (times, 1)), pooled=self.pooled, truncated=self.truncated)
+        return Embedding(arrays={n: np.zeros_like(a) for n, a in self.arrays.items()})
 
 
 class PromptTokenizer:
@@ -86,7 +81,7 @@ class PromptTokenizer:
     def chunks(self, prompt: Prompt, text: str) -> tuple[list[Chunk], bool]:
         """A text in chunks of one pass each, as `prompt` wants it read, and whether it was cut."""
         weighted = prompt.syntax == "a1111"
-        parts = parse_a1111(text) if weighted else [Part(text)]
+        parts = parse_a1111(text) if weighted else [TextSpan(text)]
         laid = lay_out([(self.words(p.text), p) for p in parts], self.room, self._comma if weighted else None)
         if prompt.long == "truncate":
             return laid[:1], len(laid) > 1
@@ -112,7 +107,7 @@ class TextEncoders:
         keep: int = 64,
         keep_engines: bool = True,
     ) -> None:
-        self._names = [n for n in ENCODERS if n in bundle.components]
+        self._names, self._join = bundle.text_encoders, bundle.model.join
         self._tokenizers = [PromptTokenizer(bundle, r) for r in bundle.tokenizers]
         self._open = engines if callable(engines) else lambda: engines
         self._keep_engines = keep_engines
@@ -181,27 +176,20 @@ class TextEncoders:
             )
         counts = [len(chunks) for chunks in laid[0]]
         bindings = self._encode_chunks([[c for chunks in of for c in chunks] for of in laid], clip_skip)
-        hidden = np.concatenate(
-            [
-                _weigh(b.outputs["hidden"], [c for chunks in of for c in chunks])
-                for b, of in zip(bindings, laid, strict=True)
-            ],
-            axis=-1,
-        )
-        pooled = bindings[-1].outputs.get("pooled")
-        if not np.isfinite(hidden).all():
-            raise NonFiniteError("a text encoder gave NaN or infinity", remedy="Export the text encoders in float32.")
-        made, at = [], 0
-        for count, was_cut in zip(counts, cut, strict=True):
-            made.append(
-                Embedding(
-                    hidden=hidden[at : at + count].reshape(-1, hidden.shape[-1]).copy(),
-                    pooled=None if pooled is None else np.array(pooled[at], np.float32),
-                    truncated=was_cut,
+        outputs: list[dict[str, Float32]] = []
+        for binding, of in zip(bindings, laid, strict=True):
+            hidden = _weigh(binding.outputs["hidden"], [c for chunks in of for c in chunks])
+            if not np.isfinite(hidden).all():
+                raise NonFiniteError(
+                    "a text encoder gave NaN or infinity", remedy="Export the text encoders in float32."
                 )
-            )
-            at += count
-        return made
+            outputs.append({**binding.outputs, "hidden": hidden})
+        joined, embeddings, chunk = self._join(outputs), [], 0
+        for count, was_cut in zip(counts, cut, strict=True):
+            arrays = {n: _of_prompt(a[chunk : chunk + count]) for n, a in joined.items()}
+            embeddings.append(Embedding(arrays=arrays, truncated=was_cut))
+            chunk += count
+        return embeddings
 
     def _lay_out(self, prompts: Sequence[Prompt]) -> tuple[list[list[list[Chunk]]], list[bool]]:
         """Chunks by encoder and prompt, as many for each encoder, and whether each prompt was cut.
@@ -238,6 +226,11 @@ class TextEncoders:
                 np.copyto(binding.inputs["clip_skip"], clip_skip)
             binding.enqueue()
         return bindings
+
+
+def _of_prompt(chunks: Float32) -> Float32:
+    """What a prompt's chunks gave as one array: states [N, L, D] one after the other, of vectors [N, D] the first."""
+    return np.array(chunks.reshape(-1, chunks.shape[-1]) if chunks.ndim == 3 else chunks[0], np.float32)
 
 
 def _weigh(hidden: Float32, chunks: Sequence[Chunk]) -> Float32:

@@ -28,7 +28,7 @@ _BREAK = re.compile(r"\s*\bBREAK\b\s*")
 class Prompt:
     """One prompt and how to read it.
 
-    text_2: what the second text encoder of SDXL reads instead. syntax: `"plain"` or `"a1111"`. long: what becomes of
+    text_2: what a second text encoder reads instead. syntax: `"plain"` or `"a1111"`. long: what becomes of
     more tokens than one pass takes, `"truncate"` or `"chunk"`. clip_skip: layers left out, 0 for the family's own.
     """
 
@@ -44,7 +44,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class TextSpan:
     """Words of one weight; `ends_chunk` is a BREAK, which has no words."""
 
     text: str
@@ -91,7 +91,7 @@ def check_clip_skip(bundle: Bundle, clip_skip: object) -> int:
     """Layers to leave out, if every text encoder of the bundle has so many and its graph admits the choice."""
     if isinstance(clip_skip, bool) or not isinstance(clip_skip, int):
         raise ArgumentError(f"clip_skip is {clip_skip!r}", expected="an integer")
-    encoders = [bundle.components[n] for n in ("text_encoder", "text_encoder_2") if n in bundle.components]
+    encoders = [bundle.components[n] for n in bundle.text_encoders]
     layers = [int(e.config["num_hidden_layers"]) + 1 - max(int(e.config.get("_layer", 0)), 1) for e in encoders]
     if not 0 <= clip_skip <= min(layers):
         raise ArgumentError(f"clip_skip is {clip_skip}", expected=f"an integer from 0 to {min(layers)}")
@@ -104,13 +104,13 @@ def check_clip_skip(bundle: Bundle, clip_skip: object) -> int:
     return clip_skip
 
 
-def parse_a1111(text: str) -> list[Part]:
+def parse_a1111(text: str) -> list[TextSpan]:
     """A prompt in the web UI's syntax as parts of one weight each.
 
     `(words)` weighs 1.1 times, `(words:1.3)` 1.3 times, `[words]` 1/1.1 times, nested brackets multiply, a bracket
     that is never closed reaches to the end, `\\(` is a bracket meant as such, and BREAK begins a new chunk.
     """
-    parts: list[Part] = []
+    parts: list[TextSpan] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}
     spans: list[tuple[int, int, float]] = []
     at = 0
@@ -121,18 +121,18 @@ def parse_a1111(text: str) -> list[Part]:
         if mark["open"]:
             opened[mark["open"]].append(len(parts))
         elif mark["escaped"] is not None:
-            parts.append(Part(mark["escaped"]))
+            parts.append(TextSpan(mark["escaped"]))
         elif factor is not None and opened[bracket]:
             spans.append((opened[bracket].pop(), len(parts), factor))
         else:
-            parts.append(Part(mark.group()))
+            parts.append(TextSpan(mark.group()))
     parts += _plain_parts(text[at:])
     spans += [(first, len(parts), _STRONGER) for first in opened["("]]
     spans += [(first, len(parts), _WEAKER) for first in opened["["]]
-    return _joined(_weighted(parts, spans)) or [Part("")]
+    return _joined(_weighted(parts, spans)) or [TextSpan("")]
 
 
-def _weighted(parts: Sequence[Part], spans: Sequence[tuple[int, int, float]]) -> list[Part]:
+def _weighted(parts: Sequence[TextSpan], spans: Sequence[tuple[int, int, float]]) -> list[TextSpan]:
     """Parts with the product of the factors of all spans (first, last + 1, factor) that they are in."""
     weights = np.ones(len(parts))
     with np.errstate(over="ignore", invalid="ignore"):
@@ -140,15 +140,15 @@ def _weighted(parts: Sequence[Part], spans: Sequence[tuple[int, int, float]]) ->
             weights[first:end] *= factor
     if not (np.abs(weights) <= MOST_WEIGHT).all():
         raise ArgumentError("a prompt weighs words too much", expected=f"at most {MOST_WEIGHT} times")
-    return [Part(p.text, float(w), p.ends_chunk) for p, w in zip(parts, weights, strict=True)]
+    return [TextSpan(p.text, float(w), p.ends_chunk) for p, w in zip(parts, weights, strict=True)]
 
 
-def _plain_parts(text: str) -> list[Part]:
+def _plain_parts(text: str) -> list[TextSpan]:
     """Words between two marks, at each BREAK a part of its own."""
     pieces = _BREAK.split(text)
-    made = [Part(pieces[0])]
+    made = [TextSpan(pieces[0])]
     for piece in pieces[1:]:
-        made += [Part("", ends_chunk=True), Part(piece)]
+        made += [TextSpan("", ends_chunk=True), TextSpan(piece)]
     return [p for p in made if p.text or p.ends_chunk]
 
 
@@ -162,18 +162,18 @@ def _closing(mark: re.Match[str]) -> tuple[str, float | None]:
         return "(", None
 
 
-def _joined(parts: Sequence[Part]) -> list[Part]:
+def _joined(parts: Sequence[TextSpan]) -> list[TextSpan]:
     """Neighbours of one weight as one part: they are tokenised together."""
-    made: list[Part] = []
+    made: list[TextSpan] = []
     for part in parts:
         if made and not part.ends_chunk and not made[-1].ends_chunk and made[-1].weight == part.weight:
-            made[-1] = Part(made[-1].text + part.text, part.weight)
+            made[-1] = TextSpan(made[-1].text + part.text, part.weight)
         else:
             made.append(part)
     return made
 
 
-def lay_out(parts: Sequence[tuple[Sequence[int], Part]], room: int, comma: int | None) -> list[Chunk]:
+def lay_out(parts: Sequence[tuple[Sequence[int], TextSpan]], room: int, comma: int | None) -> list[Chunk]:
     """Tokens of parts in chunks of at most `room`, at least one.
 
     comma: the token at which a full chunk would rather end, if it is among its last `NEARBY_COMMA`; `None` for none.

@@ -10,8 +10,9 @@ import numpy as np
 
 from ...bundle import Bundle
 from ...errors import ArgumentError
+from ..arrays import Float32
 from ..call import Call
-from .encoders import Embedding, Float32
+from .encoders import Embedding
 from .syntax import Prompt, check_clip_skip, check_prompt, check_reading
 
 
@@ -57,14 +58,15 @@ def read_wording(bundle: Bundle, call: Call, each: int) -> Wording:
     """What the call's images are told, `each` images a prompt."""
     syntax, long = check_reading(call.prompt_syntax, call.long_prompts)
     skip = check_clip_skip(bundle, call.clip_skip)
-    second = "text_encoder_2" in bundle.components
+    second = len(bundle.text_encoders) > 1
+    pooled_too = any(c.argument == "pooled_prompt_embeds" for c in bundle.conditions)
     for name in ("prompt_2", "negative_2"):
         if getattr(call, name) is not None and not second:
             raise ArgumentError(f"{name} for a model with one text encoder", remedy="Leave it out.")
     for embeds in ("prompt_embeds", "negative_prompt_embeds"):
         pooled = embeds.replace("prompt_embeds", "pooled_prompt_embeds")
-        if getattr(call, pooled) is not None and (not second or getattr(call, embeds) is None):
-            why = f"without {embeds}" if second else "for a model with one text encoder"
+        if getattr(call, pooled) is not None and (not pooled_too or getattr(call, embeds) is None):
+            why = f"without {embeds}" if pooled_too else "for a model with one text encoder"
             raise ArgumentError(f"{pooled} {why}", remedy="Leave it out.")
     if (call.prompt is None) == (call.prompt_embeds is None):
         raise ArgumentError(
@@ -75,9 +77,7 @@ def read_wording(bundle: Bundle, call: Call, each: int) -> Wording:
         raise ArgumentError("a negative prompt and negative_prompt_embeds", expected="at most one of the two")
     if call.prompt_embeds is not None:
         _refuse_beside_embeddings(call, ("prompt_2", "clip_skip"))
-        positives: list[Prompt | Embedding] = list(
-            _embeddings(bundle, "prompt_embeds", call.prompt_embeds, call.pooled_prompt_embeds)
-        )
+        positives: list[Prompt | Embedding] = list(_embeddings(bundle, call, ""))
     else:
         texts = _texts("prompt", call.prompt)
         others = _matched("prompt_2", call.prompt_2, len(texts))
@@ -103,8 +103,7 @@ def read_wording(bundle: Bundle, call: Call, each: int) -> Wording:
 def _negatives(bundle: Bundle, call: Call, like: Prompt) -> list[Prompt | Embedding | None]:
     if call.negative_prompt_embeds is not None:
         _refuse_beside_embeddings(call, ("negative_2",))
-        pooled = call.negative_pooled_prompt_embeds
-        return list(_embeddings(bundle, "negative_prompt_embeds", call.negative_prompt_embeds, pooled))
+        return list(_embeddings(bundle, call, "negative_"))
     if call.negative is None and call.negative_2 is None:
         return [None]
     texts = _texts("negative prompt", "" if call.negative is None else call.negative)
@@ -138,17 +137,21 @@ def _refuse_beside_embeddings(call: Call, names: Sequence[str]) -> None:
             raise ArgumentError(f"{name} beside embeddings", expected="it is for prompts", remedy="Leave it out.")
 
 
-def _embeddings(bundle: Bundle, name: str, given: Any, pooled: Any) -> list[Embedding]:
-    """Embeddings [N, T, D], with pooled vectors [N, P] where the family has them, one an entry."""
-    inputs = {s.name: s for s in bundle.component("unet").inputs}
-    hidden = as_float32(name, given, (None, None, int(inputs["encoder_hidden_states"].shape[-1])))
-    if "text_embeds" not in inputs:
-        return [Embedding(hidden=h, pooled=None) for h in hidden]
-    wanted = name.replace("prompt_embeds", "pooled_prompt_embeds")
-    if pooled is None:
-        raise ArgumentError(f"{name} without {wanted}", remedy=f"Pass {wanted} [N, P] too.")
-    vectors = as_float32(wanted, pooled, (len(hidden), int(inputs["text_embeds"].shape[-1])))
-    return [Embedding(hidden=h, pooled=v) for h, v in zip(hidden, vectors, strict=True)]
+def _embeddings(bundle: Bundle, call: Call, prefix: str) -> list[Embedding]:
+    """The embeddings that a call gives in place of prompts, one an entry, by the arguments of the family's inputs."""
+    stacked: dict[str, Float32] = {}
+    entries = None
+    for condition in bundle.conditions:
+        if condition.argument is None:
+            continue
+        name = prefix + condition.argument
+        given = getattr(call, name)
+        if given is None:
+            raise ArgumentError(f"{prefix}prompt_embeds without {name}", remedy=f"Pass {name} [N, P] too.")
+        shape = (entries, *(None if d == "tokens" else int(d) for d in condition.shape))
+        stacked[condition.name] = as_float32(name, given, shape)
+        entries = len(stacked[condition.name])
+    return [Embedding(arrays={n: a[i] for n, a in stacked.items()}) for i in range(entries or 0)]
 
 
 def as_float32(name: str, given: Any, shape: tuple[int | None, ...]) -> Float32:

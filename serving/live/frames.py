@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ...runtime.pictures.images import UInt8
+from ...runtime.arrays import UInt8
 
 WINDOW_S = 2.0
 KEPT_LATENCIES = 512

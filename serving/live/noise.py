@@ -8,7 +8,8 @@ from collections import OrderedDict
 import numpy as np
 
 from ...errors import ArgumentError
-from ...runtime.noise.seeds import Float32, TorchCpuGenerator
+from ...runtime.arrays import Float32
+from ...runtime.noise.seeds import TorchCpuGenerator
 
 MODES = ("fixed", "walk", "fresh")
 KEPT = 8

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from ...errors import ArgumentError, CorruptError
-from ...runtime.pictures.images import FORMATS, UInt8, open_image, to_unit
+from ...runtime.arrays import UInt8
+from ...runtime.pictures.images import FORMATS, open_image, to_unit
 from ...runtime.pictures.resize import Pictures, fit_picture
 
 MOST_BYTES = 1024 * 1024

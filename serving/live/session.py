@@ -23,7 +23,7 @@ from ...errors import (
     QueueFullError,
     UnavailableError,
 )
-from ...runtime.pictures.images import UInt8
+from ...runtime.arrays import UInt8
 from ...runtime.prepare import Prepared, latent_shape
 from ...runtime.request import Request
 from ..server import Server

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ...runtime.pictures.images import UInt8
+from ...runtime.arrays import UInt8
 
 CELLS = 16
 

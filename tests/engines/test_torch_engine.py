@@ -15,6 +15,7 @@ from fewstep.engines import Engine, RunOptions
 from fewstep.errors import ArgumentError, CorruptError, MissingError
 from fewstep.export.torch_engine import TorchEngine, open_torch_engine
 from fewstep.export.trace.modules import build_model, wrap
+from fewstep.families import find_family
 from safetensors.torch import load_file, save_file
 
 CONFIG: dict[str, Any] = {
@@ -35,7 +36,7 @@ DIMS = {"rows": 2, "height": 8, "width": 12, "tokens": 5}
 def engine(dtype: str = "float32", **options: Any) -> TorchEngine:
     torch.manual_seed(0)
     model = build_model("unet", CONFIG).to(getattr(torch, dtype))
-    return TorchEngine(wrap("unet", model, CONFIG, dtype), RunOptions(**options))
+    return TorchEngine(wrap("unet", model, CONFIG, dtype, find_family("sd1")), RunOptions(**options))
 
 
 def evaluate(subject: TorchEngine) -> np.ndarray:

@@ -144,7 +144,7 @@ def test_results_callbacks_and_classes(pairs: dict[str, Any]) -> None:
     images, flags = pipe("x", num_inference_steps=2, generator=3, return_dict=False, output_type="latent")
     assert tuple(images.shape) == (1, 4, 16, 16)
     assert flags is None
-    with pytest.raises(ArgumentError, match="name has XL"):
+    with pytest.raises(ArgumentError, match="expected StableDiffusionXLPipeline"):
         diffusers_adapter.StableDiffusionPipeline.from_pretrained(pairs["sdxl"]["ours"])
     image = diffusers_adapter.StableDiffusionImg2ImgPipeline.from_pretrained(pairs["sd1"]["ours"])
     with pytest.raises(UnsupportedError, match="image is ndarray"):

@@ -11,9 +11,10 @@ import torch
 from device_models import SHAPE, Image, decoder, program, psnr, unet
 from fewstep.engines import Engine
 from fewstep.errors import ArgumentError
-from fewstep.runtime.device.cuda_graphs import CaptureError, GraphCache, GraphKey, TapeRunner
-from fewstep.runtime.device.numpy_slots import Slots
-from fewstep.runtime.device.torch_slots import DeviceSlots
+from fewstep.runtime.device.base import Slots
+from fewstep.runtime.device.cuda_graphs import CaptureError, GraphCache, GraphKey, TapeRecorder
+from fewstep.runtime.device.numpy_slots import NumpySlots
+from fewstep.runtime.device.torch_slots import TorchSlots
 
 KEY = GraphKey(kind="tick", shape=(2,), slots=1, rows=1, tokens=1, evaluations=1, engines=())
 
@@ -28,15 +29,15 @@ def vae() -> Engine:
     return decoder()
 
 
-def captured(model: Engine, count: int, **options: Any) -> DeviceSlots:
-    cache = GraphCache(TapeRunner(), **options)
-    return DeviceSlots(model, slots=count, shape=SHAPE, device="cpu", graphs=cache)
+def captured(model: Engine, count: int, **options: Any) -> TorchSlots:
+    cache = GraphCache(TapeRecorder(), **options)
+    return TorchSlots(model, slots=count, shape=SHAPE, device="cpu", graphs=cache)
 
 
 def by_numpy(model: Engine, vae: Engine, images: list[Image]) -> np.ndarray:
     """The pictures of a request by the NumPy slots and the decoder alone."""
-    slots = Slots(model, slots=len(images), shape=SHAPE)
-    held = [slots.admit(*image.tenant()) for image in images]
+    slots = NumpySlots(model, slots=len(images), shape=SHAPE)
+    held = [slots.admit(*image.sampling()) for image in images]
     for _ in range(images[0].program.evaluations):
         slots.tick(held)
     binding = vae.bind({"batch": len(images), "height": 8, "width": 8})
@@ -46,13 +47,13 @@ def by_numpy(model: Engine, vae: Engine, images: list[Image]) -> np.ndarray:
     return np.array(binding.outputs["image"])
 
 
-def whole(slots: DeviceSlots, binding: Any, images: list[Image]) -> np.ndarray:
-    held = [slots.admit(*image.tenant()) for image in images]
-    finite = slots.run(held, binding)
-    assert finite.all()
+def whole(slots: Slots, vae: Engine, images: list[Image]) -> np.ndarray:
+    held = [slots.admit(*image.sampling()) for image in images]
+    decoded = slots.run(held, vae)
+    assert decoded.finite.all()
     for slot in held:
         slots.release(slot)
-    return np.array(binding.outputs["image"])
+    return decoded.images
 
 
 def test_a_whole_request_is_one_recording_for_all_of_its_length(model: Engine, vae: Engine) -> None:
@@ -65,9 +66,9 @@ def test_a_whole_request_is_one_recording_for_all_of_its_length(model: Engine, v
         [Image(program("heun", 2, schedule="ays"), 9, 1.5), Image(program("lcm", 4), 10, 5.0)],
     ]
     requests[-1][0] = Image(program("lms", 4), 9, 1.5)
-    slots, binding = captured(model, 2), vae.bind({"batch": 2, "height": 8, "width": 8})
+    slots = captured(model, 2)
     for i, images in enumerate(requests):
-        found, expected = whole(slots, binding, images), by_numpy(model, vae, images)
+        found, expected = whole(slots, vae, images), by_numpy(model, vae, images)
         assert psnr(found, expected) >= 60.0, images[0].program.sampler
         assert np.abs(found.astype(int) - expected).max() <= 1
         assert slots.graphs is not None
@@ -76,11 +77,11 @@ def test_a_whole_request_is_one_recording_for_all_of_its_length(model: Engine, v
 
 
 def test_another_length_or_number_of_rows_is_another_recording(model: Engine, vae: Engine) -> None:
-    slots, binding = captured(model, 1, most=2), vae.bind({"batch": 1, "height": 8, "width": 8})
+    slots = captured(model, 1, most=2)
     graphs = slots.graphs
     assert graphs is not None
     for steps, guidance, captures in ((2, 1.0, 1), (3, 1.0, 2), (2, 1.0, 2), (3, 2.0, 3), (2, 1.0, 3), (3, 1.0, 4)):
-        whole(slots, binding, [Image(program("euler", steps), 1, guidance)])
+        whole(slots, vae, [Image(program("euler", steps), 1, guidance)])
         assert graphs.captures == captures
         assert len(graphs) <= 2
     assert graphs.evictions == 2
@@ -91,8 +92,8 @@ def test_shared_ticks_replay_for_whoever_is_in(model: Engine) -> None:
     images = [Image(program(n, 3 + i), i, 2.0) for i, n in enumerate(("euler", "dpmpp_2m", "ddpm", "lms", "unipc_2"))]
     slots, expected = captured(model, 2), []
     for image in images:
-        alone = Slots(model, slots=1, shape=SHAPE)
-        alone.admit(*image.tenant())
+        alone = NumpySlots(model, slots=1, shape=SHAPE)
+        alone.admit(*image.sampling())
         for _ in range(image.program.evaluations):
             alone.tick([0])
         out = np.empty(SHAPE, np.float32)
@@ -102,9 +103,9 @@ def test_shared_ticks_replay_for_whoever_is_in(model: Engine) -> None:
     while waiting or active:
         while waiting and slots.free:
             index = waiting.pop(0)
-            active[slots.admit(*images[index].tenant())] = index
+            active[slots.admit(*images[index].sampling())] = index
         slots.tick(list(active))
-        for slot in [s for s in active if slots.tenant(s).done]:
+        for slot in [s for s in active if slots.sampling(s).done]:
             out, index = np.empty(SHAPE, np.float32), active.pop(slot)
             slots.result(slot, out)
             slots.release(slot)
@@ -115,10 +116,10 @@ def test_shared_ticks_replay_for_whoever_is_in(model: Engine) -> None:
 
 
 def test_previews_are_recorded_too(model: Engine) -> None:
-    slots, plain = captured(model, 1), Slots(model, slots=1, shape=SHAPE)
+    slots, plain = captured(model, 1), NumpySlots(model, slots=1, shape=SHAPE)
     image = Image(program("dpmpp_2m", 4), 2, 3.0)
-    slots.admit(*image.tenant())
-    plain.admit(*image.tenant())
+    slots.admit(*image.sampling())
+    plain.admit(*image.sampling())
     for _ in range(4):
         found, expected = np.empty(SHAPE, np.float32), np.empty(SHAPE, np.float32)
         slots.tick([0], {0: found})
@@ -127,19 +128,19 @@ def test_previews_are_recorded_too(model: Engine) -> None:
 
 
 def test_a_moved_buffer_or_a_reloaded_engine_drops_the_recording(model: Engine, vae: Engine) -> None:
-    slots, binding = captured(model, 1), vae.bind({"batch": 1, "height": 8, "width": 8})
+    slots = captured(model, 1)
     image = Image(program("euler", 2), 1, 2.0)
-    first = whole(slots, binding, [image])
+    first = whole(slots, vae, [image])
     graphs = slots.graphs
     assert graphs is not None
-    slots._state = slots._state.grown(128, 8)
-    np.testing.assert_array_equal(whole(slots, binding, [image]), first)
+    slots._values = slots._values.grown(128, 8)
+    np.testing.assert_array_equal(whole(slots, vae, [image]), first)
     assert (graphs.captures, graphs.invalidations) == (2, 1)
     assert graphs.invalidate(model) == 1
     assert graphs.invalidate(model) == 0
-    np.testing.assert_array_equal(whole(slots, binding, [image]), first)
+    np.testing.assert_array_equal(whole(slots, vae, [image]), first)
     assert graphs.captures == 3
-    whole(slots, binding, [Image(program("euler_ancestral", 40), 1, 2.0)])  # its noise needs more room
+    whole(slots, vae, [Image(program("euler_ancestral", 40), 1, 2.0)])  # its noise needs more room
     assert len(graphs) == 1
 
 
@@ -153,7 +154,7 @@ def test_what_reads_on_the_host_is_not_captured_but_done_and_said(
         if float(state.sum()) > 0:  # a value decides what runs: no recording can hold that
             done.append(1)
 
-    cache = GraphCache(TapeRunner())
+    cache = GraphCache(TapeRecorder())
     with caplog.at_level(logging.WARNING):
         cache.run(KEY, body, restore=[state])
         cache.run(KEY, body, restore=[state])
@@ -163,13 +164,13 @@ def test_what_reads_on_the_host_is_not_captured_but_done_and_said(
     assert len(caplog.records) == 1
     for wrong in (lambda: torch.tensor([1.0, 2.0]), lambda: state[state > 0], lambda: state.sum().item()):
         with pytest.raises(CaptureError, match="captured"):
-            TapeRunner().capture(wrong)  # type: ignore[arg-type]
+            TapeRecorder().capture(wrong)  # type: ignore[arg-type]
 
 
 def test_the_tape_sees_only_tensors() -> None:
     """What Python computes between operations is frozen into the recording; what tensors hold is not."""
     source, target, factor = torch.ones(2), torch.zeros(2), [2.0]
-    graph = TapeRunner().capture(lambda: target.copy_((source * factor[0])[None].squeeze(0).contiguous() + source))  # type: ignore[arg-type, return-value]
+    graph = TapeRecorder().capture(lambda: target.copy_((source * factor[0])[None].squeeze(0).contiguous() + source))  # type: ignore[arg-type, return-value]
     assert target.tolist() == [3.0, 3.0]
     source.fill_(5.0)
     factor[0] = 100.0
@@ -178,17 +179,16 @@ def test_the_tape_sees_only_tensors() -> None:
 
 
 def test_a_whole_request_needs_slots_at_their_beginning(model: Engine, vae: Engine) -> None:
-    slots, binding = captured(model, 2), vae.bind({"batch": 2, "height": 8, "width": 8})
-    held = [slots.admit(*Image(program("euler", n), n).tenant()) for n in (2, 3)]
+    slots = captured(model, 2)
+    held = [slots.admit(*Image(program("euler", n), n).sampling()) for n in (2, 3)]
     with pytest.raises(ArgumentError, match="slots of one request at its beginning"):
-        slots.run(held, binding)
+        slots.run(held, vae)
     with pytest.raises(ArgumentError, match="at least 1 graph"):
-        GraphCache(TapeRunner(), most=0)
+        GraphCache(TapeRecorder(), most=0)
 
 
 def test_a_latent_that_is_not_finite_is_flagged(model: Engine, vae: Engine) -> None:
-    slots, binding = captured(model, 2), vae.bind({"batch": 2, "height": 8, "width": 8})
-    tenant, gaussian, latent = Image(program("euler", 2), 1).tenant()
-    held = [slots.admit(*Image(program("euler", 2), 2).tenant()), slots.admit(tenant, gaussian * np.nan, latent)]
-    assert slots.run(held, binding).tolist() == [True, False]
-    assert binding.outputs["finite"].tolist() == [True, False]
+    slots = captured(model, 2)
+    sampling, gaussian, latent = Image(program("euler", 2), 1).sampling()
+    held = [slots.admit(*Image(program("euler", 2), 2).sampling()), slots.admit(sampling, gaussian * np.nan, latent)]
+    assert slots.run(held, vae).finite.tolist() == [True, False]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,9 @@ import pytest
 import torch
 from device_models import SDXL, SHAPE, Image, engine, program, psnr, unet
 from fewstep.engines import Engine
-from fewstep.errors import ArgumentError, NonFiniteError, UnsupportedError
-from fewstep.runtime.device.numpy_slots import Slots
-from fewstep.runtime.device.torch_slots import DeviceSlots
+from fewstep.errors import NonFiniteError
+from fewstep.runtime.device.numpy_slots import NumpySlots
+from fewstep.runtime.device.torch_slots import TorchSlots
 from fewstep.schedules.solvers.registry import SAMPLERS
 
 NAMES = sorted(set(SAMPLERS) - {"edm_euler"})
@@ -22,8 +23,8 @@ def model() -> Engine:
     return unet()
 
 
-def on_device(model: Engine, count: int, **options: Any) -> DeviceSlots:
-    return DeviceSlots(model, slots=count, shape=SHAPE, device="cpu", **options)
+def on_device(model: Engine, count: int, **options: Any) -> TorchSlots:
+    return TorchSlots(model, slots=count, shape=SHAPE, device="cpu", **options)
 
 
 def run(slots: Any, images: list[Image]) -> list[np.ndarray]:
@@ -32,9 +33,9 @@ def run(slots: Any, images: list[Image]) -> list[np.ndarray]:
     while waiting or active:
         while waiting and slots.free:
             index = waiting.pop(0)
-            active[slots.admit(*images[index].tenant())] = index
+            active[slots.admit(*images[index].sampling())] = index
         slots.tick(list(active))
-        for slot in [s for s in active if slots.tenant(s).done]:
+        for slot in [s for s in active if slots.sampling(s).done]:
             done[active.pop(slot)] = out = np.empty(SHAPE, np.float32)
             slots.result(slot, out)
             slots.release(slot)
@@ -52,7 +53,7 @@ def test_every_sampler_in_one_mixed_batch(model: Engine) -> None:
         Image(program(name, 4 + i % 5, start=i % 3), seed=i, guidance=(1.0, 7.5, 3.0)[i % 3])
         for i, name in enumerate(NAMES)
     ]
-    expected = run(Slots(model, slots=5, shape=SHAPE), images)
+    expected = run(NumpySlots(model, slots=5, shape=SHAPE), images)
     assert_same(run(on_device(model, 5), images), expected, NAMES)
 
 
@@ -61,15 +62,15 @@ def test_noise_is_that_of_the_seed_whatever_draws_it(model: Engine) -> None:
     images = [Image(program(name, 9), seed=3) for name in ("euler_ancestral", "lcm", "dpmpp_sde", "ddpm")]
     assert max(np.count_nonzero(i.program.draws) for i in images) > 4
     names = [i.program.sampler for i in images]
-    assert_same(run(on_device(model, 1), images), run(Slots(model, slots=1, shape=SHAPE), images), names)
+    assert_same(run(on_device(model, 1), images), run(NumpySlots(model, slots=1, shape=SHAPE), images), names)
 
 
 def test_prompts_of_other_lengths_and_what_sdxl_is_told() -> None:
     model = engine("unet", SDXL, 4)
     images = [Image(program("euler", 3), i, (1.0, 4.0)[i % 2], (5, 10)[i // 2], extra=True) for i in range(4)]
-    expected = run(Slots(model, slots=4, shape=SHAPE), images)
+    expected = run(NumpySlots(model, slots=4, shape=SHAPE), images)
     assert_same(run(on_device(model, 4), images), expected, ["a", "b", "c", "d"])
-    swapped = [Image(i.program, i.seed, i.guidance, i.tokens) for i in images]
+    swapped = [replace(i, number=7 - i.seed) for i in images]
     with pytest.raises(AssertionError):
         assert_same(run(on_device(model, 4), swapped), expected, ["a", "b", "c", "d"])
 
@@ -79,7 +80,7 @@ def test_padding_goes_to_a_scrap_slot(model: Engine) -> None:
     plain, padded = on_device(model, 1), on_device(model, 1)
     results = []
     for slots, rows in ((plain, None), (padded, 4)):
-        slot = slots.admit(*image.tenant())
+        slot = slots.admit(*image.sampling())
         for _ in range(5):
             slots.tick([slot], rows=rows)
         out = np.empty(SHAPE, np.float32)
@@ -90,8 +91,8 @@ def test_padding_goes_to_a_scrap_slot(model: Engine) -> None:
 
 def test_previews_are_those_of_the_numpy_slots(model: Engine) -> None:
     image, found = Image(program("dpmpp_2m", 4, prediction="v_prediction"), 2, 3.0), []
-    for slots in (Slots(model, slots=1, shape=SHAPE), on_device(model, 1)):
-        slot = slots.admit(*image.tenant())
+    for slots in (NumpySlots(model, slots=1, shape=SHAPE), on_device(model, 1)):
+        slot = slots.admit(*image.sampling())
         x0 = np.empty((4, *SHAPE), np.float32)
         for i in range(4):
             slots.tick([slot], {slot: x0[i]})
@@ -102,9 +103,9 @@ def test_previews_are_those_of_the_numpy_slots(model: Engine) -> None:
 def test_a_nan_stays_with_its_slot_and_goes_with_it(model: Engine) -> None:
     slots = on_device(model, 2)
     image = Image(program("dpmpp_3m", 4), 1, 3.0)
-    (expected,) = run(Slots(model, slots=1, shape=SHAPE), [image])
-    tenant, gaussian, latent = Image(program("dpmpp_3m", 4), 8, 3.0).tenant()
-    broken, good = slots.admit(tenant, np.full_like(gaussian, np.nan), latent), slots.admit(*image.tenant())
+    (expected,) = run(NumpySlots(model, slots=1, shape=SHAPE), [image])
+    sampling, gaussian, latent = Image(program("dpmpp_3m", 4), 8, 3.0).sampling()
+    broken, good = slots.admit(sampling, np.full_like(gaussian, np.nan), latent), slots.admit(*image.sampling())
     for _ in range(4):
         slots.tick([broken, good])
     out = np.empty(SHAPE, np.float32)
@@ -120,43 +121,23 @@ def test_a_nan_stays_with_its_slot_and_goes_with_it(model: Engine) -> None:
 
 def test_room_is_made_for_longer_programs_though_others_are_under_way(model: Engine) -> None:
     images = [Image(program("dpmpp_3m", 4), 0, 2.0), Image(program("euler_ancestral", 70), 1)]
-    slots = on_device(model, 2, rows=4, draws=1)
-    first = slots.admit(*images[0].tenant())
+    slots = on_device(model, 2, longest_program=4, draws=1)
+    first = slots.admit(*images[0].sampling())
     slots.tick([first])
     before = slots.bytes
-    second, found = slots.admit(*images[1].tenant()), [np.empty(SHAPE, np.float32) for _ in images]
+    second, found = slots.admit(*images[1].sampling()), [np.empty(SHAPE, np.float32) for _ in images]
     assert slots.bytes > before
     for i in range(70):
         slots.tick([first, second] if i < 3 else [second])
     for slot, out in zip((first, second), found, strict=True):
         slots.result(slot, out)
-    assert_same(found, run(Slots(model, slots=1, shape=SHAPE), images), ["short", "long"])
-
-
-def test_what_it_does_not_do_is_refused_by_name(model: Engine) -> None:
-    from dataclasses import dataclass
-
-    from fewstep.runtime.device.numpy_slots import Tenant
-
-    @dataclass(kw_only=True)
-    class Masked(Tenant):
-        mask: Any = None
-
-    tenant, gaussian, _ = Image(program("euler", 2), 1).tenant()
-    plain = {f: getattr(tenant, f) for f in Tenant.__dataclass_fields__}
-    slots = on_device(model, 1)
-    slots.admit(Masked(**plain), gaussian)
-    slots.release(0)
-    with pytest.raises(UnsupportedError, match="mask is not done by slots on a device"):
-        slots.admit(Masked(**plain, mask=1), gaussian)
-    with pytest.raises(ArgumentError, match="slot 0 is free"):
-        slots.tick([0])
+    assert_same(found, run(NumpySlots(model, slots=1, shape=SHAPE), images), ["short", "long"])
 
 
 def test_stages_are_timed(model: Engine) -> None:
     slots = on_device(model, 1)
     run(slots, [Image(program("euler", 3), 1, 2.0)])
-    times = slots.times
+    times = slots.take_times()
     assert len(times.evaluations) == 3
     assert min(times.evaluations) > 0
     assert times.update > 0
@@ -167,8 +148,8 @@ def test_stages_are_timed(model: Engine) -> None:
 def test_a_tick_synchronises_with_the_host_never() -> None:
     """Torch's own debug mode makes any synchronisation an error; the first tick may allocate and choose kernels."""
     model = unet(torch_device="cuda")
-    slots = DeviceSlots(model, slots=2, shape=SHAPE, device="cuda")
-    held = [slots.admit(*Image(program("dpmpp_2m", 6), i, 2.0).tenant()) for i in range(2)]
+    slots = TorchSlots(model, slots=2, shape=SHAPE, device="cuda")
+    held = [slots.admit(*Image(program("dpmpp_2m", 6), i, 2.0).sampling()) for i in range(2)]
     slots.tick(held)
     slots.wait()
     torch.cuda.set_sync_debug_mode("error")

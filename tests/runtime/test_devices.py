@@ -17,10 +17,10 @@ from device_models import psnr
 from fewstep.bundle import Bundle
 from fewstep.engines.memory import largest_batch, predicted_peak
 from fewstep.errors import ArgumentError, CancelledError, MismatchError, MissingError, OutOfMemoryError
-from fewstep.runtime import device_pipeline
+from fewstep.runtime.device.base import check_engine
 from fewstep.runtime.device.memory import guard_memory, out_of_memory
-from fewstep.runtime.device.pool import SlotPool
-from fewstep.runtime.device_pipeline import DevicePipeline, HostEngine
+from fewstep.runtime.device.numpy_slots import NumpyDevice
+from fewstep.runtime.device.torch_device import HostEngine, TorchDevice
 from fewstep.runtime.group import PipelineGroup
 
 CALL: dict[str, Any] = {"steps": 3, "guidance": 3.0, "sampler": "dpmpp_2m", "seed": [4, 9, 2]}
@@ -39,12 +39,10 @@ def pipe(bundle: Bundle) -> fewstep.Pipeline:
 
 
 @pytest.fixture(scope="module")
-def captured(bundle: Bundle) -> DevicePipeline:
+def captured(bundle: Bundle) -> fewstep.Pipeline:
     import fewstep.export  # registers the torch backend
 
-    made = fewstep.load(bundle, backend="torch", device="cpu:torch", graphs=True)
-    assert isinstance(made, DevicePipeline)
-    return made
+    return fewstep.load(bundle, backend="torch", device="cpu:torch", graphs=True)
 
 
 @pytest.mark.parametrize("mode", ["latency", "shared"])
@@ -60,7 +58,7 @@ def test_the_devices_pictures_are_those_of_the_numpy_device(bundle: Bundle, pipe
     assert set(found.timings) == set(expected.timings)
 
 
-def test_whole_requests_are_recorded_once(captured: DevicePipeline, pipe: Any) -> None:
+def test_whole_requests_are_recorded_once(captured: fewstep.Pipeline, pipe: Any) -> None:
     """Other prompts, seeds and samplers of a length replay one recording, in every set of slots."""
     for i, sampler in enumerate(("euler", "dpmpp_2m", "lcm")):
         call = {**CALL, "sampler": sampler, "seed": [i, i + 10]}
@@ -71,19 +69,16 @@ def test_whole_requests_are_recorded_once(captured: DevicePipeline, pipe: Any) -
     assert captured.memory_bytes > 0
 
 
-def test_requests_that_are_too_large_for_one_evaluation_tick(
-    captured: DevicePipeline, pipe: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(device_pipeline, "MOST_ROWS", 8)
+def test_requests_that_are_too_large_for_one_evaluation_tick(bundle: Bundle, pipe: Any) -> None:
+    device = fewstep.load(bundle, backend="ort-cpu", device=TorchDevice("cpu:torch", most_rows=8))
     call = {"steps": 1, "sampler": "euler", "guidance": 2.0, "seed": list(range(5))}
-    found, expected = captured("a star", **call), pipe("a star", **call)
+    found, expected = device("a star", **call), pipe("a star", **call)
     assert np.abs(found.images.astype(int) - expected.images).max() <= 1
     assert len(found.timings["evaluations"]) == 2  # ten rows are two evaluations, and no whole request
 
 
 def test_warming_up_records_the_steps_that_are_asked_for(bundle: Bundle) -> None:
     device = fewstep.load(bundle, backend="torch", device="cpu:torch", graphs=True)
-    assert isinstance(device, DevicePipeline)
     device.warm_up(steps=[2])
     before = device.graph_counts["captures"]
     device("a star", steps=2, seed=1)
@@ -96,7 +91,6 @@ def test_an_engine_that_admits_no_recording_is_run_without(bundle: Bundle) -> No
     """Either engine may say so: the UNet's or the decoder's."""
     for name in ("unet", "vae_decoder"):
         device = fewstep.load(bundle, backend="torch", device="cpu:torch", graphs=True)
-        assert isinstance(device, DevicePipeline)
         engine = device._on_device[name]
         engine._owns_graph = True  # type: ignore[attr-defined]
         assert engine.capture == "own_graph"
@@ -104,7 +98,7 @@ def test_an_engine_that_admits_no_recording_is_run_without(bundle: Bundle) -> No
         assert device.graph_counts["captures"] == 0
 
 
-def test_several_threads_take_slots_of_their_own(captured: DevicePipeline) -> None:
+def test_several_threads_take_slots_of_their_own(captured: fewstep.Pipeline) -> None:
     seeds = list(range(6))
     expected = [captured("a star", steps=2, seed=s).images for s in seeds]
     with ThreadPoolExecutor(3) as pool:
@@ -114,7 +108,7 @@ def test_several_threads_take_slots_of_their_own(captured: DevicePipeline) -> No
     assert len(captured._pool) <= 4
 
 
-def test_results_are_numpy_pillow_and_tensors(captured: DevicePipeline, pipe: Any) -> None:
+def test_results_are_numpy_pillow_and_tensors(captured: fewstep.Pipeline, pipe: Any) -> None:
     result = captured("a star", steps=2, seed=1)
     assert result.tensor.dtype == torch.uint8
     assert torch.equal(torch.from_dlpack(result), torch.from_numpy(result.images))
@@ -185,15 +179,18 @@ def test_a_backend_brings_its_device(bundle: Bundle, pipe: Any) -> None:
             fewstep.load(bundle, backend="ort-cuda")
     engine = HostEngine(pipe.engines["unet"])
     engine.device = "cuda"
-    with pytest.raises(MismatchError, match="runs on cuda"), SlotPool(engine, keep=1).take((4, 8, 8), 1):
-        pass
+    with pytest.raises(MismatchError, match=r"runs on cuda.*a backend for cpu"):
+        check_engine(engine, NumpyDevice())
 
 
-def test_an_engine_of_another_device_is_refused(bundle: Bundle, pipe: Any) -> None:
-    device = fewstep.load(bundle, backend="ort-cpu", device="cpu:torch")
-    device.place = torch.device("cuda")
+def test_an_engine_of_another_device_is_refused(bundle: Bundle) -> None:
+    class Elsewhere(TorchDevice):
+        def __init__(self) -> None:
+            super().__init__("cpu:torch")
+            self.engines = "cuda"
+
     with pytest.raises(MismatchError, match=r"'ort-cpu' runs on cpu"):
-        device._check_engines()
+        fewstep.load(bundle, backend="ort-cpu", device=Elsewhere())
 
 
 def test_engines_on_a_device_are_fed_from_the_host(pipe: Any) -> None:

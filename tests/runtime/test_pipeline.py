@@ -20,7 +20,9 @@ from fewstep.errors import (
     MissingError,
     NonFiniteError,
 )
-from fewstep.runtime.device.numpy_slots import Slots, Tenant
+from fewstep.runtime.conditioning import Conditioning
+from fewstep.runtime.device.base import Sampling
+from fewstep.runtime.device.numpy_slots import NumpySlots
 from fewstep.runtime.pictures.images import command_line, open_image, read_parameters
 from fewstep.runtime.programs import choose_program
 from fewstep.runtime.request import make_request
@@ -49,9 +51,9 @@ def test_slots_mix_programs_prompts_and_guidance(pipe: fewstep.Pipeline) -> None
     """Requests that share every evaluation end where they end alone, though they join and leave between ticks."""
     specs = [("euler", 5, 4.0), ("dpmpp_2m", 3, 1.0), ("lcm", 4, 1.0), ("heun", 3, 2.0), ("lms", 6, 7.5)]
     shape = (4, 16, 16)
-    slots = Slots(pipe.engines["unet"], slots=3, shape=shape)
+    slots = NumpySlots(pipe.engines["unet"], slots=3, shape=shape)
 
-    def tenant(index: int) -> tuple[Tenant, np.ndarray]:
+    def sampling(index: int) -> tuple[Sampling, np.ndarray]:
         from fewstep.runtime.noise.seeds import TorchCpuGenerator
 
         sampler, steps, guidance = specs[index]
@@ -59,13 +61,10 @@ def test_slots_mix_programs_prompts_and_guidance(pipe: fewstep.Pipeline) -> None
         positive, negative = pipe.text.encode([f"prompt {index}", ""])
         program = choose_program(pipe.bundle, sampler=sampler, schedule=None, steps=steps, options={})
         gaussian = noise.randn(shape)
-        return Tenant(
-            program=program,
-            noise=noise,
-            positive=positive,
-            negative=negative if guidance > 1 else None,
-            guidance=guidance,
-        ), gaussian
+        told = Conditioning(
+            positive=positive.arrays, negative=negative.arrays if guidance > 1 else None, tokens=positive.tokens
+        )
+        return Sampling(program=program, noise=noise, conditioning=told, guidance=guidance), gaussian
 
     def finish(slot: int) -> np.ndarray:
         out = np.empty(shape, np.float32)
@@ -75,7 +74,7 @@ def test_slots_mix_programs_prompts_and_guidance(pipe: fewstep.Pipeline) -> None
 
     alone = []
     for i in range(len(specs)):
-        one, gaussian = tenant(i)
+        one, gaussian = sampling(i)
         slot = slots.admit(one, gaussian)
         while not one.done:
             slots.tick([slot])
@@ -83,25 +82,27 @@ def test_slots_mix_programs_prompts_and_guidance(pipe: fewstep.Pipeline) -> None
     waiting, active, shared = list(range(len(specs))), {}, {}
     while waiting or active:
         while waiting and slots.free:
-            one, gaussian = tenant(waiting[0])
+            one, gaussian = sampling(waiting[0])
             active[slots.admit(one, gaussian)] = waiting.pop(0)
         slots.tick(list(active))
-        for slot in [s for s in active if slots.tenant(s).done]:
+        for slot in [s for s in active if slots.sampling(s).done]:
             shared[active.pop(slot)] = finish(slot)
     for i, expected in enumerate(alone):
         np.testing.assert_allclose(shared[i], expected, atol=2e-4, err_msg=str(specs[i]))
 
 
-def test_a_nan_of_the_former_tenant_is_gone(pipe: fewstep.Pipeline) -> None:
+def test_a_nan_of_the_former_image_is_gone(pipe: fewstep.Pipeline) -> None:
     shape = (4, 16, 16)
-    slots = Slots(pipe.engines["unet"], slots=1, shape=shape)
+    slots = NumpySlots(pipe.engines["unet"], slots=1, shape=shape)
     program = choose_program(pipe.bundle, sampler="dpmpp_3m", schedule=None, steps=4, options={})
     (embedding,) = pipe.text.encode(["x"])
+    told = Conditioning(positive=embedding.arrays, negative=None, tokens=embedding.tokens)
 
     def run(gaussian: np.ndarray) -> np.ndarray:
         slot = slots.admit(
-            Tenant(program=program, noise=None, positive=embedding, negative=None, guidance=1.0), gaussian
-        )  # type: ignore[arg-type]
+            Sampling(program=program, noise=None, conditioning=told),  # type: ignore[arg-type]
+            gaussian,
+        )
         try:
             for _ in range(program.evaluations):
                 slots.tick([slot])

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from fewstep.errors import ArgumentError, FewstepError, UnknownNameError, UnsupportedError
-from fewstep.runtime.prompts.syntax import Chunk, Part, check_clip_skip, lay_out, parse_a1111
+from fewstep.runtime.prompts.syntax import Chunk, TextSpan, check_clip_skip, lay_out, parse_a1111
 from peers import LEAST_PSNR, generators, pipelines, pixels, psnr
 
 LONG = ", ".join(f"a red circle number {i} beside a green square" for i in range(14))
@@ -119,7 +119,7 @@ def test_repeating_whole_chunks_changes_nothing(both: dict[str, Any]) -> None:
 
 
 def test_slots_of_different_prompt_length_share_an_evaluation(sd1_bundle: Any) -> None:
-    from fewstep.runtime.device.numpy_slots import Slots
+    from fewstep.runtime.device.numpy_slots import NumpySlots
 
     ours = fewstep.load(sd1_bundle)
     prepared = [
@@ -128,11 +128,11 @@ def test_slots_of_different_prompt_length_share_an_evaluation(sd1_bundle: Any) -
     ]
     alone = [ours.stream(p.request) for p in prepared]
     expected = [run(s).latents[0] for s in alone]
-    slots = Slots(ours.engines["unet"], slots=3, shape=prepared[0].shape)
-    held = [slots.admit(p.tenants[0], p.gaussians[0]) for p in prepared]
+    slots = NumpySlots(ours.engines["unet"], slots=3, shape=prepared[0].shape)
+    held = [slots.admit(p.samplings[0], p.gaussians[0]) for p in prepared]
     for _ in range(prepared[0].request.program.evaluations):
         slots.tick(held)
-    assert len(slots.times.evaluations) == prepared[0].request.program.evaluations, "one evaluation a tick"
+    assert len(slots.take_times().evaluations) == prepared[0].request.program.evaluations, "one evaluation a tick"
     for slot, latent in zip(held, expected, strict=True):
         out = np.empty(prepared[0].shape, np.float32)
         slots.result(slot, out)
@@ -179,12 +179,12 @@ def test_the_published_examples_of_the_syntax(text: str, expected: list[tuple[st
 
 
 def test_odd_marks_are_words() -> None:
-    assert parse_a1111("") == [Part("")]
-    assert parse_a1111("a :1.3) b] 5:30 (x:y)") == [Part("a :1.3) b] 5:30 "), Part("x:y", 1.1)]
+    assert parse_a1111("") == [TextSpan("")]
+    assert parse_a1111("a :1.3) b] 5:30 (x:y)") == [TextSpan("a :1.3) b] 5:30 "), TextSpan("x:y", 1.1)]
     assert parse_a1111("one BREAK two BREAKFAST")[1].ends_chunk
     assert [p.text for p in parse_a1111("one BREAK two BREAKFAST")] == ["one", "", "two BREAKFAST"]
-    assert parse_a1111("(a:1.2.3)") == [Part("a:1.2.3)", 1.1)]
-    assert parse_a1111("(a:0)[b:1]") == [Part("a", 0.0), Part("b:1", 1 / 1.1)]
+    assert parse_a1111("(a:1.2.3)") == [TextSpan("a:1.2.3)", 1.1)]
+    assert parse_a1111("(a:0)[b:1]") == [TextSpan("a", 0.0), TextSpan("b:1", 1 / 1.1)]
     for heavy in ("(a:1000000)", "(" * 80 + "a", "(a" * 5000, "((a:1000):1000)", "(a:1" + "0" * 400 + ")"):
         with pytest.raises(ArgumentError, match="at most 1000"):
             parse_a1111(heavy)
@@ -195,11 +195,13 @@ def test_odd_marks_are_words() -> None:
 def test_chunks_end_at_a_comma_that_is_near() -> None:
     comma = 7
     ids = [1] * 60 + [comma] + [2] * 30
-    assert [len(c.tokens) for c in lay_out([(ids, Part("x"))], 75, comma)] == [61, 30]
-    assert [len(c.tokens) for c in lay_out([(ids, Part("x"))], 75, None)] == [75, 16]
+    assert [len(c.tokens) for c in lay_out([(ids, TextSpan("x"))], 75, comma)] == [61, 30]
+    assert [len(c.tokens) for c in lay_out([(ids, TextSpan("x"))], 75, None)] == [75, 16]
     far = [1] * 50 + [comma] + [2] * 40
-    assert [len(c.tokens) for c in lay_out([(far, Part("x"))], 75, comma)] == [75, 16]
-    broken = lay_out([([1, 2], Part("a", 2.0)), ([], Part("", ends_chunk=True)), ([3], Part("b"))], 75, comma)
+    assert [len(c.tokens) for c in lay_out([(far, TextSpan("x"))], 75, comma)] == [75, 16]
+    broken = lay_out(
+        [([1, 2], TextSpan("a", 2.0)), ([], TextSpan("", ends_chunk=True)), ([3], TextSpan("b"))], 75, comma
+    )
     assert broken == [Chunk((1, 2), (2.0, 2.0)), Chunk((3,), (1.0,))]
     assert lay_out([], 75, None) == [Chunk((), ())]
 

@@ -241,7 +241,7 @@ def test_soft_masks(both: dict[str, Any]) -> None:
         pipe("x", sampler="heun", **call)
     request = pipe.request("x", sampler="dpmpp_2m", **call)
     prepared = pipe.prepare(request)
-    mask = prepared.tenants[0].blend.mask
+    mask = prepared.samplings[0].blend.mask
     assert ((mask > 0) & (mask < 1)).mean() > 0.05
     sharp = pipe("x", sampler="dpmpp_2m", **{**call, "mask_threshold": 0.5})
     soft = pipe("x", sampler="dpmpp_2m", **call)

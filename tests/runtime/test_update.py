@@ -55,7 +55,7 @@ def test_every_sampler_in_one_batch_is_as_it_is_alone() -> None:
     chosen = programs()
     start, latent, draws = material(len(chosen), 40)
     state = SlotState(len(chosen) + 1, SHAPE, 4)
-    # Every slot has had a tenant whose network overflowed.
+    # Every slot has had an image whose network overflowed.
     for array in (state.latent, state.history, state.noise, state._held):
         array.fill(np.nan)
     for slot, program in enumerate(chosen):
@@ -81,7 +81,7 @@ def test_every_sampler_in_one_batch_is_as_it_is_alone() -> None:
 
 
 def test_what_a_wipe_is_for() -> None:
-    """Without it the former tenant's NaN comes back through the history of a multistep program."""
+    """Without it the former image's NaN comes back through the history of a multistep program."""
     program = compile_program("dpmpp_2m", steps=3, noise=NOISE)
     for wipe in (True, False):
         state = SlotState(1, SHAPE, 2)
@@ -166,11 +166,11 @@ def test_too_little_history_is_an_error_of_its_own() -> None:
 def test_the_torch_form_is_the_numpy_form() -> None:
     """On CPU tensors: the arithmetic and the gathers, not the device."""
     torch = pytest.importorskip("torch")
-    from fewstep.runtime.device.torch_update import CudaSlotState, slot_index
+    from fewstep.runtime.device.torch_update import TorchSlotState
 
     chosen = programs()
     start, latent, draws = material(len(chosen), 40)
-    state = CudaSlotState(len(chosen), SHAPE, 4, max_rows=32, device="cpu")
+    state = TorchSlotState(len(chosen), SHAPE, 4, longest_program=32, device="cpu")
     state.latent.fill_(float("nan"))
     state.history.fill_(float("nan"))
     for slot, program in enumerate(chosen):
@@ -181,7 +181,7 @@ def test_the_torch_form_is_the_numpy_form() -> None:
     drawn = [0] * len(chosen)
     for tick in range(max(program.evaluations for program in chosen)):
         active = [slot for slot, program in enumerate(chosen) if tick < program.evaluations]
-        index = slot_index(active, "cpu")
+        index = torch.tensor(active)
         for slot in active:
             if chosen[slot].draws[tick]:
                 state.noise[slot] = torch.from_numpy(draws[drawn[slot], slot])
@@ -199,10 +199,10 @@ def test_the_torch_form_is_the_numpy_form() -> None:
 
 def test_the_torch_form_refuses_what_does_not_fit() -> None:
     pytest.importorskip("torch")
-    from fewstep.runtime.device.torch_update import CudaSlotState
+    from fewstep.runtime.device.torch_update import TorchSlotState
 
-    state = CudaSlotState(1, SHAPE, 2, max_rows=4, device="cpu")
-    with pytest.raises(ArgumentError, match="max_rows"):
+    state = TorchSlotState(1, SHAPE, 2, longest_program=4, device="cpu")
+    with pytest.raises(ArgumentError, match="longest_program"):
         state.load(0, compile_program("euler", steps=9, noise=NOISE))
     with pytest.raises(ArgumentError, match="history"):
         state.load(0, compile_program("lms", steps=4, noise=NOISE))

@@ -16,7 +16,7 @@ import fewstep
 import numpy as np
 import pytest
 from fewstep.errors import ArgumentError, CorruptError, FewstepError, UnavailableError, UnknownNameError
-from fewstep.runtime.device.numpy_slots import Slots
+from fewstep.runtime.device.numpy_slots import NumpySlots
 from fewstep.serving import Observer, Server
 from fewstep.serving.live import Frame, LiveSession, LiveSettings, UnchangedFilter
 from fewstep.serving.live.frames import Meter, Outbox
@@ -121,7 +121,7 @@ def test_a_picture_is_encoded_while_the_one_before_is_evaluated(
 ) -> None:
     """One is, a further one is not; and a frame from noise waits for the evaluation of the one before."""
     prepared: list[bool] = []
-    prepare, tick, go = student.prepare, Slots.tick, threading.Event()
+    prepare, tick, go = student.prepare, NumpySlots.tick, threading.Event()
 
     def counted(request: Any, **options: Any) -> Any:
         made = prepare(request, **options)
@@ -136,7 +136,7 @@ def test_a_picture_is_encoded_while_the_one_before_is_evaluated(
         frame_of(session, session.push(picture(10)))
         wait_for(lambda: not session._flying)
         monkeypatch.setattr(student, "prepare", counted)
-        monkeypatch.setattr(Slots, "tick", held)
+        monkeypatch.setattr(NumpySlots, "tick", held)
         for count, level in ((1, 60), (2, 110)):
             session.push(picture(level))
             wait_for(lambda n=count: len(prepared) == n)

@@ -70,18 +70,18 @@ def spoiled(student: fewstep.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def broken(request: Any) -> Any:
         prepared = prepare(request)
-        (tenant, *_), prompt = prepared.tenants, request.prompts[0]
-        if prompt == "spoil the embedding":
-            hidden = tenant.positive.hidden.copy()
+        (sampling, *_), prompt = prepared.samplings, request.prompts[0]
+        hidden = sampling.conditioning.positive["encoder_hidden_states"].copy()
+        if prompt.startswith("spoil the embedding"):
             hidden[3, 2] = np.nan
-            return replace(prepared, tenants=(replace(tenant, positive=replace(tenant.positive, hidden=hidden)),))
-        if prompt == "spoil its shape":
-            hidden = tenant.positive.hidden[:, :-1]
-            return replace(prepared, tenants=(replace(tenant, positive=replace(tenant.positive, hidden=hidden)),))
+            hidden = hidden[:, :-1] if prompt.endswith("shape") else hidden
+            arrays = {**sampling.conditioning.positive, "encoder_hidden_states": hidden}
+            told = replace(sampling.conditioning, positive=arrays)
+            return replace(prepared, samplings=(replace(sampling, conditioning=told),))
         if prompt == "spoil the noise":
             prepared.gaussians[0, 1] = np.inf
         if prompt == "spoil the guidance":
-            return replace(prepared, tenants=(replace(tenant, guidance=float("nan")),))
+            return replace(prepared, samplings=(replace(sampling, guidance=float("nan")),))
         if prompt == "raise":
             raise RuntimeError("/a/path/that/must/not/be/told")
         return prepared
@@ -92,8 +92,8 @@ def spoiled(student: fewstep.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("spoiled")
 def test_a_request_that_fails_fails_alone(server: Server, student: fewstep.Pipeline, psnr) -> None:
     kinds = {
-        "spoil the embedding": (NonFiniteError, "embedding holds NaN"),
-        "spoil its shape": (ArgumentError, "embedding has shape"),
+        "spoil the embedding": (NonFiniteError, "encoder_hidden_states holds NaN"),
+        "spoil the embedding's shape": (ArgumentError, "encoder_hidden_states has shape"),
         "spoil the noise": (NonFiniteError, "starting latent holds NaN"),
         "spoil the guidance": (NonFiniteError, "the latent holds NaN"),
         "raise": (fewstep.FewstepError, r"could not be prepared \(RuntimeError\)"),
@@ -257,7 +257,7 @@ class Breaking:
 def breaking(student: fewstep.Pipeline, monkeypatch: pytest.MonkeyPatch) -> Breaking:
     engine = Breaking(student.engines["unet"])
     monkeypatch.setitem(student.engines, "unet", engine)
-    monkeypatch.setattr(student, "_pool", SlotPool(engine, keep=1))  # type: ignore[arg-type]
+    monkeypatch.setattr(student, "_pool", SlotPool(lambda *of: student.device.make_slots(engine, *of), keep=1))
     return engine
 
 

@@ -1,0 +1,186 @@
+"""What a family of checkpoints says of itself, and the families by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import UnknownNameError
+
+Float32 = npt.NDArray[np.float32]
+Config = Mapping[str, Any]
+Pair = tuple[int, int]
+
+UNET_KEYS = ("block_out_channels", "cross_attention_dim", "in_channels", "out_channels")
+VAE_KEYS = ("block_out_channels", "latent_channels", "in_channels", "out_channels")
+TINY_KEYS = ("encoder_block_out_channels", "decoder_block_out_channels", "latent_channels", "in_channels")
+TEXT_KEYS = ("hidden_size", "max_position_embeddings", "vocab_size")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A part of a checkpoint: the classes that it may be of, each with the keys that its configuration must state."""
+
+    classes: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextEncoder:
+    """A text encoder, by the name of its part and of its component.
+
+    layer: which hidden states the UNet attends to: 0 the last through the final norm, n > 0 the n-th last as it is.
+    prefixes: what its tensors' names begin with in single files. lora: what its modules' names begin with in LoRAs of
+    kohya's trainer.
+    """
+
+    name: str
+    tokenizer: str
+    part: Part
+    layer: int = 0
+    prefixes: tuple[str, ...] = ()
+    lora: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Condition:
+    """An input of the UNet besides sample and timestep, by row: its name and its shape behind the rows.
+
+    group: the dictionary in which diffusers' UNet takes it, where it is not an argument of its own. argument: that of a
+    call which gives its value beside prompts' own (`prompt_embeds`), if there is one. example: a row's values for
+    comparing engines, where unit noise would not do.
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+    group: str | None = None
+    argument: str | None = None
+    example: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """A kind of checkpoint whose parts fit together in one way; subclasses say what is different.
+
+    name: in manifests; title: for people. pipelines: diffusers' classes in `model_index.json`, the first the plain one.
+    unet, vae: their classes and keys. unet_options: keys of the UNet's configuration that other families have not.
+    text_width: of the vectors that published UNets of it attend to, to tell files of several families apart.
+    schedule: the published Align Your Steps table for it. steps, guidance, force_zeros: what a checkpoint that says
+    nothing gets. size_arguments: those of a call that say sizes and corners, with the least and largest number in each.
+    """
+
+    name: str
+    title: str
+    pipelines: tuple[str, ...]
+    text_encoders: tuple[TextEncoder, ...]
+    unet: Part = Part(classes={"UNet2DConditionModel": UNET_KEYS})
+    vae: Part = Part(classes={"AutoencoderKL": VAE_KEYS, "AutoencoderTiny": TINY_KEYS})
+    unet_options: tuple[str, ...] = ()
+    text_width: int | None = None
+    schedule: str = "ays"
+    steps: int = 25
+    guidance: float = 7.5
+    force_zeros: bool = False
+    size_arguments: Mapping[str, Pair] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """Its parts in a diffusers folder, by name."""
+        return {"unet": self.unet, "vae": self.vae, **{e.name: e.part for e in self.text_encoders}}
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """What a bundle of it holds, in the order of an export."""
+        return (*(e.name for e in self.text_encoders), "unet", "vae_decoder", "vae_encoder")
+
+    def encoder(self, name: str) -> TextEncoder:
+        return next(e for e in self.text_encoders if e.name == name)
+
+    def recognises(self, configs: Mapping[str, Config]) -> bool:
+        """Whether a checkpoint of one of its pipelines, with these configurations by part, is one of its own."""
+        return True
+
+    def refusal(self, index: Mapping[str, Any]) -> str | None:
+        """What a checkpoint of one of its pipelines is that lacks a part, where that is known."""
+        return None
+
+    def conditions(self, unet: Config) -> tuple[Condition, ...]:
+        """What a UNet of this configuration is told besides latent and timestep."""
+        width = unet["cross_attention_dim"]
+        hidden = Condition(
+            name="encoder_hidden_states",
+            shape=("tokens", width if isinstance(width, int) else width[0]),
+            argument="prompt_embeds",
+        )
+        return (hidden, *self.more_conditions(unet), *_guidance_condition(unet))
+
+    def more_conditions(self, unet: Config) -> tuple[Condition, ...]:
+        """What its UNets are told besides the prompt's hidden states."""
+        return ()
+
+    def join(self, outputs: Sequence[Mapping[str, Float32]]) -> dict[str, Float32]:
+        """The text encoders' outputs (`hidden` [P, L, D], `pooled` [P, D]) as inputs of the UNet: joined by feature."""
+        return {"encoder_hidden_states": np.concatenate([o["hidden"] for o in outputs], axis=-1)}
+
+    def sizes(
+        self, width: int, height: int, asked: Mapping[str, Pair | None]
+    ) -> tuple[dict[str, Float32], dict[str, Float32]]:
+        """What the UNet is told of sizes in the prompt's row and in the negative's, for a picture of so many pixels.
+
+        asked: `size_arguments` as the call has them, sizes (width, height) and corners (top, left).
+        """
+        return {}, {}
+
+    def geometry(self, unet: Config, vae: Config) -> tuple[int, int, int]:
+        """The latent's channels, its pixels per cell, and the multiple that the UNet asks of its height and width."""
+        return int(vae["latent_channels"]), vae_factor(vae), 2 ** (len(unet["block_out_channels"]) - 1)
+
+
+GUIDANCE_INPUT = "timestep_cond"
+
+
+def _guidance_condition(unet: Config) -> tuple[Condition, ...]:
+    """UNets distilled with guidance take its embedding instead of a second row."""
+    width = unet.get("time_cond_proj_dim")
+    return (Condition(name=GUIDANCE_INPUT, shape=(int(width),)),) if width else ()
+
+
+def guidance_embedding(guidance: float, width: int) -> Float32:
+    """The sinusoidal embedding of guidance - 1, float32 [width] (Luo et al. 2023, arXiv 2310.04378)."""
+    half = width // 2
+    rates = np.exp(-math.log(10_000.0) / (half - 1) * np.arange(half))
+    angles = (guidance - 1.0) * 1000.0 * rates  # w_k = 1000 (g - 1) / 10000^(k / (half - 1))
+    vector = np.concatenate([np.sin(angles), np.cos(angles)]).astype(np.float32)
+    return np.pad(vector, (0, width - len(vector)))
+
+
+def vae_factor(vae: Config) -> int:
+    """Pixels per latent cell: each block but the last halves."""
+    blocks = vae.get("encoder_block_out_channels") or vae["block_out_channels"]
+    return 1 << (len(blocks) - 1)
+
+
+_families: dict[str, Family] = {}
+
+
+def register_family(family: Family) -> None:
+    _families[family.name] = family
+
+
+def unregister_family(name: str) -> None:
+    del _families[name]
+
+
+def all_families() -> tuple[Family, ...]:
+    return tuple(_families.values())
+
+
+def find_family(name: str) -> Family:
+    """The family of a name; `UnknownNameError` for another."""
+    if name not in _families:
+        raise UnknownNameError("family", str(name), _families)
+    return _families[name]

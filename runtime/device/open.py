@@ -1,0 +1,23 @@
+"""A device by its name; torch is imported for those alone that are torch's."""
+
+from __future__ import annotations
+
+from ...engines import choose_backend
+from .base import Device
+from .numpy_slots import NumpyDevice
+
+
+def open_device(
+    device: str | Device | None, *, backend: str = "auto", graphs: bool | None = None, graphs_kept: int = 8
+) -> Device:
+    """The device of a name, `None` being where the backend runs; a `Device` is what it is. Errors of `TorchDevice`."""
+    if device is None:
+        name, _ = choose_backend(backend)
+        device = "cuda" if name in ("ort-cuda", "tensorrt", "tensorrt-rtx") else "cpu"
+    if not isinstance(device, str):
+        return device
+    if device == "cpu":
+        return NumpyDevice()
+    from .torch_device import TorchDevice
+
+    return TorchDevice(device, graphs=graphs, graphs_kept=graphs_kept)
