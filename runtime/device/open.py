@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ...engines import choose_backend
+from ...errors import ArgumentError
 from .base import Device
 from .numpy_slots import NumpyDevice
 
@@ -17,6 +18,10 @@ def open_device(
     if not isinstance(device, str):
         return device
     if device == "cpu":
+        if graphs:
+            raise ArgumentError(
+                "graphs=True on the device 'cpu', whose work is not captured", remedy="Leave it out, or use cpu:torch."
+            )
         return NumpyDevice()
     from .torch_device import TorchDevice
 

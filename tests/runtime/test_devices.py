@@ -167,6 +167,8 @@ def test_devices_that_are_not_there_are_refused_in_words(bundle: Bundle) -> None
         fewstep.load(bundle, devices=[])
     with pytest.raises(ArgumentError, match="mode is 'fast'"):
         fewstep.load(bundle, device="cpu:torch", mode="fast")
+    with pytest.raises(ArgumentError, match=r"graphs=True on the device 'cpu'.*cpu:torch"):
+        fewstep.load(bundle, backend="ort-cpu", device="cpu", graphs=True)
     if not torch.cuda.is_available():
         with pytest.raises(MissingError, match="torch sees no CUDA devices"):
             fewstep.load(bundle, device="cuda:0")

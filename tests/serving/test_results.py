@@ -66,7 +66,7 @@ def test_steps_show_the_same_in_every_mode() -> None:
     made: dict[tuple[Any, ...], Any] = {}
     for device in ("cpu", "cpu:torch"):
         for mode in ("latency", "shared"):
-            for graphs in (False, True):
+            for graphs in (False, True)[: 1 if device == "cpu" else 2]:
                 pipe = fewstep.load(bundle, backend="torch", device=device, mode=mode, graphs=graphs)
                 steps: list[Any] = []
                 result = pipe("a star", on_step=lambda s, to=steps: to.append(s.latents()), **call)
