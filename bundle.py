@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .engines.base import TensorSpec
 from .errors import ArgumentError, CorruptError, MissingError, UnknownNameError, UnsafeFileError
 from .families import Condition, Family, all_families, find_family
 
@@ -20,6 +19,50 @@ MANIFEST = "bundle.json"
 OPTIONAL = "vae_encoder"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
+
+
+DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """One input or output: its name, its dtype, and its shape.
+
+    A dimension is a number, a name (`"rows"`), or a multiple of a name (`"height*8"`).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ArgumentError(
+                f"tensor {self.name!r} has dtype {self.dtype!r}", expected=f"one of {', '.join(DTYPES)}"
+            )
+
+    def resolve(self, dims: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape in numbers, given a number for each named dimension; `ArgumentError` if one is missing."""
+        return tuple(resolve_dimension(d, dims, self.name) for d in self.shape)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TensorSpec:
+        return cls(name=str(data["name"]), dtype=str(data["dtype"]), shape=tuple(data["shape"]))
+
+
+def resolve_dimension(dimension: int | str, dims: Mapping[str, int], tensor: str) -> int:
+    """A dimension in numbers: `3`, `"rows"` or `"height*8"`."""
+    if isinstance(dimension, int):
+        return dimension
+    name, _, factor = dimension.partition("*")
+    if name not in dims:
+        raise ArgumentError(
+            f"no size is given for dimension {name!r} of tensor {tensor!r}", expected=f"{name}=<integer>"
+        )
+    return dims[name] * (int(factor) if factor else 1)
 
 
 def _require(ok: bool, field: str, value: object, expected: str) -> None:

@@ -65,7 +65,7 @@ def profiled(model: Path, external: Path, feeds: dict[str, Any], runs: int, thre
             options.profile_file_prefix = str(Path(folder) / "profile")
 
         run = RunOptions(threads=threads)
-        given: dict[str, Any] = {"backend": "ort-cpu", "run": run, "optimization": "disabled"}
+        given: dict[str, Any] = {"run": run, "optimization": "disabled"}
         data = model.read_bytes()
         session = open_session(data, external_folder=external, configure=configure, **given)
         for _ in range(runs + 1):
@@ -123,7 +123,7 @@ def matmul_rate(threads: int) -> float:
     node = Node(operator="MatMul", inputs=["a", "b"], outputs=["c"])
     graph = block(1, node.to_bytes()) + string(2, "matmul") + value(11, "a") + value(11, "b") + value(12, "c")
     model = number(1, 10) + block(7, graph) + block(8, number(2, 17))
-    session = open_session(model, backend="ort-cpu", run=RunOptions(threads=threads))
+    session = open_session(model, run=RunOptions(threads=threads))
     draw = np.random.default_rng(0)
     feeds = {n: draw.standard_normal((SIDE, SIDE), dtype=np.float32) for n in "ab"}
     return 2e-9 * SIDE**3 / min(_timed(lambda: session.run(None, feeds), 10))

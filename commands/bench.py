@@ -130,7 +130,7 @@ def _plan(options: argparse.Namespace, bundle: Bundle, checkpoint: Path | None) 
     backends = {OURS: options.backend} | {f"{OURS} {b}": b for b in options.also.split(",") if b}
     for backend in backends.values():
         if backend not in BACKENDS:
-            raise UnknownNameError("backend", backend, BACKENDS)
+            raise UnknownNameError("backend", backend, tuple(BACKENDS))
     elsewhere = {n for n, b in backends.items() if "openvino" in b}
     plan = Plan(
         load=load,

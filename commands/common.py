@@ -13,7 +13,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..bundle import Bundle, Defaults
 
-BACKENDS = ("auto", "ort-cpu", "ort-openvino", "ort-openvino-bf16", "ort-cuda", "tensorrt", "tensorrt-rtx", "torch")
+
+class _BackendNames:
+    """The backends that may be named, looked up when a command line names one or asks for help."""
+
+    def __iter__(self) -> Iterator[str]:
+        from ..engines import backend_names
+
+        return iter(("auto", *backend_names()))
+
+    def __contains__(self, name: object) -> bool:
+        return name in tuple(self)
+
+
+BACKENDS = _BackendNames()
 EMBEDDED = ("student", "base")
 BUNDLE_HELP = "a bundle folder, or student or base: the embedded models"
 
@@ -89,8 +102,10 @@ def defaults_line(defaults: Defaults) -> str:
 
 
 def register_torch(backend: str) -> None:
-    """Have the export room offer its torch backend, where that is the one asked for."""
-    if backend == "torch":
+    """Have the export room offer its backend in memory, where that is the one asked for."""
+    from ..engines.backends import makes_in_memory
+
+    if makes_in_memory(backend):
         from .. import export  # noqa: F401
 
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..bundle import Bundle
-from ..engines import RunOptions, Store, register_backend
+from ..engines import RunOptions, Store
+from ..engines.backends import registered_backend
 from ..engines.backends.ort import OrtEngine
 from ..engines.gate.gate import FACTOR, IMAGE_PSNR_DB, compare
 from ..errors import FewstepError
@@ -52,7 +53,6 @@ def compare_final_images(
     The request is the bundle's own (sampler, schedule, guidance), of at most 4 steps. Needs the torch backend to be
     registered (`import fewstep.export`): `MissingError` otherwise.
     """
-    register_backend(GRAPHS, _open_graph)
     shared: dict[str, Any] = {"store": store, "size": size}
     exact = _picture(bundle, "torch", engine_options={"torch_dtype": "float32"}, device="cpu:torch", **shared)
     limit = IMAGE_PSNR_DB
@@ -61,13 +61,14 @@ def compare_final_images(
         own = compare(_picture(bundle, "torch", device="cpu:torch", **shared), exact).psnr
         limit = min(limit, own - 20 * math.log10(FACTOR))
         found.append(ImageVerdict(subject="torch in the bundle's precision", psnr=own, limit=-math.inf, reason=""))
-    for backend in (GRAPHS, *backends):
-        try:
-            psnr = compare(_picture(bundle, backend, build="never", **shared), exact).psnr
-            reason = "" if psnr >= limit else f"PSNR {psnr:.1f} dB, limit {limit:.1f} dB"
-        except FewstepError as error:
-            psnr, reason = -math.inf, str(error)
-        found.append(ImageVerdict(subject=backend, psnr=psnr, limit=limit, reason=reason))
+    with registered_backend(GRAPHS, _open_graph):
+        for backend in (GRAPHS, *backends):
+            try:
+                psnr = compare(_picture(bundle, backend, build="never", **shared), exact).psnr
+                reason = "" if psnr >= limit else f"PSNR {psnr:.1f} dB, limit {limit:.1f} dB"
+            except FewstepError as error:
+                psnr, reason = -math.inf, str(error)
+            found.append(ImageVerdict(subject=backend, psnr=psnr, limit=limit, reason=reason))
     return found
 
 

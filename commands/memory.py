@@ -180,6 +180,6 @@ def _free_bytes(device: str) -> int | None:
         from ..engines.machine import gpu
 
         return gpu(int(index or 0)).free_bytes
-    from ..engines.plan import available_memory
+    from ..engines.machine import available_memory
 
     return available_memory()

@@ -1,14 +1,14 @@
 """Engines: one file per backend behind one protocol, and the store that keeps what they build."""
 
+from .backends import backend_names, choose_backend, register_in_memory
 from .base import Binding, Engine, TensorSpec
-from .build import BuiltEngine, build_engines, open_engine, open_engines
+from .build import BuiltEngine
+from .open import build_engines, open_engine, open_engines
 from .options import BuildOptions, RunOptions
 from .profile import Profile, Span, profiles_for
-from .registry import BACKENDS, choose_backend, register_backend
 from .store import Entry, Store, default_store
 
 __all__ = [
-    "BACKENDS",
     "Binding",
     "BuildOptions",
     "BuiltEngine",
@@ -19,11 +19,12 @@ __all__ = [
     "Span",
     "Store",
     "TensorSpec",
+    "backend_names",
     "build_engines",
     "choose_backend",
     "default_store",
     "open_engine",
     "open_engines",
     "profiles_for",
-    "register_backend",
+    "register_in_memory",
 ]

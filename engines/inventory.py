@@ -10,8 +10,9 @@ from pathlib import Path
 
 from ..errors import ArgumentError, FewstepError, MissingError
 from . import machine
+from .backends import load_backend
 from .digest import compare_file
-from .registry import load_backend
+from .key import ANY_DEVICE
 from .store import MANIFEST, REBUILD, Entry, Store, sweep
 
 
@@ -156,7 +157,7 @@ def _state(entry: Entry) -> tuple[str, str]:
         return "other machine or version", str(error)
     for field, value in here.items():
         found = str(getattr(entry.key, field))
-        portable = field == "capability" and entry.key.backend == "tensorrt-rtx"
+        portable = field == "capability" and entry.key.device == ANY_DEVICE
         if found != value and not (portable and set(value.split()) <= set(found.split())):
             return "other machine or version", f"{field.replace('_', ' ')} {found}, here {value}"
     return "ready", ""

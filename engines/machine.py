@@ -62,7 +62,7 @@ def gpu(index: int = 0) -> Gpu:
     """The CUDA device with this index; `MissingError` when there is none, `MissingExtraError` without nvidia-ml-py."""
     if not has_gpu_driver():
         raise MissingError(
-            "no NVIDIA driver is loaded", expected="a CUDA device", remedy="Use the backend 'ort-cpu' on this machine."
+            "no NVIDIA driver is loaded", expected="a CUDA device", remedy="Use a backend for the CPU on this machine."
         )
     try:
         import pynvml  # type: ignore[import-not-found,unused-ignore]
@@ -83,3 +83,19 @@ def gpu(index: int = 0) -> Gpu:
         )
     except pynvml.NVMLError as error:
         raise MissingError(f"the NVIDIA driver gives no device {index}: {error}", expected="a CUDA device") from error
+
+
+def available_memory() -> int | None:
+    """Host memory in bytes that a process could take without swapping, in its control group; `None`: unknown."""
+    limits = []
+    info = Path("/proc/meminfo")
+    if info.is_file():
+        lines = dict(line.split(":", 1) for line in info.read_text(encoding="ascii").splitlines() if ":" in line)
+        if "MemAvailable" in lines:
+            limits.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file():
+        text = limit.read_text(encoding="ascii").strip()
+        if text.isdigit():
+            limits.append(max(0, int(text) - int(used.read_text(encoding="ascii"))))
+    return min(limits) if limits else None

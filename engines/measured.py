@@ -15,27 +15,26 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from ..bundle import Bundle
 from ..errors import FewstepError
+from .backends import Backend, BuildProgress, OpenJob, measured_backends, plain_backend
 from .base import Engine
+from .build import build_engine
+from .find import engine_key
 from .profile import profiles_for
-from .registry import Progress
+from .store import Store
 
-if TYPE_CHECKING:
-    from ..bundle import Bundle
-    from .store import Store
-
-CANDIDATES = ("ort-cpu", "ort-openvino")  # all of them in float32: a choice never changes the precision
 EVALUATIONS = 5
 ENOUGH_SECONDS = 3.0
 _measuring = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
+class MeasuredChoice:
     """The backend to use for a component, why in words, and the medians in milliseconds that decided.
 
     The reason is empty where there was no choice.
@@ -47,25 +46,23 @@ class Choice:
 
 
 def choose_measured(
-    bundle: Bundle, component: str, *, store: Store, build: str = "if_missing", progress: Progress | None = None
-) -> Choice:
+    bundle: Bundle, component: str, *, store: Store, build: str = "if_missing", progress: BuildProgress | None = None
+) -> MeasuredChoice:
     """The recorded choice, or a new one: what cannot be built here, or fails its gate, is not chosen.
 
-    With `build="never"`, or a store that cannot be written to, nothing is measured: `ort-cpu` without a record.
+    With `build="never"`, or a store that cannot be written to, nothing is measured: the plain one without a record.
     """
-    from .build import engine_key
-    from .registry import load_backend
-
-    able = [n for n in CANDIDATES if _installed(n)]
+    plain = plain_backend().name
+    able = [b for b in measured_backends() if b.available()]
     if len(able) < 2:
-        return Choice(backend=CANDIDATES[0], reason="", milliseconds={})
-    keys = [engine_key(bundle, component, load_backend(n)).digest for n in able]
+        return MeasuredChoice(backend=plain, reason="", milliseconds={})
+    keys = [engine_key(bundle, component, kind).digest for kind in able]
     record = store.root / f".choice.{hashlib.sha256(' '.join(keys).encode()).hexdigest()[:32]}.json"
     found = _read(record)
     if found is not None:
         return found
     if build == "never" or store.read_only:
-        return Choice(backend=CANDIDATES[0], reason="nothing was measured", milliseconds={})
+        return MeasuredChoice(backend=plain, reason="nothing was measured", milliseconds={})
     with _measuring:
         choice = _measure(bundle, component, able, store, progress or (lambda *_: None))
     part = record.with_name(f"{record.name}.{os.getpid()}.part")
@@ -76,34 +73,27 @@ def choose_measured(
     return choice
 
 
-def _installed(backend: str) -> bool:
-    from .backends.ort import PROVIDERS
-
-    try:
-        import onnxruntime
-    except ImportError:
-        return False
-    return PROVIDERS[backend] in onnxruntime.get_available_providers()
-
-
-def _measure(bundle: Bundle, component: str, able: list[str], store: Store, progress: Progress) -> Choice:
-    from .build import build_engines, open_engine
-
+def _measure(
+    bundle: Bundle, component: str, able: list[Backend], store: Store, progress: BuildProgress
+) -> MeasuredChoice:
     dims = profiles_for(bundle)[component][0].optimum
     times: dict[str, float] = {}
     failed = ""
-    for name in able:
+    for kind in able:
+        name = kind.name
         try:
-            build_engines(bundle, backend=name, components=(component,), store=store, progress=progress)
+            entry = build_engine(bundle, component, kind, store=store, progress=progress).entry
             progress(component, f"timing {name}", 0.0)
-            times[name] = _time(open_engine(bundle, component, backend=name, store=store, build="never"), dims)
+            times[name] = _time(kind.open(OpenJob.of(bundle, entry, store)), dims)
         except FewstepError as error:
             failed += f"; {name} cannot run it: {error.found}"
     if not times:
-        return Choice(backend=CANDIDATES[0], reason=f"nothing was measured{failed}", milliseconds={})
+        return MeasuredChoice(backend=plain_backend().name, reason=f"nothing was measured{failed}", milliseconds={})
     best = min(times, key=lambda n: times[n])
     words = " against ".join(f"{times[n]:.2f} ms on {n}" for n in sorted(times, key=lambda n: times[n]))
-    return Choice(backend=best, reason=f"one evaluation takes {words}, measured here{failed}", milliseconds=times)
+    return MeasuredChoice(
+        backend=best, reason=f"one evaluation takes {words}, measured here{failed}", milliseconds=times
+    )
 
 
 def _time(engine: Engine, dims: Mapping[str, int]) -> float:
@@ -121,15 +111,15 @@ def _time(engine: Engine, dims: Mapping[str, int]) -> float:
     return 1e3 * statistics.median(spent)
 
 
-def _read(record: Any) -> Choice | None:
+def _read(record: Any) -> MeasuredChoice | None:
     """The choice on record; `None` without one, or one that cannot be read."""
     try:
         data = json.loads(record.read_bytes())
-        choice = Choice(
+        choice = MeasuredChoice(
             backend=str(data["backend"]),
             reason=str(data["reason"]),
             milliseconds={str(n): float(v) for n, v in data["milliseconds"].items()},
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return choice if choice.backend in CANDIDATES else None
+    return choice if choice.backend in {b.name for b in measured_backends()} else None

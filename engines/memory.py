@@ -10,12 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..bundle import Bundle, Component
 from .base import TensorSpec
-
-if TYPE_CHECKING:
-    from ..bundle import Bundle, Component
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
 WORKING_COPIES = 4

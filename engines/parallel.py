@@ -17,6 +17,7 @@ import numpy as np
 
 from ..errors import ArgumentError
 from .base import Binding, Engine, TensorSpec
+from .profile import check_dims
 
 
 class ParallelEngine:
@@ -59,6 +60,7 @@ class ParallelEngine:
 
     def bind(self, dims: Mapping[str, int]) -> Binding:
         """As the engine's; raises what it raises when it does not admit the parts."""
+        check_dims((*self.inputs.values(), *self.outputs.values()), dims)
         rows = dims["rows"]
         parts = min(self._ways, rows)
         if parts < 2:

@@ -6,17 +6,16 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..bundle import Bundle
 from ..errors import FewstepError, MissingError
-from .build import engine_key
+from .backends import choose_backend, load_backend
+from .find import engine_key
+from .machine import available_memory
 from .options import BuildOptions
 from .profile import Profile, profiles_for
-from .registry import choose_backend, load_backend
 from .store import Store, default_store
-
-if TYPE_CHECKING:
-    from ..bundle import Bundle
 
 MARGIN_BYTES = 256 << 20
 
@@ -102,19 +101,3 @@ def check_resources(planned: Sequence[Planned], folder: Path) -> None:
             expected=f"about {wanted / 1e9:.1f} GB",
             remedy="Free some with: fewstep engines prune, or set FEWSTEP_CACHE_DIR.",
         )
-
-
-def available_memory() -> int | None:
-    """Host memory in bytes that a process could take without swapping, in its control group; `None`: unknown."""
-    found = []
-    info = Path("/proc/meminfo")
-    if info.is_file():
-        lines = dict(line.split(":", 1) for line in info.read_text(encoding="ascii").splitlines() if ":" in line)
-        if "MemAvailable" in lines:
-            found.append(int(lines["MemAvailable"].split()[0]) * 1024)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and used.is_file():
-        text = limit.read_text(encoding="ascii").strip()
-        if text.isdigit():
-            found.append(max(0, int(text) - int(used.read_text(encoding="ascii"))))
-    return min(found) if found else None

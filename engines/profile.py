@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..bundle import Bundle, TensorSpec, resolve_dimension
 from ..errors import ArgumentError, UnknownNameError
-from .base import TensorSpec, resolve_dimension
-
-if TYPE_CHECKING:
-    from ..bundle import Bundle
 
 CHUNK = 77
 

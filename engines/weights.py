@@ -8,15 +8,11 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from ..bundle import Bundle, Component
 from ..errors import CorruptError, MissingError
 from .digest import compare_file, open_regular, sha256_file
-from .store import REBUILD
-
-if TYPE_CHECKING:
-    from ..bundle import Bundle, Component
-    from .store import Entry, Store
+from .store import REBUILD, Entry, Store
 
 SMALL_BYTES = 64 << 20
 # A file changed this recently may change again without its time changing: it gets no record.

@@ -3,11 +3,11 @@
 Importing it registers the `torch` backend, which runs the exported modules themselves.
 """
 
-from ..engines import register_backend as _register_backend
+from ..engines import register_in_memory as _register_in_memory
 from .backend import open_torch
 from .checkpoint.folder import Checkpoint, open_checkpoint
 from .export import Progress, describe, export_bundle
 
-_register_backend("torch", open_torch)
+_register_in_memory("torch", open_torch)
 
 __all__ = ["Checkpoint", "Progress", "describe", "export_bundle", "open_checkpoint"]

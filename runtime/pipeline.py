@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
@@ -21,7 +20,7 @@ from ..schedules import Program
 from .arguments import check_integer
 from .arrays import Float32, Shape
 from .call import takes_a_call
-from .device.base import Device, Slots, TickTimes, check_engine
+from .device.base import RECORDINGS, Device, Slots, TickTimes, check_engine
 from .device.open import open_device
 from .device.pool import SlotPool
 from .pictures.vae import Vae, check_images
@@ -251,7 +250,8 @@ class Pipeline:
     @property
     def graph_counts(self) -> Mapping[str, int]:
         """Captures, replays, failures, evictions and invalidations so far, over the sets of slots that are kept."""
-        return sum((Counter(s.recordings) for s in self._pool.kept()), Counter())
+        sets = self._pool.kept()
+        return {name: sum(s.recordings[name] for s in sets) for name in RECORDINGS}
 
     def warm_up(
         self,

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from ..bundle import Bundle
+from ..engines.backends import load_backend, makes_in_memory
 from ..engines.base import Engine
 from ..engines.parallel import ParallelEngine
 from ..errors import ArgumentError, EngineFailedError, FewstepError, QueueFullError, UnavailableError
@@ -362,7 +363,7 @@ def _in_parallel(pipeline: Pipeline, ways: int | None) -> Engine:
     """The pipeline's UNet, with its rows in so many parts at once; by default one a core for engines of one thread."""
     unet: Engine = pipeline.engines["unet"]
     if ways is None:
-        alone = unet.backend == "ort-cpu" and pipeline.threads == 1
+        alone = pipeline.threads == 1 and not makes_in_memory(unet.backend) and load_backend(unet.backend).splits_rows
         ways = (os.cpu_count() or 1) if alone else 1
     return unet if check_integer("row_threads", ways, 1, 1024) == 1 else ParallelEngine(unet, ways=ways)
 

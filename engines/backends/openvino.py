@@ -17,22 +17,26 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ...errors import UnsupportedError
-from ..base import Binding, TensorSpec
+from ..base import Binding, Engine, TensorSpec
+from ..graph.accounting import Forms, count_operators
 from ..graph.onnx_bytes import BOOL, FLOAT, Graph, Node, read_graph
 from ..graph.rewrite import fix_reshapes, replace_group_norms
 from ..options import RunOptions
 from ..profile import check_dims, dimension_names
-from .ort import OrtBinding, check_tensors
+from ..weights import check_graph, check_weights
+from .ort import OrtBinding, Provider, check_tensors, import_onnxruntime
+from .ort_build import OrtBackend
+from .ort_cpu import refuse_float16
+from .registry import BuildJob, OpenJob, register
 
-PRECISION_HINTS = {"ort-openvino": "f32", "ort-openvino-bf16": "bf16"}
 EXACT_SESSIONS = 4
 LOWEST = -3.4028234663852886e38  # float32's
 
 
-def provider_options(backend: str, run: RunOptions) -> dict[str, str]:
-    """The provider's options: precision as the backend's name says, one stream, as many threads as asked for."""
+def provider_options(precision: str, run: RunOptions) -> dict[str, str]:
+    """The provider's options: a precision hint (`f32`, `bf16`), one stream, as many threads as asked for."""
     config = {
-        "INFERENCE_PRECISION_HINT": PRECISION_HINTS[backend],
+        "INFERENCE_PRECISION_HINT": precision,
         "INFERENCE_NUM_THREADS": str(run.threads or os.cpu_count() or 1),
         "NUM_STREAMS": "1",
         "PERFORMANCE_HINT": "LATENCY",
@@ -158,3 +162,43 @@ class OpenVinoEngine:
                 check_tensors("output", self.outputs, [o for o in session.get_outputs() if o.name in self.outputs])
                 self._sessions[key] = session
             return OrtBinding(self._sessions[key], self.inputs, self.outputs, dims)
+
+
+class OpenVino(OrtBackend):
+    """Graphs in operators that OpenVINO takes, compiled when they are opened, in a precision of its own."""
+
+    heeds = ()
+
+    def __init__(self, name: str, precision: str, *, rewriting: int) -> None:
+        self.precision, self.rewriting = precision, rewriting
+        self.measured = precision == "f32"
+        self.computes = None if precision == "f32" else "bfloat16"
+        self.provider = Provider(
+            backend=name,
+            name="OpenVINOExecutionProvider",
+            package="onnxruntime-openvino",
+            extra="openvino",
+            options=lambda run, stream: provider_options(precision, run),
+        )
+
+    def build(self, job: BuildJob) -> Mapping[str, Any]:
+        """The graph as OpenVINO reads it, pointing at the bundle's weights."""
+        refuse_float16(job)
+        job.progress(job.name, "optimising", 0.0)
+        source = check_graph(job.bundle, job.component)
+        check_weights(job.bundle, job.component, None)
+        graph = rewrite_for_openvino(source.read_bytes(), keep_angles=self.precision != "f32")
+        job.target.write_bytes(graph)
+        return {"weights": "shared with the bundle", "operators": dict(sorted(count_operators(graph).items()))}
+
+    def fusion(self, job: BuildJob) -> tuple[Forms, bool]:
+        return {}, False
+
+    def load(self, job: OpenJob, open_with: Callable[..., Any]) -> Engine:
+        import_onnxruntime(self.provider).set_default_logger_severity(3)  # it warns of each constant that it folds
+        specs = {"inputs": job.component.inputs, "outputs": job.component.outputs}
+        return OpenVinoEngine(lambda dims: open_with(dims=dims), **specs, backend=self.name)
+
+
+register(OpenVino("ort-openvino", "f32", rewriting=3))
+register(OpenVino("ort-openvino-bf16", "bf16", rewriting=4))

@@ -1,10 +1,11 @@
-"""ONNX Runtime, on a CPU and on CUDA: one session shared by all threads, buffers that never move for each binding."""
+"""ONNX Runtime: one session shared by all threads, buffers that never move for each binding."""
 
 from __future__ import annotations
 
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -20,18 +21,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 ALIGNMENT = 64
-PROVIDERS = {
-    "ort-cpu": "CPUExecutionProvider",
-    "ort-openvino": "OpenVINOExecutionProvider",
-    "ort-openvino-bf16": "OpenVINOExecutionProvider",
-    "ort-cuda": "CUDAExecutionProvider",
-}
-_PACKAGES = {
-    "ort-cpu": ("onnxruntime", "cpu"),
-    "ort-openvino": ("onnxruntime-openvino", "openvino"),
-    "ort-openvino-bf16": ("onnxruntime-openvino", "openvino"),
-    "ort-cuda": ("onnxruntime-gpu", "cuda"),
-}
 _ONNX_TYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -43,15 +32,43 @@ _ONNX_TYPES = {
 }
 
 
-def import_onnxruntime(backend: str) -> ModuleType:
-    """The module `onnxruntime`, able to run this backend; `MissingExtraError` if it is not installed."""
-    package, extra = _PACKAGES[backend]
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingExtraError(package, extra, purpose=f"the backend {backend!r}") from error
-    if PROVIDERS[backend] not in onnxruntime.get_available_providers():
-        raise MissingExtraError(package, extra, purpose=f"the backend {backend!r}")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provider:
+    """An execution provider of ONNX Runtime: its name there, the backend that uses it, and the package that holds it.
+
+    options: what it is asked for with, given the run's options and a CUDA stream's handle. Others than the CPU's are
+    followed by that one, for shape arithmetic and for what they do not take.
+    """
+
+    backend: str
+    name: str
+    package: str
+    extra: str
+    options: Callable[[RunOptions, int | None], dict[str, str]] = lambda run, stream: {}
+
+    def requested(self, run: RunOptions, stream: int | None = None) -> list[tuple[str, dict[str, str]]]:
+        """The providers to ask for, with explicit options."""
+        own = (self.name, self.options(run, stream))
+        return [own] if self.name == CPU.name else [own, (CPU.name, {})]
+
+    @property
+    def available(self) -> bool:
+        try:
+            import onnxruntime
+        except ImportError:
+            return False
+        return self.name in onnxruntime.get_available_providers()
+
+
+CPU = Provider(backend="ort-cpu", name="CPUExecutionProvider", package="onnxruntime", extra="cpu")
+
+
+def import_onnxruntime(provider: Provider) -> ModuleType:
+    """The module `onnxruntime`, able to run this provider; `MissingExtraError` if it is not installed."""
+    if not provider.available:
+        raise MissingExtraError(provider.package, provider.extra, purpose=f"the backend {provider.backend!r}")
+    import onnxruntime
+
     return onnxruntime  # type: ignore[no-any-return]
 
 
@@ -89,37 +106,10 @@ def _places(threads: int) -> str:
     return ";".join(str(c + 1) for c in allowed[1:]) if 1 < threads == len(allowed) else ""
 
 
-def providers(backend: str, run: RunOptions, stream: int | None = None) -> list[tuple[str, dict[str, str]]]:
-    """The providers to ask for, with explicit options; CUDA is followed by the CPU, for shape arithmetic only.
-
-    OpenVINO is followed by the CPU too.
-    """
-    cpu: tuple[str, dict[str, str]] = ("CPUExecutionProvider", {})
-    if backend == "ort-cpu":
-        return [cpu]
-    if backend != "ort-cuda":
-        from .openvino import provider_options
-
-        return [("OpenVINOExecutionProvider", provider_options(backend, run)), cpu]
-    cuda = {
-        "device_id": str(run.device),
-        "arena_extend_strategy": "kSameAsRequested",
-        "cudnn_conv_algo_search": "EXHAUSTIVE",
-        "cudnn_conv_use_max_workspace": "1",
-        "do_copy_in_default_stream": "1",
-        "use_tf32": "0",
-        "prefer_nhwc": "0",
-        "enable_cuda_graph": "1" if run.cuda_graph else "0",
-    }
-    if stream is not None:
-        cuda["user_compute_stream"] = str(stream)
-    return [("CUDAExecutionProvider", cuda), cpu]
-
-
 def open_session(
     model: Path | bytes,
     *,
-    backend: str,
+    provider: Provider = CPU,
     run: RunOptions,
     optimization: str = "all",
     external: Mapping[str, Any] | None = None,
@@ -133,10 +123,8 @@ def open_session(
     `external` maps the names of external data files to their bytes, `external_folder` says where they lie when they are
     too large for that. `dims` fixes named dimensions. `configure` may change the session options before they are used.
     """
-    onnxruntime = import_onnxruntime(backend)
+    onnxruntime = import_onnxruntime(provider)
     options = session_options(onnxruntime, run, optimization)
-    if PROVIDERS[backend] == "OpenVINOExecutionProvider":
-        onnxruntime.set_default_logger_severity(3)  # it warns of each constant that it folds
     if external:
         names = list(external)
         options.add_external_initializers_from_files_in_memory(
@@ -150,25 +138,25 @@ def open_session(
         configure(options)
     source = model if isinstance(model, bytes) else str(model)
     try:
-        session = onnxruntime.InferenceSession(source, options, providers=providers(backend, run, stream))
+        session = onnxruntime.InferenceSession(source, options, providers=provider.requested(run, stream))
     except Exception as error:
         raise CorruptError(
             f"ONNX Runtime {onnxruntime.__version__} refuses the model: {_brief(error, model)}",
             expected="a model that it can load",
             remedy="Export the checkpoint again, or rebuild the engine with: fewstep build BUNDLE --force",
         ) from error
-    check_provider(session, backend)
+    check_provider(session, provider)
     return session
 
 
-def check_provider(session: Any, backend: str) -> None:
+def check_provider(session: Any, provider: Provider) -> None:
     """Raise `MismatchError` when ONNX Runtime put the model elsewhere than asked, which it does without a word."""
     got = session.get_providers()
-    if not got or got[0] != PROVIDERS[backend]:
+    if not got or got[0] != provider.name:
         raise MismatchError(
             f"ONNX Runtime runs the model on {', '.join(got) or 'nothing'}",
-            expected=f"{PROVIDERS[backend]} for the backend {backend!r}",
-            remedy="Check that the GPU, its driver and the CUDA libraries are there, or use the backend 'ort-cpu'.",
+            expected=f"{provider.name} for the backend {provider.backend!r}",
+            remedy="Check that the GPU, its driver and the CUDA libraries are there, or use a backend for the CPU.",
         )
 
 
@@ -228,9 +216,11 @@ class OrtBinding:
 
 
 class OrtEngine:
-    """A component on ONNX Runtime. The session may be used by all threads; each thread makes its own binding."""
+    """A component on ONNX Runtime on the CPU. All threads may use the session; each makes a binding of its own."""
 
-    __slots__ = ("_run", "_session", "_stream", "backend", "inputs", "outputs")
+    __slots__ = ("_session", "backend", "inputs", "outputs")
+
+    device, capture = "cpu", "none"
 
     def __init__(
         self,
@@ -238,12 +228,9 @@ class OrtEngine:
         *,
         inputs: Sequence[TensorSpec],
         outputs: Sequence[TensorSpec],
-        backend: str = "ort-cpu",
-        run: RunOptions | None = None,
-        stream: Any = None,
+        provider: Provider = CPU,
     ) -> None:
-        self._session, self._run, self._stream = session, run or RunOptions(), stream
-        self.backend = backend
+        self._session, self.backend = session, provider.backend
         self.inputs: dict[str, TensorSpec] = {s.name: s for s in inputs}
         self.outputs: dict[str, TensorSpec] = {s.name: s for s in outputs}
         check_tensors("input", self.inputs, session.get_inputs())
@@ -256,51 +243,21 @@ class OrtEngine:
         *,
         inputs: Sequence[TensorSpec],
         outputs: Sequence[TensorSpec],
-        backend: str = "ort-cpu",
         run: RunOptions | None = None,
         optimization: str = "all",
     ) -> OrtEngine:
-        """Load a graph whose external data lie beside it, and optimise it now."""
-        options = run or RunOptions()
-        stream = engine_stream(backend, options)
-        session = open_session(
-            path,
-            backend=backend,
-            run=options,
-            optimization=optimization,
-            stream=None if stream is None else stream.cuda_stream,
-        )
-        return cls(session, inputs=inputs, outputs=outputs, backend=backend, run=options, stream=stream)
-
-    @property
-    def device(self) -> str:
-        return "cuda" if self.backend == "ort-cuda" else "cpu"
-
-    @property
-    def capture(self) -> str:
-        return "own_graph" if self.backend == "ort-cuda" and self._run.cuda_graph else "none"
+        """Load a graph whose external data lie beside it on the CPU, and optimise it now."""
+        session = open_session(path, run=run or RunOptions(), optimization=optimization)
+        return cls(session, inputs=inputs, outputs=outputs)
 
     @property
     def providers(self) -> tuple[str, ...]:
         return tuple(self._session.get_providers())
 
     def bind(self, dims: Mapping[str, int]) -> Binding:
-        """Buffers for these dimensions: NumPy arrays on the CPU, torch tensors on CUDA."""
+        """NumPy buffers for these dimensions."""
         check_dims((*self.inputs.values(), *self.outputs.values()), dims)
-        if self.backend != "ort-cuda":
-            return OrtBinding(self._session, self.inputs, self.outputs, dims)
-        from .ort_cuda import OrtCudaBinding
-
-        return OrtCudaBinding(self._session, self.inputs, self.outputs, dims, run=self._run, stream=self._stream)
-
-
-def engine_stream(backend: str, run: RunOptions) -> Any:
-    """The CUDA stream of a session on CUDA, made before it; `None` elsewhere."""
-    if backend != "ort-cuda":
-        return None
-    from .ort_cuda import make_stream
-
-    return make_stream(run.device)
+        return OrtBinding(self._session, self.inputs, self.outputs, dims)
 
 
 def check_tensors(kind: str, specs: Mapping[str, TensorSpec], nodes: Sequence[Any]) -> None:

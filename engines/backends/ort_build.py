@@ -8,69 +8,58 @@ format ends at 2 GB, all weights go into a file beside it, which ONNX Runtime ma
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from ...errors import CancelledError, UnsupportedError
+from ...errors import CancelledError
 from .. import machine
 from ..base import Engine
-from ..graph.accounting import FUSED, FUSED_ON_CPU, check_fusion, count_operators
+from ..graph.accounting import Forms, check_fusion, count_operators
 from ..graph.float16 import convert_saved
-from ..graph.rewrite import rewrite_for_cpu
 from ..options import BuildOptions, RunOptions
-from ..profile import profiles_for
-from ..registry import BuildJob, OpenJob
 from ..weights import check_data, check_graph, check_weights, read_weights
-from .openvino import PRECISION_HINTS, OpenVinoEngine, rewrite_for_openvino
-from .ort import OrtEngine, engine_stream, import_onnxruntime, open_session
+from .ort import OrtEngine, Provider, import_onnxruntime, open_session
+from .registry import Backend, BuildJob, OpenJob
 
 INLINE_BYTES = 1_500_000_000
-FUSING = ("extended", "all")
-REWRITING = {"ort-cpu": 4, "ort-openvino": 3, "ort-openvino-bf16": 4, "ort-cuda": 1}
 
 
-class OrtBackend:
-    """Builds and loads engines of ONNX Runtime for one provider."""
+class OrtBackend(Backend):
+    """Builds and loads engines of ONNX Runtime for one provider; what providers differ in, its subclasses say.
+
+    rewriting: the number of our own rewriting of graphs, so that an engine of another is built anew.
+    """
 
     suffix = "onnx"
-    uses_profiles = False
+    heeds: tuple[str, ...] = ("optimization", "float16")
+    provider: Provider
+    rewriting: int
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.heeds = () if name in PRECISION_HINTS else ("optimization", "float16")
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.provider.backend
 
     def version(self) -> str:
-        """The library's, and after `+` the number of our own rewriting, so that an engine of another is built anew."""
-        return f"{import_onnxruntime(self.name).__version__}+{REWRITING[self.name]}"
+        """The library's, and after `+` that of the rewriting."""
+        return f"{import_onnxruntime(self.provider).__version__}+{self.rewriting}"
+
+    def available(self) -> bool:
+        return self.provider.available
 
     def target(self, options: BuildOptions | None) -> tuple[str, str]:
-        if self.name != "ort-cuda":
-            return machine.cpu_identity()
-        gpu = machine.gpu()
-        return gpu.name, gpu.compute_capability
+        return machine.cpu_identity()
 
     def memory(self, job_bytes: int) -> int:
         return 3 * job_bytes + (256 << 20)
 
     def build(self, job: BuildJob) -> Mapping[str, Any]:
         """Have ONNX Runtime optimise the graph and save it. Raises `CancelledError`, `CorruptError`."""
-        if job.options.float16 and self.name != "ort-cuda":
-            raise UnsupportedError(
-                "half precision on the CPU, where it is slower", remedy="Leave it out, or name --backend ort-cuda."
-            )
-        if self.name == "ort-cpu" and job.component.dtype == "bfloat16":
-            raise UnsupportedError(
-                f"{job.name!r} is in bfloat16, for which ONNX Runtime has no kernels on the CPU",
-                expected="float32 or float16",
-                remedy="Name --backend torch, or export with --dtype fp32: ort-openvino-bf16 computes it in bfloat16.",
-            )
+        self.check(job)
         job.progress(job.name, "optimising", 0.0)
         source = check_graph(job.bundle, job.component)
         check_weights(job.bundle, job.component, None)
-        if self.name in PRECISION_HINTS:
-            return self._write_plain(job, source)
         weights = job.bundle.path(job.component.weights)
         beside = job.options.float16 or weights.stat().st_size > INLINE_BYTES
 
@@ -82,15 +71,13 @@ class OrtBackend:
             watcher = threading.Thread(target=_cancel_load, args=(job.cancel, finished, options), daemon=True)
             watcher.start()
 
-        graph, rewritten = source.read_bytes(), dict[str, int]()
-        if self.name == "ort-cpu":
-            graph, rewritten = rewrite_for_cpu(graph, profiles_for(job.bundle)[job.name][0].optimum)
+        graph, rewritten = self.rewrite(source.read_bytes(), job)
         finished = threading.Event()
         try:
             session = open_session(
                 graph,
                 external_folder=source.parent,
-                backend=self.name,
+                provider=self.provider,
                 run=RunOptions(threads=1, spinning="off"),
                 optimization=job.options.optimization,
                 configure=configure,
@@ -103,35 +90,21 @@ class OrtBackend:
             finished.set()
         if job.cancel.is_set():
             raise CancelledError(f"the build of {job.name!r} was cancelled")
-        OrtEngine(session, inputs=job.component.inputs, outputs=job.component.outputs, backend=self.name)
+        OrtEngine(session, inputs=job.component.inputs, outputs=job.component.outputs, provider=self.provider)
         providers = session.get_providers()
         job.progress(job.name, "optimising", 1.0)
         if job.options.float16:
             del session
             job.progress(job.name, "converting to half precision", 0.0)
             convert_saved(job.target, job.data)
-        found = count_operators(job.target.read_bytes())
+        operators, (fused, strict) = count_operators(job.target.read_bytes()), self.fusion(job)
         return {
             "weights": "beside the graph" if beside else "shared with the bundle",
             "providers": providers,
             "rewritten": rewritten,
-            "operators": dict(sorted(found.items())),
-            "fused": self._check_fusion(job, found),
+            "operators": dict(sorted(operators.items())),
+            "fused": check_fusion(job.name, job.component.operators, operators, strict=strict, fused=fused),
         }
-
-    def _check_fusion(self, job: BuildJob, found: Mapping[str, int]) -> dict[str, int]:
-        """Raise `MismatchError` when the optimiser lost a fusion, unless it was told not to fuse."""
-        stated = job.component.operators
-        if self.name == "ort-cuda":
-            return check_fusion(job.name, stated, found, strict=True, fused=FUSED)
-        strict = job.options.optimization in FUSING and job.component.dtype == "float32"  # no kernels for the others
-        return check_fusion(job.name, stated, found, strict=strict, fused=FUSED_ON_CPU)
-
-    def _write_plain(self, job: BuildJob, source: Path) -> Mapping[str, Any]:
-        """The graph as OpenVINO reads it, pointing at the bundle's weights: it compiles when it is opened."""
-        graph = rewrite_for_openvino(source.read_bytes(), keep_angles=PRECISION_HINTS[self.name] != "f32")
-        job.target.write_bytes(graph)
-        return {"weights": "shared with the bundle", "operators": dict(sorted(count_operators(graph).items()))}
 
     def open(self, job: OpenJob) -> Engine:
         """Load a saved graph with the weights it points to; nothing is optimised again."""
@@ -142,31 +115,31 @@ class OrtBackend:
             external = {job.component.weights: weights}
         else:
             folder = check_weights(job.bundle, job.component, job.store).parent
-        stream = engine_stream(self.name, job.run)
-        if self.name in PRECISION_HINTS:
-            open_for = partial(self._compile, bytes(job.data), run=job.run, external=external, external_folder=folder)
-            specs = job.component.inputs, job.component.outputs
-            return OpenVinoEngine(open_for, inputs=specs[0], outputs=specs[1], backend=self.name)
-        session = open_session(
+        load = partial(
+            open_session,
             bytes(job.data),
-            backend=self.name,
+            provider=self.provider,
             run=job.run,
             optimization="disabled",
             external=external,
             external_folder=folder,
-            stream=None if stream is None else stream.cuda_stream,
         )
-        return OrtEngine(
-            session,
-            inputs=job.component.inputs,
-            outputs=job.component.outputs,
-            backend=self.name,
-            run=job.run,
-            stream=stream,
-        )
+        return self.load(job, load)
 
-    def _compile(self, graph: bytes, dims: Mapping[str, int], **given: Any) -> Any:
-        return open_session(graph, backend=self.name, optimization="disabled", dims=dims, **given)
+    def check(self, job: BuildJob) -> None:
+        """Refuse what this provider has no kernels for."""
+
+    def rewrite(self, graph: bytes, job: BuildJob) -> tuple[bytes, dict[str, int]]:
+        """The graph as ONNX Runtime is to optimise it, and how often each rewriting was done."""
+        return graph, {}
+
+    @abstractmethod
+    def fusion(self, job: BuildJob) -> tuple[Forms, bool]:
+        """The fused operators to look for, and whether a lost one is an error."""
+
+    @abstractmethod
+    def load(self, job: OpenJob, open_with: Callable[..., Any]) -> Engine:
+        """The engine on a session that `open_with` opens, given further options of `open_session`."""
 
 
 def _cancel_load(cancel: threading.Event, finished: threading.Event, options: Any) -> None:
@@ -175,7 +148,3 @@ def _cancel_load(cancel: threading.Event, finished: threading.Event, options: An
         if cancel.is_set():
             options.set_load_cancellation_flag(True)
             return
-
-
-def backend(name: str) -> OrtBackend:
-    return OrtBackend(name)

@@ -1,14 +1,20 @@
-"""ONNX Runtime's bindings on CUDA: torch tensors as buffers, a stream of the engine's own, its own CUDA graphs."""
+"""ONNX Runtime on CUDA: torch tensors as buffers, a stream of the engine's own, its own CUDA graphs."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ...errors import MissingError, MissingExtraError
-from ..base import TensorSpec
-from ..options import RunOptions
+from .. import machine
+from ..base import Binding, Engine, TensorSpec
+from ..graph.accounting import FUSED, Forms
+from ..options import BuildOptions, RunOptions
+from ..profile import check_dims
+from .ort import OrtEngine, Provider
+from .ort_build import OrtBackend
+from .registry import BuildJob, OpenJob, register
 
 _graph_ids = itertools.count(1)
 
@@ -20,7 +26,7 @@ def import_torch_cuda() -> Any:
     except ImportError as error:
         raise MissingExtraError("torch", "cuda", purpose="device memory for a CUDA engine") from error
     if not torch.cuda.is_available():
-        raise MissingError("torch sees no CUDA device", remedy="Use the backend 'ort-cpu' on this machine.")
+        raise MissingError("torch sees no CUDA device", remedy="Use a backend for the CPU on this machine.")
     return torch
 
 
@@ -91,3 +97,79 @@ def _element_type(tensor: Any) -> Any:
 
     name = str(tensor.dtype).removeprefix("torch.")
     return 16 if name == "bfloat16" else np.dtype(name).type
+
+
+class OrtCudaEngine(OrtEngine):
+    """A component on CUDA, its bindings torch tensors."""
+
+    __slots__ = ("_run", "_stream")
+
+    device = "cuda"
+
+    def __init__(
+        self,
+        session: Any,
+        *,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        run: RunOptions,
+        stream: Any,
+    ) -> None:
+        super().__init__(session, inputs=inputs, outputs=outputs, provider=CUDA)
+        self._run, self._stream = run, stream
+
+    @property
+    def capture(self) -> str:  # type: ignore[override]
+        return "own_graph" if self._run.cuda_graph else "none"
+
+    def bind(self, dims: Mapping[str, int]) -> Binding:
+        check_dims((*self.inputs.values(), *self.outputs.values()), dims)
+        return OrtCudaBinding(self._session, self.inputs, self.outputs, dims, run=self._run, stream=self._stream)
+
+
+def provider_options(run: RunOptions, stream: int | None) -> dict[str, str]:
+    options = {
+        "device_id": str(run.device),
+        "arena_extend_strategy": "kSameAsRequested",
+        "cudnn_conv_algo_search": "EXHAUSTIVE",
+        "cudnn_conv_use_max_workspace": "1",
+        "do_copy_in_default_stream": "1",
+        "use_tf32": "0",
+        "prefer_nhwc": "0",
+        "enable_cuda_graph": "1" if run.cuda_graph else "0",
+    }
+    return options if stream is None else {**options, "user_compute_stream": str(stream)}
+
+
+CUDA = Provider(
+    backend="ort-cuda",
+    name="CUDAExecutionProvider",
+    package="onnxruntime-gpu",
+    extra="cuda",
+    options=provider_options,
+)
+
+
+class OrtCuda(OrtBackend):
+    """See the module."""
+
+    provider, rewriting, device, rank = CUDA, 1, "cuda", 3
+
+    def suits(self) -> str | None:
+        return "a GPU, and ONNX Runtime was installed with CUDA"
+
+    def target(self, options: BuildOptions | None) -> tuple[str, str]:
+        gpu = machine.gpu()
+        return gpu.name, gpu.compute_capability
+
+    def fusion(self, job: BuildJob) -> tuple[Forms, bool]:
+        return FUSED, True
+
+    def load(self, job: OpenJob, open_with: Callable[..., Any]) -> Engine:
+        stream = make_stream(job.run.device)
+        session = open_with(stream=stream.cuda_stream)
+        specs = {"inputs": job.component.inputs, "outputs": job.component.outputs}
+        return OrtCudaEngine(session, **specs, run=job.run, stream=stream)
+
+
+register(OrtCuda())

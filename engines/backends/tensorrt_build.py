@@ -6,6 +6,7 @@ no GPU for it; TensorRT builds for the GPU it runs on, and measures there.
 
 from __future__ import annotations
 
+import importlib.util
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,49 +16,40 @@ from ...errors import CancelledError, CorruptError, FewstepError, MismatchError,
 from .. import machine
 from ..base import Engine, TensorSpec
 from ..graph.accounting import check_fusion
+from ..key import ANY_DEVICE
 from ..options import BuildOptions
 from ..profile import Profile
-from ..registry import RTX_CAPABILITIES, BuildJob, OpenJob
 from ..weights import check_graph, check_weights
-from .tensorrt import TensorRTEngine, errors_said, import_tensorrt, logger, read_cache, write_cache
+from .registry import Backend, BuildJob, OpenJob, register
+from .tensorrt import MODULES, TensorRTEngine, errors_said, import_tensorrt, logger, read_cache, write_cache
 
 if TYPE_CHECKING:
     import tensorrt_rtx as trt
 
+RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 _COMPUTE = ("CONVOLUTION", "MATRIX_MULTIPLY", "ATTENTION_INPUT", "DECONVOLUTION")
 _DTYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
 
 
-class TensorRTBackend:
-    """Builds and loads engines with one of the two libraries."""
+class TensorRT(Backend):
+    """Builds and loads engines with TensorRT, for the GPU of this machine."""
 
-    suffix = "plan"
-    uses_profiles = True
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.heeds: tuple[str, ...] = ("optimization_level", "workspace_bytes", "auxiliary_streams")
-        if name == "tensorrt-rtx":
-            self.heeds += ("compute_capabilities", "capturable")
+    name = "tensorrt"
+    device, suffix, uses_profiles, rank = "cuda", "plan", True, 2
+    heeds: tuple[str, ...] = ("optimization_level", "workspace_bytes", "auxiliary_streams")
 
     def version(self) -> str:
         return str(import_tensorrt(self.name).__version__)
 
+    def available(self) -> bool:
+        return importlib.util.find_spec(MODULES[self.name]) is not None
+
+    def suits(self) -> str | None:
+        return "a GPU, and TensorRT is installed"
+
     def target(self, options: BuildOptions | None) -> tuple[str, str]:
-        """TensorRT: this GPU. TensorRT-RTX: any GPU of the compute capabilities asked for, or of this GPU's."""
-        if self.name == "tensorrt":
-            gpu = machine.gpu()
-            return gpu.name, gpu.compute_capability
-        wanted = tuple(sorted(set(options.compute_capabilities))) if options else ()
-        wanted = wanted or (machine.gpu().compute_capability,)
-        for one in wanted:
-            if one not in RTX_CAPABILITIES:
-                raise UnsupportedError(
-                    f"TensorRT-RTX builds nothing for compute capability {one}",
-                    expected=f"one of {', '.join(RTX_CAPABILITIES)}",
-                    remedy="Use the backend 'tensorrt' or 'ort-cuda' on that GPU.",
-                )
-        return "any", " ".join(wanted)
+        gpu = machine.gpu()
+        return gpu.name, gpu.compute_capability
 
     def memory(self, job_bytes: int) -> int:
         return 4 * job_bytes + (1 << 30)
@@ -110,9 +102,6 @@ class TensorRTBackend:
     def open(self, job: OpenJob) -> Engine:
         """Deserialise; needs the GPU, and asks for it before the library is touched: without one it may crash."""
         machine.gpu(job.run.device)
-        cache = None
-        if self.name == "tensorrt-rtx" and not job.store.read_only:
-            cache = job.store.root / f".runtime.{job.entry.name}.cache"
         return TensorRTEngine(
             job.data,
             backend=self.name,
@@ -122,7 +111,7 @@ class TensorRTBackend:
             run=job.run,
             dtype=job.component.dtype,
             capturable=bool(job.entry.key.options.get("capturable")),
-            cache=cache,
+            cache=self._runtime_cache(job),
         )
 
     def _configure(self, module: Any, builder: trt.Builder, config: trt.IBuilderConfig, job: BuildJob) -> None:
@@ -148,15 +137,48 @@ class TensorRTBackend:
                 raise UnsupportedError(f"TensorRT-RTX {module.__version__} refuses compute capability {one}")
 
     def _timing_cache(self, job: BuildJob) -> Path | None:
-        if self.name == "tensorrt-rtx":
-            return None
         gpu = machine.gpu()
         name = f"{self.version()}-{gpu.name}".casefold().replace(" ", "-")
         return job.store.root / f".timing.{''.join(c for c in name if c.isalnum() or c in '.-')}.cache"
 
+    def _runtime_cache(self, job: OpenJob) -> Path | None:
+        return None
 
-def backend(name: str) -> TensorRTBackend:
-    return TensorRTBackend(name)
+
+class TensorRTRtx(TensorRT):
+    """Builds with TensorRT-RTX, for any GPU of some compute capabilities and without one."""
+
+    name = "tensorrt-rtx"
+    rank = 1
+    heeds = (*TensorRT.heeds, "compute_capabilities", "capturable")
+
+    def suits(self) -> str | None:
+        if machine.gpu().compute_capability not in RTX_CAPABILITIES:
+            return None
+        return "a GPU that TensorRT-RTX supports, and its module is installed"
+
+    def target(self, options: BuildOptions | None) -> tuple[str, str]:
+        """Any GPU of the compute capabilities asked for, or of this GPU's."""
+        asked = tuple(sorted(set(options.compute_capabilities))) if options else ()
+        asked = asked or (machine.gpu().compute_capability,)
+        for capability in asked:
+            if capability not in RTX_CAPABILITIES:
+                raise UnsupportedError(
+                    f"TensorRT-RTX builds nothing for compute capability {capability}",
+                    expected=f"one of {', '.join(RTX_CAPABILITIES)}",
+                    remedy="Use the backend 'tensorrt' or 'ort-cuda' on that GPU.",
+                )
+        return ANY_DEVICE, " ".join(asked)
+
+    def _timing_cache(self, job: BuildJob) -> Path | None:
+        return None
+
+    def _runtime_cache(self, job: OpenJob) -> Path | None:
+        return None if job.store.read_only else job.store.root / f".runtime.{job.entry.name}.cache"
+
+
+register(TensorRT())
+register(TensorRTRtx())
 
 
 def parse(module: Any, network: trt.INetworkDefinition, graph: Path, log: trt.ILogger) -> trt.OnnxParser:

@@ -14,22 +14,20 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ...bundle import Bundle, Component
 from ...errors import ArgumentError, MissingExtraError
+from ..backends import load_backend, plain_backend
 from ..backends.ort import OrtEngine, open_session
 from ..base import TensorSpec
-from ..build import build_engines, open_engine
+from ..open import build_engines, open_engine
 from ..options import BuildOptions, RunOptions
 from ..profile import Profile, dimension_names
-from ..registry import load_backend
 from ..store import Store
 from ..weights import check_graph
 from .gate import Evaluate, compare, engine_function, limit_for
 from .reference import Case
-
-if TYPE_CHECKING:
-    from ...bundle import Bundle, Component
 
 FETCHED = 32
 _FLOATS = {"tensor(float)": "float32", "tensor(float16)": "float16"}
@@ -56,7 +54,7 @@ def bisect_engine(
     component: str,
     case: Case,
     *,
-    backend: str = "ort-cpu",
+    backend: str | None = None,
     options: BuildOptions | None = None,
     candidate: Candidate | None = None,
     limit: float | None = None,
@@ -71,7 +69,7 @@ def bisect_engine(
     part = bundle.component(component)
     model = onnx.load(str(check_graph(bundle, part)), load_external_data=False)
     bound = limit if limit is not None else limit_for(part.dtype, case.torch_error)
-    make = candidate or _builder(backend, options, case)
+    make = candidate or _builder(backend or plain_backend().name, options, case)
     places = _places(onnx, bundle, part, model, case)
     if not places:
         raise ArgumentError(f"the graph of {component!r} has no node with a float output", expected="one at least")
@@ -134,7 +132,7 @@ def _places(onnx: Any, bundle: Bundle, part: Component, model: Any, case: Case) 
     shown.graph.output.extend(onnx.ValueInfoProto(name=n.output[0]) for _, n in nodes if n.output[0] not in known)
     with tempfile.TemporaryDirectory(prefix="fewstep-bisect-") as folder:
         graph = _write(bundle, part, shown.SerializeToString(), Path(folder))
-        session = open_session(graph, backend="ort-cpu", run=RunOptions(), optimization="disabled")
+        session = open_session(graph, run=RunOptions(), optimization="disabled")
         types = {o.name: _FLOATS.get(o.type) for o in session.get_outputs()}
         wanted = [(i, n) for i, n in nodes if types[n.output[0]] is not None]
         places = []

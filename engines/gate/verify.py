@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
+from ...bundle import Bundle
 from ...errors import CorruptError, GateError, MismatchError, MissingError
+from ..backends import OpenJob, load_backend
+from ..backends.ort import OrtEngine
+from ..base import Engine
+from ..find import engine_key
+from ..key import differences
 from ..options import RunOptions
-from ..registry import OpenJob, load_backend
+from ..store import Entry, Store
 from ..weights import check_graph, check_weights
 from .gate import Evaluate, GateReport, failure, gate_engine
 from .reference import FILE, Case, read_reference
-
-if TYPE_CHECKING:
-    from ...bundle import Bundle
-    from ..base import Engine
-    from ..store import Entry, Store
 
 
 def load_cases(bundle: Bundle) -> list[Case]:
@@ -25,8 +25,6 @@ def load_cases(bundle: Bundle) -> list[Case]:
 
 def verify_graph(bundle: Bundle, component: str, cases: Sequence[Case]) -> GateReport:
     """The ONNX graph itself, run by ONNX Runtime on the CPU without optimisation."""
-    from ..backends.ort import OrtEngine
-
     part = bundle.component(component)
     path = check_graph(bundle, part)
     check_weights(bundle, part, None)
@@ -40,13 +38,9 @@ def verify_entry(
     """A stored engine; the verdict goes into its manifest, and a failed engine is not opened again."""
     name = entry.key.component
     part = bundle.component(name)
-    job = OpenJob(
-        bundle=bundle, name=name, component=part, entry=entry, data=entry.read(), run=run or RunOptions(), store=store
-    )
-    engine = load_backend(entry.key.backend).open(job)
-    dtype = "float16" if entry.key.options.get("float16") else part.dtype
-    if entry.key.backend.endswith("-bf16"):
-        dtype = "bfloat16"
+    kind = load_backend(entry.key.backend)
+    engine = kind.open(OpenJob.of(bundle, entry, store, run))
+    dtype = kind.computes or ("float16" if entry.key.options.get("float16") else part.dtype)
     report = gate_engine(engine, cases, component=name, dtype=dtype, name=f"the engine {entry.name}", check=False)
     if not store.read_only:
         store.record_gate(entry, report.to_json())
@@ -82,9 +76,6 @@ def verify_bundle(
 
 def engines_here(bundle: Bundle, component: str, store: Store) -> Iterator[Entry]:
     """The stored engines of a component that this machine can load."""
-    from ..build import engine_key
-    from ..key import differences
-
     for entry in store.entries(component):
         try:
             needed = engine_key(bundle, component, load_backend(entry.key.backend))

@@ -20,6 +20,7 @@ from typing import Any
 from safetensors import safe_open
 
 from ...bundle import Bundle, read_bundle, write_manifest
+from ...engines.machine import available_memory
 from ...errors import CorruptError, FewstepError, GateError, MissingExtraError, OutOfMemoryError
 from ..checkpoint.folder import Checkpoint
 
@@ -76,16 +77,6 @@ def needed_memory(bundle: Bundle, *, fused: bool = False) -> int:
     together = sum(4 * n for k, (n, _) in counts.items() if not k.startswith("vae")) if fused else 0
     engine = max(2 * n * _SIZES[d] for n, d in counts.values())
     return max(single, together, engine) + _ACTIVATIONS
-
-
-def available_memory() -> int | None:
-    """Bytes that a process may still take, as Linux states them; `None` elsewhere."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    found = next((line for line in lines if line.startswith("MemAvailable:")), None)
-    return int(found.split()[1]) * 1024 if found else None
 
 
 def check_memory(needed: int, available: int | None) -> None:

@@ -25,6 +25,7 @@ from ..noise.seeds import Gaussians
 from ..pictures.inpaint import Blend
 
 MOST_HISTORY = 5
+RECORDINGS = ("captures", "replays", "failures", "evictions", "invalidations")
 MOST_ROWS = 64
 """Rows of one evaluation; more are done in several."""
 MOST_SHARED_TOKENS = 8 * 77
@@ -200,8 +201,8 @@ class Slots(ABC):
 
     @property
     def recordings(self) -> Mapping[str, int]:
-        """Captures, replays, failures, evictions and invalidations of captured work; empty where none is."""
-        return {}
+        """How often, by `RECORDINGS`, captured work was made, used, lost; zeros where none is captured."""
+        return dict.fromkeys(RECORDINGS, 0)
 
     @abstractmethod
     def _place(self, slot: int, sampling: Sampling, start: Float32) -> None:

@@ -188,10 +188,6 @@ class GraphCache:
         self.captures = self.replays = self.failures = self.evictions = self.invalidations = 0
 
     @property
-    def counts(self) -> dict[str, int]:
-        return {n: getattr(self, n) for n in ("captures", "replays", "failures", "evictions", "invalidations")}
-
-    @property
     def bytes(self) -> int:
         """Memory that the graphs hold, their buffers apart."""
         return sum(k.graph.bytes for k in self._kept.values())

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...engines import Binding, Engine, RunOptions
-from ...engines.plan import available_memory
+from ...engines.machine import available_memory
 from ...errors import OutOfMemoryError
 from ...schedules import Program
 from ..arrays import Float32, Shape

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...engines import choose_backend
+from ...engines.backends import choose_backend, device_of
 from ...errors import ArgumentError
 from .base import Device
 from .numpy_slots import NumpyDevice
@@ -13,8 +13,7 @@ def open_device(
 ) -> Device:
     """The device of a name, `None` being where the backend runs; a `Device` is what it is. Errors of `TorchDevice`."""
     if device is None:
-        name, _ = choose_backend(backend)
-        device = "cuda" if name in ("ort-cuda", "tensorrt", "tensorrt-rtx") else "cpu"
+        device = device_of(choose_backend(backend)[0])
     if not isinstance(device, str):
         return device
     if device == "cpu":

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ...engines import Binding, Engine, RunOptions, TensorSpec
-from ...engines.plan import available_memory
+from ...engines.machine import available_memory
 from ...errors import ArgumentError, MissingError
 from ..arrays import Shape
 from .base import MOST_ROWS, Slots

@@ -19,7 +19,7 @@ from ...engines import Binding, Engine
 from ...schedules import Program
 from ..arrays import Float32, Shape
 from ..conditioning import TOKENS
-from .base import MOST_HISTORY, MOST_ROWS, Decoded, Sampling, Slots, TickTimes, unet_dims
+from .base import MOST_HISTORY, MOST_ROWS, RECORDINGS, Decoded, Sampling, Slots, TickTimes, unet_dims
 from .clock import DeviceClock
 from .cuda_graphs import GraphCache, GraphKey
 from .memory import as_tensor, guard_memory, upload
@@ -72,7 +72,7 @@ class TorchSlots(Slots):
 
     @property
     def recordings(self) -> Mapping[str, int]:
-        return {} if self.graphs is None else self.graphs.counts
+        return {n: 0 if self.graphs is None else getattr(self.graphs, n) for n in RECORDINGS}
 
     def take_times(self) -> TickTimes:
         times = self._clock.read()

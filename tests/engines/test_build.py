@@ -27,14 +27,15 @@ from fewstep.engines import (
     choose_backend,
     open_engine,
     open_engines,
-    register_backend,
+    register_in_memory,
     weights,
 )
 from fewstep.engines.backends import ort_build
+from fewstep.engines.backends.registry import _in_memory
 from fewstep.engines.gate.gate import compare, engine_function
 from fewstep.engines.graph.float16 import convert_saved
-from fewstep.engines.plan import available_memory, check_resources, plan_build
-from fewstep.engines.registry import _factories
+from fewstep.engines.machine import available_memory
+from fewstep.engines.plan import check_resources, plan_build
 from fewstep.errors import (
     ArgumentError,
     CancelledError,
@@ -266,7 +267,7 @@ def test_backends_are_known_by_name(bundle: Bundle, store: Store) -> None:
     with pytest.raises(MissingError, match="makes no engine files"):
         build_engines(bundle, backend="torch", store=store)
     with pytest.raises(UnknownNameError):
-        register_backend("ort-cpu", lambda bundle, component, run: None)  # type: ignore[arg-type, return-value]
+        register_in_memory("ort-cpu", lambda bundle, component, run: None)  # type: ignore[arg-type, return-value]
 
 
 @pytest.mark.skipif(Path("/proc/driver/nvidia/version").exists(), reason="this machine has a GPU")
@@ -280,7 +281,7 @@ def test_without_a_gpu_auto_is_the_cpu_and_gpu_backends_say_why_not(bundle: Bund
 def test_a_registered_backend_makes_its_engine_without_a_build(
     bundle: Bundle, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(_factories, "torch", raising=False)
+    monkeypatch.setitem(_in_memory, "torch", None)
     with pytest.raises(MissingError, match=r"fewstep\.export"):
         open_engine(bundle, "unet", backend="torch", store=store)
     made = open_engine(bundle, "unet", backend="ort-cpu", store=store)
@@ -290,8 +291,8 @@ def test_a_registered_backend_makes_its_engine_without_a_build(
         asked.append((component, run))
         return made
 
-    monkeypatch.setitem(_factories, "torch", made)  # so that what was there before comes back
-    register_backend("torch", factory)
+    monkeypatch.setitem(_in_memory, "torch", made)  # so that what was there before comes back
+    register_in_memory("torch", factory)
     options = RunOptions(threads=1)
     assert open_engine(bundle, "unet", backend="torch", run=options) is made
     assert asked == [("unet", options)]
@@ -302,7 +303,7 @@ def test_opening_loads_neither_torch_nor_onnx_and_is_fast(bundle: Bundle, store:
     script = (
         "import sys, time\n"
         "import fewstep.engines\n"
-        "print(sorted({m.partition('.')[0] for m in sys.modules} & {'torch', 'onnx', 'onnxruntime', 'numpy'}))\n"
+        "print(sorted({m.partition('.')[0] for m in sys.modules} & {'torch', 'onnx', 'onnxruntime', 'tensorrt_rtx'}))\n"
         "from pathlib import Path\n"
         "from fewstep.bundle import read_bundle\n"
         "import onnxruntime\n"

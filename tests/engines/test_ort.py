@@ -20,6 +20,7 @@ from fewstep.engines.backends.ort import (
     import_onnxruntime,
     session_options,
 )
+from fewstep.engines.backends.ort_cuda import CUDA
 from fewstep.errors import ArgumentError, CorruptError, MismatchError, MissingExtraError, UnsupportedError
 from small_bundle import SPECS, example
 
@@ -165,13 +166,13 @@ def test_impossible_dimensions_are_refused(bundle: Bundle, dims: dict[str, int],
 def test_cuda_that_silently_became_the_cpu_is_an_error(bundle: Bundle) -> None:
     session = onnxruntime.InferenceSession(str(bundle.path("unet.onnx")), providers=["CPUExecutionProvider"])
     with pytest.raises(MismatchError, match="runs the model on CPUExecutionProvider"):
-        check_provider(session, "ort-cuda")
+        check_provider(session, CUDA)
 
 
 @pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="the wheel has CUDA")
 def test_cuda_without_its_wheel_names_the_extra() -> None:
     with pytest.raises(MissingExtraError, match=r"fewstep\[cuda\]"):
-        import_onnxruntime("ort-cuda")
+        import_onnxruntime(CUDA)
 
 
 def test_a_graph_that_is_not_the_manifests_is_refused(bundle: Bundle) -> None:

@@ -15,7 +15,8 @@ import onnxruntime
 import pytest
 from fewstep.bundle import Bundle
 from fewstep.engines import Engine, RunOptions, Store, build_engines
-from fewstep.engines.backends.openvino import OpenVinoEngine, provider_options, rewrite_for_openvino
+from fewstep.engines.backends import load_backend
+from fewstep.engines.backends.openvino import OpenVinoEngine, rewrite_for_openvino
 from fewstep.engines.graph.accounting import count_operators
 from fewstep.errors import MissingExtraError, UnsupportedError
 from onnx import TensorProto, helper, numpy_helper
@@ -73,7 +74,7 @@ def test_attention_of_another_form_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("backend", "hint"), [("ort-openvino", "f32"), ("ort-openvino-bf16", "bf16")])
 def test_precision_and_threads_are_said_explicitly(backend: str, hint: str) -> None:
-    config = json.loads(provider_options(backend, RunOptions(threads=3))["load_config"])["CPU"]
+    config = json.loads(load_backend(backend).provider.options(RunOptions(threads=3), None)["load_config"])["CPU"]
     assert config["INFERENCE_PRECISION_HINT"] == hint
     assert config["INFERENCE_NUM_THREADS"] == "3"
 

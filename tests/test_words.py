@@ -1,0 +1,47 @@
+"""Words stay in their rooms: what only a family's file or a backend's file may spell."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from fewstep.engines import backend_names
+from fewstep.engines.backends import makes_in_memory
+from fewstep.families import all_families
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("families", "schedules", "engines", "runtime", "serving", "export", "commands")
+FILES = [*(p for r in ROOMS for p in sorted((ROOT / r).rglob("*.py"))), *sorted(ROOT.glob("*.py"))]
+FAMILIES = [
+    *(f"[\"']{f.name}[\"']" for f in all_families()),
+    r"text_encoder_2|tokenizer_2",
+    r"(?<!out\.)\btext_embeds\b|\btime_ids\b",  # `out.text_embeds` is transformers' name of an encoder's output
+]
+BACKENDS = [rf"[\"'`]{re.escape(n)}[\"'`]" for n in backend_names() if not makes_in_memory(n)]
+
+
+def places(pattern: str, *, but: str) -> list[str]:
+    spelt = re.compile(pattern)
+    return [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in FILES
+        if not str(path.relative_to(ROOT)).startswith(but)
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if spelt.search(line)
+    ]
+
+
+@pytest.mark.parametrize("pattern", FAMILIES)
+def test_families_stay_in_their_room(pattern: str) -> None:
+    assert places(pattern, but="families/") == []
+
+
+@pytest.mark.parametrize("pattern", BACKENDS)
+def test_backends_stay_in_their_room(pattern: str) -> None:
+    assert places(pattern, but="engines/backends/") == []
+
+
+def test_the_words_are_found_where_they_may_stand() -> None:
+    """The patterns match what they are meant to."""
+    assert all(places(p, but="nowhere") for p in (*FAMILIES, *BACKENDS))
