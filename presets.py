@@ -1,19 +1,23 @@
 """What distilled checkpoints need: sampler, schedule, steps and guidance, each with the page that says so.
 
-An export recognises a preset by the names of the files or of the repository that it reads. Steps are part of a name
-where a checkpoint is made for one number of steps only.
+The table is `presets.json`, a row a preset. An export recognises one by the names of the files or of the repository
+that it reads. Steps are part of a name where a checkpoint is made for one number of steps only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from .bundle import Bundle, Defaults
+from .errors import ArgumentError, CorruptError, UnknownNameError
+from .families import all_families
 from .schedules import resolve_sampler, resolve_schedule
-
-_HUB = "https://huggingface.co/"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +25,7 @@ class Preset:
     """One distilled model's needs. `most_steps`: more make it worse; `fixed`: made for exactly `steps`.
 
     `pattern` is searched in names in lower case with every separator made a hyphen. `side`: the pixels it was made
-    for, `None` for the checkpoint's own. `largest_guidance`: above it images are spoilt.
+    for, `None` for the checkpoint's own. `largest_guidance`: above it images are spoilt. `families`: `None` for all.
     """
 
     name: str
@@ -38,130 +42,71 @@ class Preset:
     timesteps: tuple[int, ...] | None = None
     prediction: str | None = None
     options: Mapping[str, float] = field(default_factory=dict)
-    families: tuple[str, ...] = ("sd1", "sd2", "sdxl")
+    families: tuple[str, ...] | None = None
+
+    def suits(self, family: str) -> bool:
+        return self.families is None or family in self.families
 
 
-def _lightning(steps: int) -> Preset:
-    return Preset(
-        name=f"sdxl-lightning-{steps}",
-        pattern=rf"lightning.*(?<!\d){steps}-?step",
-        source=f"{_HUB}ByteDance/SDXL-Lightning",
-        sampler="euler",
-        schedule="trailing",
-        steps=steps,
-        fixed=True,
-        prediction="sample" if steps == 1 else None,
-        families=("sdxl",),
-    )
+def read_presets(text: str) -> tuple[Preset, ...]:
+    """The presets of a JSON list, one object each; `CorruptError` names the row and the key that is wrong."""
+    try:
+        rows = json.loads(text)
+    except ValueError as error:
+        raise CorruptError(f"the presets are not JSON ({error})", expected="a list of objects") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise CorruptError("the presets are not a list of objects", expected="one object a preset")
+    presets = tuple(_read_row(row) for row in rows)
+    if len({p.name for p in presets}) < len(presets):
+        raise CorruptError("two presets have one name", expected="a name each")
+    return presets
 
 
-def _hyper(steps: int) -> Preset:
-    return Preset(
-        name=f"hyper-sd-{steps}",
-        pattern=rf"hyper-sd.*(?<!\d){steps}-?steps?-lora",
-        source=f"{_HUB}ByteDance/Hyper-SD",
-        sampler="ddim",
-        schedule="trailing",
-        steps=steps,
-        fixed=True,
-        families=("sd1", "sdxl"),
-    )
+def _read_row(row: Mapping[str, Any]) -> Preset:
+    name = str(row.get("name"))
+    for key, value in row.items():
+        if key not in _KINDS:
+            raise CorruptError(f"preset {name!r} has {key!r}", expected=f"only {', '.join(_KINDS)}")
+        if not _KINDS[key](value):
+            raise CorruptError(f"preset {name!r} states {key} = {str(value)[:60]!r}", expected="a value of its kind")
+    missing = [f.name for f in fields(Preset) if f.default is MISSING and f.default_factory is MISSING]
+    missing = [key for key in missing if key not in row]
+    if missing:
+        raise CorruptError(f"preset {name!r} lacks {missing[0]!r}", expected="it")
+    try:
+        re.compile(row["pattern"])
+    except re.error as error:
+        raise CorruptError(f"preset {name!r} has the pattern {row['pattern']!r} ({error})") from error
+    resolve_sampler(row["sampler"])
+    if row.get("schedule"):
+        resolve_schedule(row["schedule"])
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+    return Preset(**values)
 
 
-PRESETS: tuple[Preset, ...] = (
-    *(_lightning(n) for n in (1, 2, 4, 8)),
-    Preset(
-        name="sdxl-turbo",
-        pattern=r"(sdxl|sd-xl)-turbo",
-        source=f"{_HUB}stabilityai/sdxl-turbo",
-        sampler="euler_ancestral",
-        schedule="trailing",
-        steps=1,
-        most_steps=4,
-        side=512,
-        families=("sdxl",),
-    ),
-    Preset(
-        name="sd-turbo",
-        pattern=r"(?<![a-z])sd-turbo",
-        source=f"{_HUB}stabilityai/sd-turbo",
-        sampler="euler",
-        schedule="trailing",
-        steps=1,
-        most_steps=4,
-        side=512,
-        families=("sd2",),
-    ),
-    Preset(
-        name="lcm-lora",
-        pattern=r"lcm-lora",
-        source=f"{_HUB}latent-consistency/lcm-lora-sdxl",
-        sampler="lcm",
-        steps=4,
-        guidance=1.0,
-        largest_guidance=2.0,
-        families=("sd1", "sdxl"),
-    ),
-    Preset(
-        name="lcm",
-        pattern=r"lcm-(dreamshaper|sdxl|sd-?v?1)",
-        source=f"{_HUB}SimianLuo/LCM_Dreamshaper_v7",
-        sampler="lcm",
-        steps=4,
-        guidance=8.0,
-        largest_guidance=13.0,
-        families=("sd1", "sdxl"),
-    ),
-    Preset(
-        name="tcd-lora",
-        pattern=r"tcd-.*lora|^tcd-",
-        source=f"{_HUB}h1t/TCD-SDXL-LoRA",
-        sampler="tcd",
-        steps=4,
-        families=("sd1", "sd2", "sdxl"),
-    ),
-    *(_hyper(n) for n in (2, 4, 8)),
-    Preset(
-        name="hyper-sd-unified",
-        pattern=r"hyper-sd.*(?<!\d)1-?step-lora",
-        source=f"{_HUB}ByteDance/Hyper-SD",
-        sampler="tcd",
-        options={"eta": 1.0},
-        steps=4,
-        most_steps=8,
-        families=("sd1", "sdxl"),
-    ),
-    Preset(
-        name="hyper-sdxl-1-unet",
-        pattern=r"hyper-sdxl.*(?<!\d)1-?step-unet",
-        source=f"{_HUB}ByteDance/Hyper-SD",
-        sampler="lcm",
-        steps=1,
-        fixed=True,
-        timesteps=(800,),
-        families=("sdxl",),
-    ),
-    Preset(
-        name="dmd2-4",
-        pattern=r"dmd2.*(?<!\d)4-?step",
-        source=f"{_HUB}tianweiy/DMD2",
-        sampler="lcm",
-        steps=4,
-        fixed=True,
-        timesteps=(999, 749, 499, 249),
-        families=("sdxl",),
-    ),
-    Preset(
-        name="dmd2-1",
-        pattern=r"dmd2.*(?<!\d)1-?step",
-        source=f"{_HUB}tianweiy/DMD2",
-        sampler="lcm",
-        steps=1,
-        fixed=True,
-        timesteps=(399,),
-        families=("sdxl",),
-    ),
-)
+def _text(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("name", "pattern", "source", "sampler", "schedule"), _text),
+    **dict.fromkeys(("steps", "most_steps", "side"), _count),
+    **dict.fromkeys(("guidance", "largest_guidance"), _number),
+    "fixed": lambda value: isinstance(value, bool),
+    "timesteps": lambda value: isinstance(value, list) and bool(value) and all(map(_count, value)),
+    "prediction": lambda value: value in ("epsilon", "v_prediction", "sample"),
+    "options": lambda value: isinstance(value, dict) and all(map(_number, value.values())),
+    "families": lambda value: isinstance(value, list) and all(v in (f.name for f in all_families()) for v in value),
+}
+PRESETS = read_presets(Path(__file__).with_name("presets.json").read_text(encoding="utf-8"))
 PRESETS_BY_NAME = {p.name: p for p in PRESETS}
 
 
@@ -208,3 +153,41 @@ def _schedule_warning(preset: Preset, defaults: Defaults, sampler: str | None, s
     if named in (None, preset.schedule):
         return None
     return f"{preset.name} was made for {preset.schedule} timesteps, not {named}; use --schedule {preset.schedule}."
+
+
+def find_preset(name: str, family: str) -> Preset:
+    """A preset by its name; `UnknownNameError` lists the nearest, `ArgumentError` refuses another family's."""
+    if name not in PRESETS_BY_NAME:
+        raise UnknownNameError("preset", name, PRESETS_BY_NAME)
+    preset = PRESETS_BY_NAME[name]
+    if not preset.suits(family):
+        raise ArgumentError(
+            f"preset {name} for a checkpoint of family {family}", expected=f"one of {', '.join(preset.families or ())}"
+        )
+    return preset
+
+
+def recognise_preset(names: Iterable[str], family: str) -> Preset | None:
+    """The preset that one of the names (files, repositories, folders) tells; the first name that tells one decides."""
+    for name in names:
+        plain = re.sub(r"[^a-z0-9]+", "-", name.lower().removesuffix(".safetensors"))
+        for preset in PRESETS:
+            if preset.suits(family) and re.search(preset.pattern, plain):
+                return preset
+    return None
+
+
+def preset_defaults(preset: Preset, width: int, height: int) -> dict[str, Any]:
+    """The fields of `Defaults` that a preset sets, beside a checkpoint's own size."""
+    return {
+        "width": preset.side or width,
+        "height": preset.side or height,
+        "steps": preset.steps,
+        "guidance": preset.guidance,
+        "sampler": preset.sampler,
+        "schedule": preset.schedule,
+        "preset": preset.name,
+        "timesteps": preset.timesteps,
+        "prediction": preset.prediction,
+        "options": dict(preset.options),
+    }

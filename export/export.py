@@ -18,6 +18,7 @@ from typing import Any
 from .. import __version__
 from ..bundle import MANIFEST, Bundle, Component, Defaults, Latent, read_defaults, write_manifest
 from ..errors import ArgumentError, CorruptError, MissingExtraError
+from ..presets import Preset, find_preset, preset_defaults, recognise_preset
 from ..schedules import NoiseSchedule
 from .checkpoint.compose import compose_checkpoint, describe_part, names_of, read_tensors
 from .checkpoint.folder import Checkpoint
@@ -25,7 +26,6 @@ from .checkpoint.lora import Fusion, match_loras
 from .checkpoint.weights import open_tensors, write_weights
 from .gate.gating import SWITCHED_OFF, run_gate
 from .plan import ComponentPlan, choose_precisions, plan_components
-from .presets import Preset, find_preset, preset_defaults, recognise_preset
 from .tokenizers import export_tokenizer
 from .trace.graphs import Graph, find_graph, keep_graph
 

@@ -13,7 +13,7 @@ from fewstep.bundle import read_bundle
 from fewstep.errors import CorruptError
 from fewstep.export import export_bundle
 from fewstep.export.checkpoint.compose import compose_checkpoint, names_of
-from fewstep.export.presets import recognise_preset
+from fewstep.presets import recognise_preset
 from fewstep.runtime.request import make_request
 from safetensors.numpy import load_file, save_file
 

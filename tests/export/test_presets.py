@@ -15,8 +15,7 @@ from fewstep.errors import (
     UnknownNameError,
 )
 from fewstep.export import export_bundle
-from fewstep.export.presets import find_preset, preset_defaults, recognise_preset
-from fewstep.presets import PRESETS, preset_warnings
+from fewstep.presets import PRESETS, find_preset, preset_defaults, preset_warnings, recognise_preset
 from fewstep.runtime.request import make_request
 from refusals import refused
 
