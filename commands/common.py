@@ -103,7 +103,7 @@ def defaults_line(defaults: Defaults) -> str:
 
 def register_torch(backend: str) -> None:
     """Have the export room offer its backend in memory, where that is the one asked for."""
-    from ..engines.backends import makes_in_memory
+    from ..engines.backends.registry import makes_in_memory
 
     if makes_in_memory(backend):
         from .. import export  # noqa: F401

@@ -14,8 +14,8 @@ from typing import Any
 
 from ..bundle import Bundle
 from ..engines import RunOptions, Store
-from ..engines.backends import registered_backend
 from ..engines.backends.ort import OrtEngine
+from ..engines.backends.registry import registered_backend
 from ..engines.gate.gate import FACTOR, IMAGE_PSNR_DB, compare
 from ..errors import FewstepError
 from ..runtime import Pipeline

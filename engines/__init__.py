@@ -1,6 +1,6 @@
 """Engines: one file per backend behind one protocol, and the store that keeps what they build."""
 
-from .backends import backend_names, choose_backend, register_in_memory
+from .backends.registry import backend_names, choose_backend, register_in_memory
 from .base import Binding, Engine, TensorSpec
 from .build import BuiltEngine
 from .open import build_engines, open_engine, open_engines

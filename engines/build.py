@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from ..bundle import Bundle
 from ..errors import CorruptError, MissingError
 from . import machine
-from .backends import Backend, BuildJob, BuildProgress
+from .backends.registry import Backend, BuildJob, BuildProgress
 from .find import engine_key
 from .gate.verify import gate_built
 from .key import EngineKey

@@ -8,7 +8,7 @@ from dataclasses import replace
 from ..bundle import Bundle
 from ..errors import FewstepError, MismatchError, MissingError
 from . import machine
-from .backends import Backend
+from .backends.registry import Backend
 from .key import Difference, EngineKey, differences
 from .options import BuildOptions, relevant
 from .profile import Profile

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import ArgumentError, FewstepError, MissingError
 from . import machine
-from .backends import load_backend
+from .backends.registry import load_backend
 from .digest import compare_file
 from .key import ANY_DEVICE
 from .store import MANIFEST, REBUILD, Entry, Store, sweep

@@ -21,7 +21,7 @@ import numpy as np
 
 from ..bundle import Bundle
 from ..errors import FewstepError
-from .backends import Backend, BuildProgress, OpenJob, measured_backends, plain_backend
+from .backends.registry import Backend, BuildProgress, OpenJob, measured_backends, plain_backend
 from .base import Engine
 from .build import build_engine
 from .find import engine_key

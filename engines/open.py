@@ -11,7 +11,15 @@ from dataclasses import replace
 
 from ..bundle import Bundle
 from ..errors import ArgumentError, CancelledError, GateError, MismatchError, MissingError
-from .backends import BuildProgress, OpenJob, choose_backend, load_backend, makes_in_memory, plain_backend, registered
+from .backends.registry import (
+    BuildProgress,
+    OpenJob,
+    choose_backend,
+    load_backend,
+    makes_in_memory,
+    plain_backend,
+    registered,
+)
 from .base import Engine
 from .build import BuiltEngine, build_engine
 from .find import command, find_engine

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..bundle import Bundle
 from ..errors import FewstepError, MissingError
-from .backends import choose_backend, load_backend
+from .backends.registry import choose_backend, load_backend
 from .find import engine_key
 from .machine import available_memory
 from .options import BuildOptions

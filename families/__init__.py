@@ -1,33 +1,9 @@
 """Families of checkpoints, a file each: what their parts are, how they fit together, and what a request may tell them.
 
-A new family is its file, and its import here.
+A new family is its file, and an import here.
 """
 
-from .base import (
-    Condition,
-    Family,
-    Part,
-    TextEncoder,
-    all_families,
-    find_family,
-    register_family,
-    unregister_family,
-    vae_factor,
-)
-from .sd import SD1, SD2
-from .sdxl import SDXL
+from . import sd, sdxl  # noqa: F401
+from .base import Condition, Family, all_families, find_family
 
-for _family in (SD1, SD2, SDXL):
-    register_family(_family)
-
-__all__ = [
-    "Condition",
-    "Family",
-    "Part",
-    "TextEncoder",
-    "all_families",
-    "find_family",
-    "register_family",
-    "unregister_family",
-    "vae_factor",
-]
+__all__ = ["Condition", "Family", "all_families", "find_family"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .base import TEXT_KEYS, Config, Family, Part, TextEncoder
+from .base import TEXT_KEYS, Config, Family, Part, TextEncoder, register_family
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,14 +33,18 @@ _ENCODER = TextEncoder(
     lora=("lora_te_", "lora_te1_"),
 )
 
-SD1 = StableDiffusion(
-    name="sd1",
-    title="SD 1.x",
-    pipelines=_PIPELINES,
-    text_encoders=(_ENCODER,),
-    text_width=768,
-    activation="quick_gelu",
+register_family(
+    StableDiffusion(
+        name="sd1",
+        title="SD 1.x",
+        pipelines=_PIPELINES,
+        text_encoders=(_ENCODER,),
+        text_width=768,
+        activation="quick_gelu",
+    )
 )
-SD2 = StableDiffusion(
-    name="sd2", title="SD 2.x", pipelines=_PIPELINES, text_encoders=(_ENCODER,), text_width=1024, activation="gelu"
+register_family(
+    StableDiffusion(
+        name="sd2", title="SD 2.x", pipelines=_PIPELINES, text_encoders=(_ENCODER,), text_width=1024, activation="gelu"
+    )
 )

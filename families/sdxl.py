@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .base import TEXT_KEYS, Condition, Config, Family, Float32, Pair, Part, TextEncoder
+from .base import TEXT_KEYS, Condition, Config, Family, Float32, Pair, Part, TextEncoder, register_family
 
 LARGEST = 65_536
 _SIZE, _CORNER = (1, LARGEST), (-LARGEST, LARGEST)
@@ -82,22 +82,24 @@ _ENCODERS = (
     ),
 )
 
-SDXL = StableDiffusionXL(
-    name="sdxl",
-    title="SDXL",
-    pipelines=(
-        "StableDiffusionXLPipeline",
-        "StableDiffusionXLImg2ImgPipeline",
-        "StableDiffusionXLInpaintPipeline",
-    ),
-    text_encoders=_ENCODERS,
-    text_width=2048,
-    schedule="ays_xl",
-    guidance=5.0,
-    force_zeros=True,
-    size_arguments={
-        f"{prefix}{name}": bounds
-        for prefix in ("", "negative_")
-        for name, bounds in (("original_size", _SIZE), ("crop_top_left", _CORNER), ("target_size", _SIZE))
-    },
+register_family(
+    StableDiffusionXL(
+        name="sdxl",
+        title="SDXL",
+        pipelines=(
+            "StableDiffusionXLPipeline",
+            "StableDiffusionXLImg2ImgPipeline",
+            "StableDiffusionXLInpaintPipeline",
+        ),
+        text_encoders=_ENCODERS,
+        text_width=2048,
+        schedule="ays_xl",
+        guidance=5.0,
+        force_zeros=True,
+        size_arguments={
+            f"{prefix}{name}": bounds
+            for prefix in ("", "negative_")
+            for name, bounds in (("original_size", _SIZE), ("crop_top_left", _CORNER), ("target_size", _SIZE))
+        },
+    )
 )

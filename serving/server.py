@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from ..bundle import Bundle
-from ..engines.backends import load_backend, makes_in_memory
+from ..engines.backends.registry import load_backend, makes_in_memory
 from ..engines.base import Engine
 from ..engines.parallel import ParallelEngine
 from ..errors import ArgumentError, EngineFailedError, FewstepError, QueueFullError, UnavailableError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from fewstep.engines import backend_names
-from fewstep.engines.backends import makes_in_memory
+from fewstep.engines.backends.registry import makes_in_memory
 from fewstep.families import all_families
 
 ROOT = Path(__file__).parents[1]

@@ -18,8 +18,8 @@ from typing import Any
 
 from ...bundle import Bundle, Component
 from ...errors import ArgumentError, MissingExtraError
-from ..backends import load_backend, plain_backend
 from ..backends.ort import OrtEngine, open_session
+from ..backends.registry import load_backend, plain_backend
 from ..base import TensorSpec
 from ..open import build_engines, open_engine
 from ..options import BuildOptions, RunOptions

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from ...bundle import Bundle
 from ...errors import CorruptError, GateError, MismatchError, MissingError
-from ..backends import OpenJob, load_backend
 from ..backends.ort import OrtEngine
+from ..backends.registry import OpenJob, load_backend
 from ..base import Engine
 from ..find import engine_key
 from ..key import differences

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ...engines.base import TensorSpec
-from ...families import Condition, Family, vae_factor
+from ...families.base import Condition, Family, vae_factor
 from ..checkpoint.configs import is_tiny
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

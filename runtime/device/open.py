@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...engines.backends import choose_backend, device_of
+from ...engines.backends.registry import choose_backend, device_of
 from ...errors import ArgumentError
 from .base import Device
 from .numpy_slots import NumpyDevice

@@ -11,8 +11,15 @@ import numpy as np
 import pytest
 from fewstep.bundle import Bundle, TensorSpec
 from fewstep.engines import BuildOptions, Engine, RunOptions, backend_names
-from fewstep.engines.backends import Backend, device_of, load_backend, makes_in_memory, measured_backends, plain_backend
 from fewstep.engines.backends.ort import OrtEngine
+from fewstep.engines.backends.registry import (
+    Backend,
+    device_of,
+    load_backend,
+    makes_in_memory,
+    measured_backends,
+    plain_backend,
+)
 from fewstep.engines.base import Binding
 from fewstep.engines.options import relevant
 from fewstep.engines.parallel import ParallelEngine

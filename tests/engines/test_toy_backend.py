@@ -21,8 +21,8 @@ from fewstep.engines import (
     choose_backend,
     open_engine,
 )
-from fewstep.engines.backends import Backend, BuildJob, OpenJob, register, unregister
 from fewstep.engines.backends.ort import OrtEngine
+from fewstep.engines.backends.registry import Backend, BuildJob, OpenJob, register, unregister
 from fewstep.errors import ArgumentError, MismatchError, UnknownNameError
 
 

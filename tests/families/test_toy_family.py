@@ -18,8 +18,17 @@ from fewstep.errors import ArgumentError, CorruptError, UnsupportedError
 from fewstep.export import export_bundle
 from fewstep.export.checkpoint.folder import open_checkpoint
 from fewstep.export.gate.reference import make_reference
-from fewstep.families import Condition, Family, Part, TextEncoder, register_family, unregister_family
-from fewstep.families.base import TEXT_KEYS, Config, Float32
+from fewstep.families.base import (
+    TEXT_KEYS,
+    Condition,
+    Config,
+    Family,
+    Float32,
+    Part,
+    TextEncoder,
+    register_family,
+    unregister_family,
+)
 
 POOLED = 24
 
