@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import FewstepError
 from .compile import compile_program
-from .names import aliases_of, schedule_aliases_of
+from .names import schedule_aliases_of
 from .noise import NoiseSchedule
 from .program import Program
 from .solvers.registry import SAMPLERS, Sampler
@@ -65,7 +65,7 @@ def list_samplers() -> list[SamplerInfo]:
         SamplerInfo(
             name=sampler.name,
             summary=sampler.summary,
-            aliases=aliases_of(sampler.name),
+            aliases=tuple(sampler.aliases),
             history=compile_program(sampler.name, steps=12, noise=noise).history,
             evaluations=_evaluations(sampler),
             draws=sampler.draws,

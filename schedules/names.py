@@ -20,47 +20,6 @@ class Resolved:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-SAMPLER_ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "Euler a": ("euler_ancestral", {}),
-    "DPM2": ("kdpm2", {}),
-    "DPM2 a": ("kdpm2_ancestral", {}),
-    "dpm_2": ("kdpm2", {}),
-    "dpm_2_ancestral": ("kdpm2_ancestral", {}),
-    "k_euler": ("euler", {}),
-    "k_euler_ancestral": ("euler_ancestral", {}),
-    "DPM++ 2M": ("dpmpp_2m", {}),
-    "DPM++ SDE": ("dpmpp_sde", {}),
-    "DPM++ 2M SDE": ("dpmpp_2m_sde", {}),
-    "DPM++ 2M SDE Heun": ("dpmpp_2m_sde", {"solver_type": "heun"}),
-    "DPM++ 3M SDE": ("dpmpp_3m_sde", {}),
-    "DPM++ 3M": ("dpmpp_3m", {}),
-    "dpmpp_sde_gpu": ("dpmpp_sde", {}),
-    "dpmpp_2m_sde_gpu": ("dpmpp_2m_sde", {}),
-    "dpmpp_3m_sde_gpu": ("dpmpp_3m_sde", {}),
-    "pndm": ("plms", {}),
-    "unipc": ("unipc_2", {}),
-    "uni_pc": ("unipc_3", {"solver_type": "bh1"}),
-    "uni_pc_bh2": ("unipc_3", {"solver_type": "bh2"}),
-    "deis": ("deis_3", {}),
-    "EulerDiscreteScheduler": ("euler", {}),
-    "EulerAncestralDiscreteScheduler": ("euler_ancestral", {}),
-    "HeunDiscreteScheduler": ("heun", {}),
-    "KDPM2DiscreteScheduler": ("kdpm2", {}),
-    "KDPM2AncestralDiscreteScheduler": ("kdpm2_ancestral", {}),
-    "LMSDiscreteScheduler": ("lms", {}),
-    "DDIMScheduler": ("ddim", {}),
-    "DDPMScheduler": ("ddpm", {}),
-    "PNDMScheduler": ("plms", {}),
-    "DPMSolverMultistepScheduler": ("dpmpp_2m", {}),
-    "DPMSolverSinglestepScheduler": ("dpmpp_2s", {}),
-    "DPMSolverSDEScheduler": ("dpmpp_sde", {}),
-    "DEISMultistepScheduler": ("deis_2", {}),
-    "UniPCMultistepScheduler": ("unipc_2", {}),
-    "LCMScheduler": ("lcm", {}),
-    "TCDScheduler": ("tcd", {}),
-    "EDMEulerScheduler": ("edm_euler", {}),
-}
-
 SCHEDULE_ALIASES: dict[str, str] = {
     "normal": "linspace",
     "uniform": "linspace",
@@ -115,7 +74,6 @@ def fold(name: str) -> str:
     return name.strip().casefold().replace("++", "pp").replace("-", "_").replace(" ", "_")
 
 
-_FOLDED = {fold(k): v for k, v in SAMPLER_ALIASES.items()}
 _FOLDED_REFUSED = {fold(k): v for k, v in _REFUSED.items()}
 _FOLDED_SCHEDULES = {**{fold(k): v for k, v in SCHEDULE_ALIASES.items()}, **{k: k for k in SPACINGS}}
 
@@ -135,7 +93,7 @@ def resolve_sampler(name: str) -> Resolved:
             return Resolved(name=base.name, schedule=_FOLDED_SCHEDULES[suffix], options=base.options)
     if key in _FOLDED_REFUSED:
         raise UnsupportedError(f"sampler {name!r} ({_FOLDED_REFUSED[key]})", remedy="See: fewstep samplers.")
-    raise UnknownNameError("sampler", name, [*SAMPLERS, *SAMPLER_ALIASES], remedy="See: fewstep samplers.")
+    raise UnknownNameError("sampler", name, [*SAMPLERS, *sampler_aliases()], remedy="See: fewstep samplers.")
 
 
 def resolve_schedule(name: str) -> str:
@@ -146,9 +104,13 @@ def resolve_schedule(name: str) -> str:
     return _FOLDED_SCHEDULES[key]
 
 
-def aliases_of(sampler: str) -> tuple[str, ...]:
-    """Every other name of a sampler, those with implied options included."""
-    return tuple(alias for alias, (name, _) in SAMPLER_ALIASES.items() if name == sampler)
+def sampler_aliases() -> dict[str, Resolved]:
+    """Every other name of a sampler, diffusers' class and the user interfaces' included, as the samplers state them."""
+    return {
+        alias: Resolved(name=sampler.name, options=options)
+        for sampler in SAMPLERS.values()
+        for alias, options in sampler.aliases.items()
+    }
 
 
 def schedule_aliases_of(schedule: str) -> tuple[str, ...]:
@@ -158,7 +120,4 @@ def schedule_aliases_of(schedule: str) -> tuple[str, ...]:
 def _lookup(key: str) -> Resolved | None:
     if key in SAMPLERS:
         return Resolved(name=key)
-    if key in _FOLDED:
-        name, options = _FOLDED[key]
-        return Resolved(name=name, options=options)
-    return None
+    return next((r for alias, r in sampler_aliases().items() if fold(alias) == key), None)

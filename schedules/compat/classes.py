@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from inspect import signature
 from typing import Any
 
 from ...errors import ArgumentError, UnknownNameError, UnsupportedError
@@ -18,7 +19,7 @@ from ..solvers import euler
 from ..solvers.registry import Sampler, find_sampler
 from ..tables import load_table
 from . import layouts as grids
-from .layouts import Grid, Request
+from .layouts import Grid, Layout
 from .tables import Tables
 
 CHURN = ("s_churn", "s_tmin", "s_tmax", "s_noise")
@@ -41,27 +42,121 @@ CLIPPED = ("clip_sample", "thresholding")
 ZERO_SNR = ("rescale_betas_zero_snr",)
 
 
+Config = Mapping[str, Any]
+Solved = tuple[Sampler, dict[str, Any]]
+Solver = Callable[[str, Config, Config], Solved]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerClass:
     """One class of diffusers.
 
     layout: how it lays out its levels. reads: the config keys it reads, any other being ignored as diffusers does.
     step_options: arguments of its `step`. exact_zero: zero terminal SNR is kept at alpha_bar 0. predictions: those
-    it has. clips: the class clips x0 unless its config says otherwise.
+    it has. clips: the class clips x0 unless its config says otherwise. solver: the sampler that its options mean, and
+    the arguments to run it with. spacing: how it spaces its steps where its config does not say. sets: config keys
+    that its samplers set. axis: predictions by their names on its own axis.
     """
 
-    layout: Callable[[Request], Grid]
+    layout: Callable[[Layout], Grid]
     reads: tuple[str, ...]
+    solver: Solver | None = None
+    spacing: str = "linspace"
+    sets: Mapping[str, Any] = field(default_factory=dict)
+    axis: Mapping[str, str] = field(default_factory=dict)
     step_options: tuple[str, ...] = ()
     exact_zero: bool = False
     predictions: tuple[str, ...] = PREDICTIONS
     clips: bool = False
 
 
+def _plain(name: str) -> Sampler:
+    return find_sampler(resolve_sampler(name).name)
+
+
+def _churned_late(name: str, config: Config, options: Config) -> Solved:
+    """Euler's classes draw the churn's noise after the network, not before it."""
+    return replace(_plain(name), solve=euler.euler_churned_late), dict(options)
+
+
+def _without_prk(name: str, config: Config, options: Config) -> Solved:
+    if not config.get("skip_prk_steps", False):
+        raise UnsupportedError("PNDM with its Runge-Kutta steps (PRK)", remedy="Set skip_prk_steps to true.")
+    return _plain(name), {**options, "mix_raw": True}
+
+
+def _ddpm(name: str, config: Config, options: Config) -> Solved:
+    kind = str(config.get("variance_type") or "fixed_small")
+    if kind not in ("fixed_small", "fixed_small_log", "fixed_large"):
+        raise UnsupportedError(f"variance_type {kind!r}", expected="fixed_small, fixed_small_log or fixed_large")
+    return _plain(name), {**options, "large_variance": kind == "fixed_large", "variance_floor": 1e-20}
+
+
+def _lcm(name: str, config: Config, options: Config) -> Solved:
+    return _plain(name), {**options, "timestep_scaling": float(config.get("timestep_scaling", 10.0))}
+
+
+def _lms(name: str, config: Config, options: Config) -> Solved:
+    return _plain(name), {**options, "restart": False}
+
+
+def _unipc(name: str, config: Config, options: Config) -> Solved:
+    if not config.get("predict_x0", True):
+        raise UnsupportedError("predict_x0=False", expected="True")
+    kind = str(config.get("solver_type") or "bh2")
+    kind = "bh2" if kind in ("midpoint", "heun", "logrho") else kind
+    if kind not in ("bh1", "bh2"):
+        raise UnknownNameError("solver_type", kind, ("bh1", "bh2"))
+    return _ordered("unipc", config), {
+        "solver_type": kind,
+        "lower_order_final": bool(config.get("lower_order_final", True)),
+        "disable_corrector": tuple(config.get("disable_corrector") or ()),
+    }
+
+
+def _deis(name: str, config: Config, options: Config) -> Solved:
+    return _ordered("deis", config), {"lower_order_final": bool(config.get("lower_order_final", True))}
+
+
+def _multistep(name: str, config: Config, options: Config) -> Solved:
+    sampler, arguments = _dpm("m", config, lower_order_final=True)
+    return sampler, {**arguments, "euler_at_final": bool(config.get("euler_at_final", False))}
+
+
+def _singlestep(name: str, config: Config, options: Config) -> Solved:
+    return _dpm("s", config, lower_order_final=False)
+
+
+def _dpm(form: str, config: Config, *, lower_order_final: bool) -> Solved:
+    algorithm = str(config.get("algorithm_type") or "dpmsolver++")
+    algorithm = "dpmsolver++" if algorithm == "deis" else algorithm
+    if algorithm not in ("dpmsolver++", "sde-dpmsolver++"):
+        raise UnsupportedError(f"algorithm_type {algorithm!r}", expected="'dpmsolver++' or 'sde-dpmsolver++'")
+    if config.get("variance_type"):
+        raise UnsupportedError(f"variance_type {config['variance_type']!r}", expected="none")
+    solver_type = str(config.get("solver_type") or "midpoint")
+    if solver_type in ("logrho", "bh1", "bh2"):
+        solver_type = "midpoint"
+    sampler = _ordered("dpmpp", config, form + ("_sde" if algorithm.startswith("sde") else ""))
+    if solver_type not in ("midpoint", "heun"):
+        raise UnknownNameError("solver_type", solver_type, ("midpoint", "heun"))
+    lower_order_final = bool(config.get("lower_order_final", lower_order_final))
+    return sampler, {"solver_type": solver_type, "lower_order_final": lower_order_final, "published": True}
+
+
+def _ordered(family: str, config: Config, ending: str = "") -> Sampler:
+    order = int(config.get("solver_order", 2))
+    if order not in (1, 2, 3):
+        raise UnsupportedError(f"solver_order {order}", expected="1, 2 or 3")
+    return find_sampler(f"{family}_{order}{ending}")
+
+
+_DPM_SETS = {"algorithm_type": "dpmsolver++", "solver_type": "midpoint"}
 _TWO = ("epsilon", "v_prediction")
 
 CLASSES: dict[str, SchedulerClass] = {
     "EulerDiscreteScheduler": SchedulerClass(
+        solver=_churned_late,
         layout=grids.k_family,
         reads=(
             *SPACED,
@@ -83,11 +178,17 @@ CLASSES: dict[str, SchedulerClass] = {
     "KDPM2AncestralDiscreteScheduler": SchedulerClass(
         layout=grids.k_family, reads=(*SPACED, *RESPACED), predictions=_TWO
     ),
-    "LMSDiscreteScheduler": SchedulerClass(layout=grids.k_family, reads=(*SPACED, *RESPACED), step_options=("order",)),
+    "LMSDiscreteScheduler": SchedulerClass(
+        solver=_lms,
+        layout=grids.k_family,
+        reads=(*SPACED, *RESPACED),
+        step_options=("order",),
+    ),
     "DPMSolverSDEScheduler": SchedulerClass(
         layout=grids.k_family, reads=(*SPACED, *RESPACED), step_options=("s_noise",), predictions=_TWO
     ),
     "DDIMScheduler": SchedulerClass(
+        spacing="leading",
         layout=grids.ddim_family,
         reads=(*SPACED, *ZERO_SNR, *CLIPPED, "set_alpha_to_one"),
         step_options=("eta",),
@@ -95,17 +196,35 @@ CLASSES: dict[str, SchedulerClass] = {
         clips=True,
     ),
     "DDPMScheduler": SchedulerClass(
-        layout=grids.ddpm_family, reads=(*SPACED, *ZERO_SNR, *CLIPPED, "variance_type"), exact_zero=True, clips=True
+        solver=_ddpm,
+        spacing="leading",
+        layout=grids.ddpm_family,
+        reads=(*SPACED, *ZERO_SNR, *CLIPPED, "variance_type"),
+        exact_zero=True,
+        clips=True,
     ),
     "PNDMScheduler": SchedulerClass(
-        layout=grids.pndm_family, reads=(*SPACED, "skip_prk_steps", "set_alpha_to_one"), predictions=_TWO
+        solver=_without_prk,
+        spacing="leading",
+        sets={"skip_prk_steps": True},
+        layout=grids.pndm_family,
+        reads=(*SPACED, "skip_prk_steps", "set_alpha_to_one"),
+        predictions=_TWO,
     ),
     "DPMSolverMultistepScheduler": SchedulerClass(
+        solver=_multistep,
+        sets=_DPM_SETS,
         layout=grids.multistep_family,
         reads=(*SPACED, *RESPACED, *ZERO_SNR, *DPM, "use_lu_lambdas", "euler_at_final"),
     ),
-    "DPMSolverSinglestepScheduler": SchedulerClass(layout=grids.multistep_family, reads=(*RESPACED, *DPM)),
+    "DPMSolverSinglestepScheduler": SchedulerClass(
+        solver=_singlestep,
+        sets=_DPM_SETS,
+        layout=grids.multistep_family,
+        reads=(*RESPACED, *DPM),
+    ),
     "DEISMultistepScheduler": SchedulerClass(
+        solver=_deis,
         layout=grids.multistep_family,
         reads=(
             *SPACED,
@@ -120,6 +239,8 @@ CLASSES: dict[str, SchedulerClass] = {
         ),
     ),
     "UniPCMultistepScheduler": SchedulerClass(
+        solver=_unipc,
+        sets={"solver_type": "bh2"},
         layout=grids.multistep_family,
         reads=(
             *SPACED,
@@ -140,23 +261,34 @@ CLASSES: dict[str, SchedulerClass] = {
         ),
     ),
     "LCMScheduler": SchedulerClass(
+        solver=_lcm,
+        spacing="lcm",
         layout=grids.lcm_family,
         reads=(*ZERO_SNR, *CLIPPED, "original_inference_steps", "timestep_scaling"),
         exact_zero=True,
     ),
     "TCDScheduler": SchedulerClass(
+        spacing="lcm",
         layout=grids.lcm_family,
         reads=(*ZERO_SNR, *CLIPPED, "original_inference_steps"),
         step_options=("eta",),
         exact_zero=True,
     ),
     "EDMEulerScheduler": SchedulerClass(
+        solver=_churned_late,
+        axis=EDM_PREDICTIONS,
         layout=grids.edm_family,
         reads=("sigma_min", "sigma_max", "sigma_data", "sigma_schedule", "rho", "final_sigmas_type"),
         step_options=CHURN,
         predictions=_TWO,
     ),
 }
+
+
+def solver_of(name: str, config: Config, options: Config) -> Solved:
+    """The sampler that a class and its options mean, and the arguments to run it with."""
+    solver = CLASSES[name].solver
+    return solver(name, config, options) if solver else (_plain(name), dict(options))
 
 
 def program_from_diffusers(
@@ -198,13 +330,13 @@ def program_from_diffusers(
     prediction = str(config.get("prediction_type") or "epsilon")
     if prediction not in kind.predictions:
         raise UnsupportedError(f"prediction {prediction!r} with {name}", expected=" or ".join(kind.predictions))
-    sampler, arguments = _solver(name, config, options)
-    if name == "TCDScheduler":
+    sampler, arguments = solver_of(name, config, options)
+    if "single" in signature(sampler.solve).parameters:
         arguments["single"] = single
     rescales = "rescale_betas_zero_snr" in kind.reads
     tables = Tables.of(config, rescales=rescales, floored=not kind.exact_zero, single=single)
     _check_steps(steps, timesteps, sigmas, start, tables.count)
-    request = Request(tables=tables, steps=steps, timesteps=timesteps, sigmas=sigmas, start=start, options=options)
+    request = Layout(tables=tables, steps=steps, timesteps=timesteps, sigmas=sigmas, start=start, options=options)
     grid = kind.layout(request)
     first = grid.path.calls[0] if grid.path.calls else grid.path.first
     scale = first.scale if sampler.latent_space == "ve" else 1.0
@@ -212,85 +344,11 @@ def program_from_diffusers(
     return assemble(
         sampler,
         grid.path,
-        schedule=_schedule_name(config, timesteps, sigmas),
-        prediction=EDM_PREDICTIONS[prediction] if name == "EDMEulerScheduler" else prediction,
+        schedule=_schedule_name(kind, config, timesteps, sigmas),
+        prediction=kind.axis.get(prediction, prediction),
         init=init,
         options=arguments,
     )
-
-
-def _solver(name: str, config: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[Sampler, dict[str, Any]]:
-    """The sampler that a class and its options mean, and the arguments to run it with."""
-    order = int(config.get("solver_order", 2))
-    if name.startswith("DPMSolver") and name != "DPMSolverSDEScheduler":
-        return _dpm(name, config, order)
-    arguments = dict(options)
-    if name == "UniPCMultistepScheduler":
-        if not config.get("predict_x0", True):
-            raise UnsupportedError("predict_x0=False", expected="True")
-        kind = str(config.get("solver_type") or "bh2")
-        kind = "bh2" if kind in ("midpoint", "heun", "logrho") else kind
-        if kind not in ("bh1", "bh2"):
-            raise UnknownNameError("solver_type", kind, ("bh1", "bh2"))
-        arguments = {
-            "solver_type": kind,
-            "lower_order_final": bool(config.get("lower_order_final", True)),
-            "disable_corrector": tuple(config.get("disable_corrector") or ()),
-        }
-        return _ordered("unipc", order), arguments
-    if name == "DEISMultistepScheduler":
-        return _ordered("deis", order), {"lower_order_final": bool(config.get("lower_order_final", True))}
-    sampler = find_sampler(resolve_sampler(name).name)
-    if name == "PNDMScheduler":
-        if not config.get("skip_prk_steps", False):
-            raise UnsupportedError("PNDM with its Runge-Kutta steps (PRK)", remedy="Set skip_prk_steps to true.")
-        arguments["mix_raw"] = True
-    elif name == "LMSDiscreteScheduler":
-        arguments["restart"] = False
-    elif name == "DDPMScheduler":
-        arguments |= {"large_variance": _large_variance(config), "variance_floor": 1e-20}
-    elif name == "LCMScheduler":
-        arguments["timestep_scaling"] = float(config.get("timestep_scaling", 10.0))
-    elif sampler.solve is euler.euler:
-        sampler = replace(sampler, solve=euler.euler_churned_late)
-    return sampler, arguments
-
-
-def _large_variance(config: Mapping[str, Any]) -> bool:
-    kind = str(config.get("variance_type") or "fixed_small")
-    if kind in ("fixed_small", "fixed_small_log", "fixed_large"):
-        return kind == "fixed_large"
-    raise UnsupportedError(f"variance_type {kind!r}", expected="fixed_small, fixed_small_log or fixed_large")
-
-
-def _ordered(family: str, order: int) -> Sampler:
-    if order not in (1, 2, 3):
-        raise UnsupportedError(f"solver_order {order}", expected="1, 2 or 3")
-    return find_sampler(f"{family}_{order}")
-
-
-def _dpm(name: str, config: Mapping[str, Any], order: int) -> tuple[Sampler, dict[str, Any]]:
-    algorithm = str(config.get("algorithm_type") or "dpmsolver++")
-    algorithm = "dpmsolver++" if algorithm == "deis" else algorithm
-    if algorithm not in ("dpmsolver++", "sde-dpmsolver++"):
-        raise UnsupportedError(f"algorithm_type {algorithm!r}", expected="'dpmsolver++' or 'sde-dpmsolver++'")
-    if config.get("variance_type"):
-        raise UnsupportedError(f"variance_type {config['variance_type']!r}", expected="none")
-    if order not in (1, 2, 3):
-        raise UnsupportedError(f"solver_order {order}", expected="1, 2 or 3")
-    solver_type = str(config.get("solver_type") or "midpoint")
-    if solver_type in ("logrho", "bh1", "bh2"):
-        solver_type = "midpoint"
-    if solver_type not in ("midpoint", "heun"):
-        raise UnknownNameError("solver_type", solver_type, ("midpoint", "heun"))
-    single = name == "DPMSolverSinglestepScheduler"
-    suffix = "_sde" if algorithm.startswith("sde") else ""
-    arguments: dict[str, Any] = {"solver_type": solver_type}
-    arguments["lower_order_final"] = bool(config.get("lower_order_final", not single))
-    arguments["published"] = True
-    if not single:
-        arguments["euler_at_final"] = bool(config.get("euler_at_final", False))
-    return find_sampler(f"dpmpp_{order}{'s' if single else 'm'}{suffix}"), arguments
 
 
 def _check_steps(
@@ -304,13 +362,12 @@ def _check_steps(
         raise ArgumentError(f"start={start!r}", expected="an integer of at least 0")
 
 
-def _schedule_name(config: Mapping[str, Any], timesteps: object, sigmas: object) -> str:
+def _schedule_name(kind: SchedulerClass, config: Config, timesteps: object, sigmas: object) -> str:
     if timesteps is not None or sigmas is not None:
         return "timesteps" if timesteps is not None else "sigmas"
-    default = "leading" if config["_class_name"] in ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler") else "linspace"
-    if config["_class_name"] in ("LCMScheduler", "TCDScheduler"):
-        default = "lcm"
-    return grids.respacing(config) or str(config.get("timestep_spacing") or config.get("sigma_schedule") or default)
+    return grids.respacing(config) or str(
+        config.get("timestep_spacing") or config.get("sigma_schedule") or kind.spacing
+    )
 
 
 _RESPACED_BY = {
@@ -365,24 +422,19 @@ def scheduler_config(sampler: Sampler, noise: NoiseSchedule) -> dict[str, Any]:
         raise UnsupportedError(f"sampler {sampler.name!r} with compat='diffusers'", remedy="Use compat=None.")
     kind = CLASSES[name]
     config: dict[str, Any] = {key: value for key, value in noise.config.items() if key in (*COMMON, *kind.reads)}
-    config.update(_preset_keys(sampler))
+    config.update(_preset_keys(sampler, kind))
     if kind.clips:
         config.setdefault("clip_sample", False)
     return {**config, "_class_name": name}
 
 
-def _preset_keys(sampler: Sampler) -> dict[str, Any]:
+def _preset_keys(sampler: Sampler, kind: SchedulerClass) -> dict[str, Any]:
     """A sampler's presets as config keys of its class."""
-    keys: dict[str, Any] = {}
+    keys = dict(kind.sets)
     if "order" in sampler.presets:
         keys["solver_order"] = sampler.presets["order"]
-    if sampler.diffusers in ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"):
-        keys["algorithm_type"] = "sde-dpmsolver++" if sampler.presets.get("sde") else "dpmsolver++"
-        keys["solver_type"] = "midpoint"
-    if sampler.diffusers == "UniPCMultistepScheduler":
-        keys["solver_type"] = "bh2"
-    if sampler.name == "plms":
-        keys["skip_prk_steps"] = True
+    if sampler.presets.get("sde"):
+        keys["algorithm_type"] = f"sde-{keys['algorithm_type']}"
     return keys
 
 
@@ -403,7 +455,7 @@ def _apply_schedule(
     if schedule in _RESPACED_BY and _RESPACED_BY[schedule] in kind.reads:
         config[_RESPACED_BY[schedule]] = True
         return steps, timesteps
-    if sampler.name == "edm_euler" and schedule in ("karras", "exponential"):
+    if "sigma_schedule" in kind.reads and schedule in ("karras", "exponential"):
         config["sigma_schedule"] = schedule
         return steps, timesteps
     if schedule == "lcm" and kind.layout is grids.lcm_family:

@@ -8,8 +8,20 @@ import numpy as np
 
 from ..algebra import Form, Tape
 from ..levels import Path
+from .sampler import sampler
 
 
+@sampler(
+    space="vp",
+    group="distilled",
+    order=1,
+    source="Luo et al. 2023, arXiv 2310.04378",
+    draws="but at the last step",
+    exact=False,
+    infinite_top=True,
+    schedule="lcm",
+    diffusers="LCMScheduler",
+)
 def lcm(model: Tape, path: Path, x: Form, *, timestep_scaling: float = 10.0) -> Form:
     """Latent consistency models (Luo et al. 2023, arXiv 2310.04378), multistep sampling with the boundary scalings.
 
@@ -25,6 +37,16 @@ def lcm(model: Tape, path: Path, x: Form, *, timestep_scaling: float = 10.0) -> 
     return x
 
 
+@sampler(
+    space="vp",
+    group="distilled",
+    order=1,
+    source="Zheng et al. 2024, arXiv 2402.19159",
+    draws="with eta > 0, but at the last step",
+    infinite_top=True,
+    schedule="lcm",
+    diffusers="TCDScheduler",
+)
 def tcd(model: Tape, path: Path, x: Form, *, eta: float = 0.3, single: bool = False) -> Form:
     """Trajectory consistency distillation (Zheng et al. 2024, arXiv 2402.19159), Algorithm 4: strategic sampling.
 

@@ -6,6 +6,7 @@ import math
 
 from ..algebra import Form, Tape
 from ..levels import Level, Path
+from .sampler import sampler
 
 
 def posterior_variance(here: Level, there: Level) -> float:
@@ -13,6 +14,15 @@ def posterior_variance(here: Level, there: Level) -> float:
     return (there.s / here.s) ** 2 * (1 - (here.alpha / there.alpha) ** 2)
 
 
+@sampler(
+    space="vp",
+    group="ddpm",
+    order=1,
+    source="Song et al. 2020, arXiv 2010.02502",
+    draws="with eta > 0",
+    infinite_top=True,
+    diffusers="DDIMScheduler",
+)
 def ddim(model: Tape, path: Path, x: Form, *, eta: float = 0.0) -> Form:
     """Song et al. 2020 (arXiv 2010.02502), eq. 12; eta = 0 is deterministic, eta = 1 is DDPM's variance."""
     for here, there in path.pairs:
@@ -24,6 +34,15 @@ def ddim(model: Tape, path: Path, x: Form, *, eta: float = 0.0) -> Form:
     return x
 
 
+@sampler(
+    space="vp",
+    group="ddpm",
+    order=1,
+    source="Ho et al. 2020, arXiv 2006.11239",
+    draws="but at the last step",
+    infinite_top=True,
+    diffusers="DDPMScheduler",
+)
 def ddpm(model: Tape, path: Path, x: Form, *, large_variance: bool = False, variance_floor: float = 0.0) -> Form:
     """Ho et al. 2020 (arXiv 2006.11239), eq. 7, on a subset of the timesteps; the last step adds no noise.
 

@@ -9,9 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 from ..algebra import Form, Tape
 from ..levels import Level, Path
+from .sampler import sampler
+
+DPMPP = "Lu et al. 2022, arXiv 2211.01095"
+_dpmpp = partial(sampler, space="ve", latent_space="vp", group="lambda", source=DPMPP)
+_multistep = partial(_dpmpp, diffusers="DPMSolverMultistepScheduler")
+_singlestep = partial(_dpmpp, diffusers="DPMSolverSinglestepScheduler")
 
 
 def orders(path: Path, order: int, *, lower_order_final: bool, euler_at_final: bool) -> list[int]:
@@ -70,6 +77,24 @@ def advance(
     return x + (1 - phi / e) * (slope + r0 * bend) + curvature * bend
 
 
+@_multistep("dpmpp_1m", order=1, presets={"order": 1, "sde": False})
+@_multistep("dpmpp_1m_sde", order=1, presets={"order": 1, "sde": True}, draws="always")
+@_multistep("dpmpp_2m", order=2, presets={"order": 2, "sde": False}, aliases=["DPM++ 2M"])
+@_multistep(
+    "dpmpp_2m_sde",
+    order=2,
+    presets={"order": 2, "sde": True},
+    draws="always",
+    aliases={"DPM++ 2M SDE": {}, "DPM++ 2M SDE Heun": {"solver_type": "heun"}, "dpmpp_2m_sde_gpu": {}},
+)
+@_multistep("dpmpp_3m", order=3, presets={"order": 3, "sde": False}, aliases=["DPM++ 3M"])
+@_multistep(
+    "dpmpp_3m_sde",
+    order=3,
+    presets={"order": 3, "sde": True},
+    draws="always",
+    aliases=["DPM++ 3M SDE", "dpmpp_3m_sde_gpu"],
+)
 def dpmpp_multistep(
     model: Tape,
     path: Path,
@@ -104,6 +129,12 @@ def block_orders(path: Path, order: int, *, lower_order_final: bool) -> list[int
     return chosen[path.skipped :]
 
 
+@_singlestep("dpmpp_1s", order=1, presets={"order": 1, "sde": False})
+@_singlestep("dpmpp_1s_sde", order=1, presets={"order": 1, "sde": True}, draws="always")
+@_singlestep("dpmpp_2s", order=2, presets={"order": 2, "sde": False})
+@_singlestep("dpmpp_2s_sde", order=2, presets={"order": 2, "sde": True}, draws="always")
+@_singlestep("dpmpp_3s", order=3, presets={"order": 3, "sde": False})
+@_singlestep("dpmpp_3s_sde", order=3, presets={"order": 3, "sde": True}, draws="always")
 def dpmpp_singlestep(
     model: Tape,
     path: Path,

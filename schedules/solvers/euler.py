@@ -11,8 +11,31 @@ from dataclasses import replace
 
 from ..algebra import Form, Tape
 from ..levels import Level, Path
+from .sampler import sampler
+
+KARRAS = "Karras et al. 2022, arXiv 2206.00364"
+K_DIFFUSION = "Crowson, k-diffusion"
 
 
+@sampler(
+    space="ve",
+    group="sigma",
+    order=1,
+    source=KARRAS,
+    draws="with s_churn",
+    diffusers="EulerDiscreteScheduler",
+    aliases=["k_euler"],
+)
+@sampler(
+    "edm_euler",
+    space="ve",
+    group="edm",
+    order=1,
+    source=KARRAS,
+    draws="with s_churn",
+    schedule="karras",
+    diffusers="EDMEulerScheduler",
+)
 def euler(
     model: Tape,
     path: Path,
@@ -82,6 +105,15 @@ def ancestral_split(here: float, there: float) -> tuple[float, float]:
     return math.sqrt(there**2 - up**2), up
 
 
+@sampler(
+    space="ve",
+    group="sigma",
+    order=1,
+    source=K_DIFFUSION,
+    draws="always",
+    diffusers="EulerAncestralDiscreteScheduler",
+    aliases=["Euler a", "k_euler_ancestral"],
+)
 def euler_ancestral(model: Tape, path: Path, x: Form) -> Form:
     """Ancestral sampling with Euler steps: down to sigma_down, then noise up to the next level."""
     for here, there in path.pairs:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 from ..algebra import Form, Tape
 from ..levels import Level, Path
 from .dpmpp import orders
+from .euler import K_DIFFUSION
+from .sampler import sampler
 
 
 def lagrange(nodes: Sequence[float], j: int) -> list[float]:
@@ -20,6 +23,7 @@ def lagrange(nodes: Sequence[float], j: int) -> list[float]:
     return polynomial
 
 
+@sampler(space="ve", group="sigma", order=4, source=K_DIFFUSION, diffusers="LMSDiscreteScheduler")
 def lms(model: Tape, path: Path, x: Form, *, order: int = 4, restart: bool = True) -> Form:
     """Adams-Bashforth with variable steps in sigma (Katherine Crowson, k-diffusion): the interpolant, integrated.
 
@@ -39,6 +43,19 @@ def lms(model: Tape, path: Path, x: Form, *, order: int = 4, restart: bool = Tru
     return x
 
 
+_deis = partial(
+    sampler,
+    space="ve",
+    latent_space="vp",
+    group="lambda",
+    source="Zhang & Chen 2022, arXiv 2204.13902",
+    diffusers="DEISMultistepScheduler",
+)
+
+
+@_deis("deis_1", order=1, presets={"order": 1})
+@_deis("deis_2", order=2, presets={"order": 2})
+@_deis("deis_3", order=3, presets={"order": 3}, aliases=["deis"])
 def deis(model: Tape, path: Path, x: Form, *, order: int = 2, lower_order_final: bool = True) -> Form:
     """DEIS (Zhang & Chen 2022, arXiv 2204.13902), log-rho form: eps interpolated in ln(sigma), integrated in sigma.
 
@@ -75,6 +92,15 @@ def transfer(x: Form, eps: Form, here: Level, there: Level) -> Form:
     return there.alpha / here.alpha * x + (there.s - there.alpha * here.s / here.alpha) * eps
 
 
+@sampler(
+    space="vp",
+    group="ddpm",
+    order=2,
+    source="Liu et al. 2022, arXiv 2202.09778",
+    extra_evaluations=1,
+    diffusers="PNDMScheduler",
+    aliases=["pndm"],
+)
 def plms(model: Tape, path: Path, x: Form, *, mix_raw: bool = False) -> Form:
     """Liu et al. 2022 (PNDM, arXiv 2202.09778), pseudo linear multistep: Adams-Bashforth on eps, DDIM's transfer.
 

@@ -6,9 +6,12 @@ import math
 
 from ..algebra import Form, Tape
 from ..levels import Path
-from .euler import ancestral_split
+from .dpmpp import DPMPP
+from .euler import K_DIFFUSION, KARRAS, ancestral_split
+from .sampler import sampler
 
 
+@sampler(space="ve", group="sigma", order=2, source=KARRAS, stages=2, diffusers="HeunDiscreteScheduler")
 def heun(model: Tape, path: Path, x: Form) -> Form:
     """Karras et al. 2022 (arXiv 2206.00364), Algorithm 1: Euler, then the mean of the slopes at both ends."""
     for here, there in path.pairs:
@@ -21,6 +24,15 @@ def heun(model: Tape, path: Path, x: Form) -> Form:
     return x
 
 
+@sampler(
+    space="ve",
+    group="sigma",
+    order=2,
+    source=K_DIFFUSION,
+    stages=2,
+    diffusers="KDPM2DiscreteScheduler",
+    aliases=["DPM2", "dpm_2"],
+)
 def kdpm2(model: Tape, path: Path, x: Form) -> Form:
     """k-diffusion's DPM-Solver-2: a midpoint step whose middle is the geometric mean of both sigmas."""
     for here, there in path.pairs:
@@ -28,6 +40,16 @@ def kdpm2(model: Tape, path: Path, x: Form) -> Form:
     return x
 
 
+@sampler(
+    space="ve",
+    group="sigma",
+    order=2,
+    source=K_DIFFUSION,
+    stages=2,
+    draws="second stages",
+    diffusers="KDPM2AncestralDiscreteScheduler",
+    aliases=["DPM2 a", "dpm_2_ancestral"],
+)
 def kdpm2_ancestral(model: Tape, path: Path, x: Form) -> Form:
     """The same down to sigma_down, then noise up to the next level."""
     for here, there in path.pairs:
@@ -45,6 +67,16 @@ def _through_middle(model: Tape, path: Path, x: Form, sigma: float, target: floa
     return x + (target - sigma) * d
 
 
+@sampler(
+    space="ve",
+    group="lambda",
+    order=2,
+    source=f"{K_DIFFUSION}; {DPMPP}",
+    stages=2,
+    draws="always, one Brownian path a step",
+    diffusers="DPMSolverSDEScheduler",
+    aliases=["DPM++ SDE", "dpmpp_sde_gpu"],
+)
 def dpmpp_sde(model: Tape, path: Path, x: Form, *, s_noise: float = 1.0) -> Form:
     """DPM-Solver++ (SDE) of k-diffusion: two ancestral exponential steps from one state, to the middle and beyond it.
 

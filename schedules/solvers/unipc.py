@@ -4,13 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from functools import partial
 
 import numpy as np
 
 from ..algebra import Form, Tape
 from ..levels import Level, Path
+from .sampler import sampler
+
+_unipc = partial(
+    sampler,
+    space="ve",
+    latent_space="vp",
+    group="lambda",
+    source="Zhao et al. 2023, arXiv 2302.04867",
+    diffusers="UniPCMultistepScheduler",
+)
 
 
+@_unipc("unipc_1", order=2, presets={"order": 1})
+@_unipc("unipc_2", order=3, presets={"order": 2}, aliases=["unipc"])
+@_unipc(
+    "unipc_3",
+    order=4,
+    presets={"order": 3},
+    aliases={"uni_pc": {"solver_type": "bh1"}, "uni_pc_bh2": {"solver_type": "bh2"}},
+)
 def unipc(
     model: Tape,
     path: Path,

@@ -21,7 +21,7 @@ from cases import Case
 from fewstep.errors import FewstepError
 from fewstep.schedules import levels
 from fewstep.schedules.algebra import Recorded, Symbol, Tape
-from fewstep.schedules.compat.classes import classes as compat
+from fewstep.schedules.compat import classes as compat
 from fewstep.schedules.levels import Level, Path, Preconditioning
 from fewstep.schedules.solvers import dpmpp, euler, multistep
 from fewstep.schedules.solvers.registry import Sampler

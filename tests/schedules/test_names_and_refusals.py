@@ -9,7 +9,7 @@ import pytest
 from fewstep.errors import ArgumentError, CorruptError, UnknownNameError, UnsupportedError
 from fewstep.schedules import NoiseSchedule, Program, compile_program, program_from_diffusers, resolve_sampler
 from fewstep.schedules.compat.classes import CLASSES
-from fewstep.schedules.names import SAMPLER_ALIASES, SCHEDULE_ALIASES, resolve_schedule
+from fewstep.schedules.names import SCHEDULE_ALIASES, resolve_schedule, sampler_aliases
 from fewstep.schedules.solvers.registry import SAMPLERS
 from fewstep.schedules.spacing import SPACINGS
 
@@ -41,7 +41,10 @@ def test_aliases(name: str, sampler: str, schedule: str | None, options: dict[st
 
 
 def test_every_alias_leads_somewhere_and_every_class_has_a_name() -> None:
-    assert {name for name, _ in SAMPLER_ALIASES.values()} <= set(SAMPLERS)
+    for alias, resolved in sampler_aliases().items():
+        assert resolve_sampler(alias) == resolved
+        assert set(resolved.options) <= set(SAMPLERS[resolved.name].options), alias
+        compile_program(alias, steps=4, noise=NOISE)
     assert set(SCHEDULE_ALIASES.values()) <= set(SPACINGS)
     for name in CLASSES:
         assert resolve_sampler(name).name in SAMPLERS

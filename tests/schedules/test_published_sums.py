@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 from fewstep.schedules import NoiseSchedule, compile_program, program_from_diffusers
-from fewstep.schedules.compat.classes import CLASSES, _solver
-from fewstep.schedules.compat.layouts import Grid, Request
+from fewstep.schedules.compat.classes import CLASSES, solver_of
+from fewstep.schedules.compat.layouts import Grid, Layout
 from fewstep.schedules.compat.tables import Tables
 from fewstep.schedules.levels import Level, Preconditioning
 
@@ -123,7 +123,7 @@ class ScaledArrays:
 
 def grid_of(name: str, config: dict[str, Any], steps: int, start: int) -> Grid:
     tables = Tables.of(config, rescales=False, floored=True, single=True)
-    request = Request(tables=tables, steps=steps, timesteps=None, sigmas=None, start=start, options={})
+    request = Layout(tables=tables, steps=steps, timesteps=None, sigmas=None, start=start, options={})
     return CLASSES[name].layout(request)
 
 
@@ -182,7 +182,7 @@ def test_sampler_functions_give_the_published_figures(
     config = {**LINEAR_1100, **changes, "_class_name": name}
     grid = grid_of(name, config, 10, start)
     whole = grid_of(name, config, 10, 0)
-    sampler, arguments = _solver(name, config, {})
+    sampler, arguments = solver_of(name, config, {})
     draws = brownian_draws(whole) if name == "DPMSolverSDEScheduler" else generator_draws()
     x = RAMP * np.float32(whole.init_noise)
     if start:
@@ -213,7 +213,7 @@ class ClippedArrays:
 def test_ddpm_with_clipped_x0_gives_the_published_sums(changes: dict[str, Any], start: int, published: float) -> None:
     config = {**LINEAR, **changes, "_class_name": "DDPMScheduler"}
     grid = grid_of("DDPMScheduler", config, 1000, start)
-    sampler, arguments = _solver("DDPMScheduler", config, {})
+    sampler, arguments = solver_of("DDPMScheduler", config, {})
     first = grid.path.first
     x = first.alpha * RAMP + first.s * NOISE if start else RAMP.copy()
     model: Any = ClippedArrays(str(config.get("prediction_type", "epsilon")), generator_draws())
