@@ -9,12 +9,10 @@ those alone in which it gave all.
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,73 +21,14 @@ import numpy as np
 from ..errors import FewstepError
 from .probe import CoreProbe
 from .report import make_report
-from .workers import CONTENDERS, Worker, contender
+from .samples import Plan, Samples
+from .workers import CONTENDERS, ContenderWorker, contender
 
 Say = Callable[[str], None]
 OURS = "fewstep"
 SLOW_START_MS = 20_000.0
 SETTLE_S = 0.1
 """Between turns: the threads of some libraries go on spinning after their work, and would slow the next contender's."""
-ALL_CORES = 0.85
-"""The share of its threads that a turn needs to count as one with all cores."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What is measured. `load` and `request` are what workers are told; `unet` evaluates the UNet alone.
-
-    `variants` are named sets of `fewstep.load` options, each a contender of its own; `precisions` are those of the
-    peers. A turn begins with `lead_in` requests that are not counted: they find the processor's caches as the contender
-    before left them, which a warm request does not. `peers_at_once` (0: all) bounds a meeting. `python` are
-    interpreters of variants that need another environment.
-    """
-
-    load: dict[str, Any]
-    request: dict[str, Any]
-    steps: tuple[int, ...]
-    against: tuple[str, ...]
-    variants: dict[str, dict[str, Any]]
-    precisions: tuple[str, ...] = ("float32",)
-    repeat: int = 20
-    warm_up: int = 2
-    lead_in: int = 1
-    cold: int = 3
-    peers_at_once: int = 0
-    unet: dict[str, Any] | None = None
-    python: dict[str, Path] = field(default_factory=dict)
-    environments: Path = Path("build/bench")
-
-    @property
-    def threads(self) -> int:
-        """Of every contender: as many as asked for, or one a core."""
-        return int(self.load["threads"]) or os.cpu_count() or 1
-
-
-@dataclass(slots=True)
-class Samples:
-    """What one contender did: milliseconds by number of steps, stages, and what it was made of.
-
-    `cores` are those that the machine gave round each turn; `cold_unbuilt` are starts that found no engine stored.
-    """
-
-    wall: dict[int, list[float]] = field(default_factory=dict)
-    cpu: dict[int, list[float]] = field(default_factory=dict)
-    cores: dict[int, list[float]] = field(default_factory=dict)
-    stages: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
-    cold: list[float] = field(default_factory=list)
-    cold_unbuilt: list[float] = field(default_factory=list)
-    versions: dict[str, str] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-    import_ms: float = 0.0
-    load_ms: float = 0.0
-    peak_mb: float = 0.0
-    error: str = ""
-    output: np.ndarray | None = None
-
-    def with_all_cores(self, steps: int, threads: int) -> list[float]:
-        """The milliseconds of the turns in which the machine gave as many cores as there were threads."""
-        turns = zip(self.wall.get(steps, ()), self.cores.get(steps, ()), strict=True)
-        return [wall for wall, cores in turns if cores >= ALL_CORES * threads]
 
 
 def run(plan: Plan, say: Say) -> dict[str, Any]:
@@ -110,7 +49,7 @@ def run(plan: Plan, say: Say) -> dict[str, Any]:
     for part in met:
         for name, samples in part.found.items():
             _merge(found[name], samples)
-    return make_report(plan, found, met)
+    return make_report(plan, found, [meeting.found for meeting in met])
 
 
 def _label(peer: str, precision: str) -> str:
@@ -125,7 +64,7 @@ class Meeting:
         self.found = {n: Samples() for n in names}
         self._saved = {n: str(folder / f"{i}.npy") for i, n in enumerate(names)}
         self._inputs = folder / "inputs.npz"
-        self._workers: dict[str, Worker] = {}
+        self._workers: dict[str, ContenderWorker] = {}
         if plan.unet is not None:
             arrays: dict[str, Any] = dict(_unet_inputs(plan.unet))
             np.savez(self._inputs, **arrays)
@@ -204,10 +143,10 @@ def _rotated(names: list[str], turn: int) -> list[str]:
     return names[at:] + names[:at]
 
 
-def _start(plan: Plan, name: str, store: Path | None = None) -> Worker:
+def _start(plan: Plan, name: str, store: Path | None = None) -> ContenderWorker:
     who = contender(OURS if name in plan.variants else name.split(" ")[0])
     threads, python = plan.load["threads"], plan.python.get(name)
-    return Worker(who, environments=plan.environments, threads=threads, python=python, store=store)
+    return ContenderWorker(who, environments=plan.environments, threads=threads, python=python, store=store)
 
 
 def _load(plan: Plan, name: str) -> dict[str, Any]:
@@ -265,7 +204,7 @@ def _first_image(plan: Plan, name: str, store: Path | None = None) -> float:
 
 
 @contextmanager
-def _starting(plan: Plan, name: str, store: Path | None) -> Iterator[Worker]:
+def _starting(plan: Plan, name: str, store: Path | None) -> Iterator[ContenderWorker]:
     worker = _start(plan, name, store)
     try:
         yield worker

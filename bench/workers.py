@@ -1,4 +1,4 @@
-"""Worker processes: who the contenders are, how their processes start, and the conversation with them."""
+"""ContenderWorker processes: who the contenders are, how their processes start, and the conversation with them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def interpreter(who: Contender, environments: Path) -> Path:
     return path
 
 
-class Worker:
+class ContenderWorker:
     """A contender's process. It is started by the first question and ended by `close`.
 
     `store` is where fewstep keeps engines, if not where it does by itself.

@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..bundle import MANIFEST, Bundle, Component, Defaults, Latent, read_defaults, write_manifest
 from ..errors import ArgumentError, CorruptError, MissingExtraError
 from ..presets import Preset, find_preset, preset_defaults, recognise_preset
 from ..schedules import NoiseSchedule
+from ..version import __version__
 from .checkpoint.compose import compose_checkpoint, describe_part, names_of, read_tensors
 from .checkpoint.folder import Checkpoint
 from .checkpoint.lora import Fusion, match_loras
@@ -27,7 +27,7 @@ from .checkpoint.weights import open_tensors, write_weights
 from .gate.gating import SWITCHED_OFF, run_gate
 from .plan import ComponentPlan, choose_precisions, plan_components
 from .tokenizers import export_tokenizer
-from .trace.graphs import Graph, find_graph, keep_graph
+from .trace.graphs import TracedGraph, find_graph, keep_graph
 
 log = logging.getLogger("fewstep.export")
 
@@ -142,7 +142,7 @@ def _put_in_place(staging: Path, target: Path) -> None:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def _graph(plan: ComponentPlan, progress: Progress) -> Graph:
+def _graph(plan: ComponentPlan, progress: Progress) -> TracedGraph:
     graph = find_graph(plan.key)
     if graph is None:
         progress.stage(f"trace {plan.kind}")
@@ -150,7 +150,9 @@ def _graph(plan: ComponentPlan, progress: Progress) -> Graph:
     return graph
 
 
-def _export_component(plan: ComponentPlan, graph: Graph, fusion: Fusion, folder: Path, progress: Progress) -> Component:
+def _export_component(
+    plan: ComponentPlan, graph: TracedGraph, fusion: Fusion, folder: Path, progress: Progress
+) -> Component:
     progress.stage(f"weights {plan.kind}")
     tensors = read_tensors(plan.part, open_tensors(plan.part.files), [p.key for p in graph.parameters])
     weights = f"{plan.kind}.safetensors"
@@ -172,7 +174,7 @@ def _export_component(plan: ComponentPlan, graph: Graph, fusion: Fusion, folder:
     )
 
 
-def _trace(plan: ComponentPlan) -> Graph:
+def _trace(plan: ComponentPlan) -> TracedGraph:
     for module in ("torch", "diffusers", "transformers", "onnxscript"):
         if importlib.util.find_spec(module) is None:
             raise MissingExtraError(

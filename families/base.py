@@ -23,7 +23,7 @@ TEXT_KEYS = ("hidden_size", "max_position_embeddings", "vocab_size")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class FamilyPart:
     """A part of a checkpoint: the classes that it may be of, each with the keys that its configuration must state."""
 
     classes: Mapping[str, tuple[str, ...]]
@@ -40,7 +40,7 @@ class TextEncoder:
 
     name: str
     tokenizer: str
-    part: Part
+    part: FamilyPart
     layer: int = 0
     prefixes: tuple[str, ...] = ()
     lora: tuple[str, ...] = ()
@@ -77,8 +77,8 @@ class Family:
     title: str
     pipelines: tuple[str, ...]
     text_encoders: tuple[TextEncoder, ...]
-    unet: Part = Part(classes={"UNet2DConditionModel": UNET_KEYS})
-    vae: Part = Part(classes={"AutoencoderKL": VAE_KEYS, "AutoencoderTiny": TINY_KEYS})
+    unet: FamilyPart = FamilyPart(classes={"UNet2DConditionModel": UNET_KEYS})
+    vae: FamilyPart = FamilyPart(classes={"AutoencoderKL": VAE_KEYS, "AutoencoderTiny": TINY_KEYS})
     unet_options: tuple[str, ...] = ()
     text_width: int | None = None
     schedule: str = "ays"
@@ -88,7 +88,7 @@ class Family:
     size_arguments: Mapping[str, Pair] = field(default_factory=dict)
 
     @property
-    def parts(self) -> dict[str, Part]:
+    def parts(self) -> dict[str, FamilyPart]:
         """Its parts in a diffusers folder, by name."""
         return {"unet": self.unet, "vae": self.vae, **{e.name: e.part for e in self.text_encoders}}
 

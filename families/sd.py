@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .base import TEXT_KEYS, Config, Family, Part, TextEncoder, register_family
+from .base import TEXT_KEYS, Config, Family, FamilyPart, TextEncoder, register_family
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +28,7 @@ _PIPELINES = (
 _ENCODER = TextEncoder(
     name="text_encoder",
     tokenizer="tokenizer",
-    part=Part(classes={"CLIPTextModel": TEXT_KEYS}),
+    part=FamilyPart(classes={"CLIPTextModel": TEXT_KEYS}),
     prefixes=("cond_stage_model.transformer.", "cond_stage_model.model."),
     lora=("lora_te_", "lora_te1_"),
 )

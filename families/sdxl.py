@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .base import TEXT_KEYS, Condition, Config, Family, Float32, Pair, Part, TextEncoder, register_family
+from .base import TEXT_KEYS, Condition, Config, Family, FamilyPart, Float32, Pair, TextEncoder, register_family
 
 LARGEST = 65_536
 _SIZE, _CORNER = (1, LARGEST), (-LARGEST, LARGEST)
@@ -67,7 +67,7 @@ _ENCODERS = (
     TextEncoder(
         name="text_encoder",
         tokenizer="tokenizer",
-        part=Part(classes={"CLIPTextModel": TEXT_KEYS}),
+        part=FamilyPart(classes={"CLIPTextModel": TEXT_KEYS}),
         layer=2,
         prefixes=("conditioner.embedders.0.transformer.",),
         lora=("lora_te1_", "lora_te_"),
@@ -75,7 +75,7 @@ _ENCODERS = (
     TextEncoder(
         name="text_encoder_2",
         tokenizer="tokenizer_2",
-        part=Part(classes={"CLIPTextModelWithProjection": (*TEXT_KEYS, "projection_dim")}),
+        part=FamilyPart(classes={"CLIPTextModelWithProjection": (*TEXT_KEYS, "projection_dim")}),
         layer=2,
         prefixes=("conditioner.embedders.1.model.",),
         lora=("lora_te2_",),

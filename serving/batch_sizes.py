@@ -1,4 +1,4 @@
-"""Buckets: the row counts an engine is evaluated with, and what each costs, measured."""
+"""BatchSizes: the row counts an engine is evaluated with, and what each costs, measured."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EACH_S = 0.15
 ENOUGH_S = 2.0
 
 
-class Buckets:
+class BatchSizes:
     """Milliseconds an evaluation takes for each row count that is worth using.
 
     A row count is dropped when a larger one is no slower: fewer rows are then padded. Costs follow what ticks take,
@@ -82,7 +82,7 @@ def admitted_rows(engine: Engine, dims: dict[str, int], candidates: Iterable[int
     return found
 
 
-def measure(evaluate: Callable[[int], object], candidates: Iterable[int]) -> Buckets:
+def measure(evaluate: Callable[[int], object], candidates: Iterable[int]) -> BatchSizes:
     """Time `evaluate(rows)` for each row count; larger ones are left out once two of them gained nothing a row."""
     costs: dict[int, float] = {}
     spent, idle = 0.0, 0
@@ -93,7 +93,7 @@ def measure(evaluate: Callable[[int], object], candidates: Iterable[int]) -> Buc
         idle = idle + 1 if costs[rows] / rows > 0.97 * best_row else 0
         if idle == 2:
             break
-    return Buckets(costs)
+    return BatchSizes(costs)
 
 
 def _time(call: Callable[[], object], *, quick: bool) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Turns: engines that use every core at once go one after the other, instead of each making the other twice as slow."""
+"""A lock on the CPU: engines that use every core go one after the other, where each would make the other slower."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Turns:
-    """Who has the machine. What finishes or begins a request goes before what moves all of them on.
+class CpuLock:
+    """Who has the CPU. Encoding and decoding go before ticks, which move every request on.
 
-    taken: whether turns are taken at all; without, everybody runs at once, as on a device with queues of its own.
+    used: whether it locks at all; without, all run at once, as on a device with queues of its own.
     """
 
-    def __init__(self, *, taken: bool) -> None:
-        self.taken = taken
+    def __init__(self, *, used: bool) -> None:
+        self.used = used
         self._changed = threading.Condition()
-        self._waiting_first = 0
+        self._waiting = 0
         self._running = False
 
     @contextmanager
-    def first(self) -> Iterator[None]:
+    def before_ticks(self) -> Iterator[None]:
         """For encoding and decoding: waits for whatever runs now."""
-        if not self.taken:
+        if not self.used:
             yield
             return
         with self._changed:
-            self._waiting_first += 1
+            self._waiting += 1
             self._changed.wait_for(lambda: not self._running)
-            self._waiting_first -= 1
+            self._waiting -= 1
             self._running = True
         try:
             yield
@@ -36,13 +36,13 @@ class Turns:
             self._end()
 
     @contextmanager
-    def last(self) -> Iterator[None]:
-        """For ticks: waits until nobody else wants a turn."""
-        if not self.taken:
+    def tick(self) -> Iterator[None]:
+        """For ticks: waits until nothing else wants the CPU."""
+        if not self.used:
             yield
             return
         with self._changed:
-            self._changed.wait_for(lambda: not self._running and not self._waiting_first)
+            self._changed.wait_for(lambda: not self._running and not self._waiting)
             self._running = True
         try:
             yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..runtime.request import Request
-from .batch_sizes import SMOOTHING, Buckets
+from .batch_sizes import SMOOTHING, BatchSizes
 
 Shape = tuple[int, int, int]
 
@@ -17,7 +17,9 @@ class Estimates:
     the load.
     """
 
-    def __init__(self, buckets: Mapping[Shape, Buckets], *, text_ms: float, decode_ms: Mapping[Shape, float]) -> None:
+    def __init__(
+        self, buckets: Mapping[Shape, BatchSizes], *, text_ms: float, decode_ms: Mapping[Shape, float]
+    ) -> None:
         self._buckets, self._text_ms, self._decode_ms = buckets, text_ms, dict(decode_ms)
         self._least_decode_ms = dict(decode_ms)
 

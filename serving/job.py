@@ -14,7 +14,7 @@ from ..runtime.conditioning import check_conditioning
 from ..runtime.device.base import Slots, TickTimes
 from ..runtime.prepare import Prepared
 from ..runtime.result import Step
-from .batch_sizes import Buckets
+from .batch_sizes import BatchSizes
 from .policy import Candidate
 from .ticket import Ticket
 
@@ -62,7 +62,7 @@ class Job:
     def done(self) -> bool:
         return all(s.done for s in self.prepared.samplings)
 
-    def candidate(self, buckets: Buckets, *, alone_s: float, tail_s: float, in_turn: bool) -> Candidate:
+    def candidate(self, buckets: BatchSizes, *, alone_s: float, tail_s: float, in_turn: bool) -> Candidate:
         return Candidate(
             lane=self.lane,
             buckets=buckets,

@@ -12,7 +12,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .batch_sizes import Buckets
+from .batch_sizes import BatchSizes
 
 STRETCHES = (1.4, 2.5)
 TURN_OF_LATE = 10
@@ -28,7 +28,7 @@ class Candidate:
     """
 
     lane: object
-    buckets: Buckets
+    buckets: BatchSizes
     images: int
     rows: int
     remaining: int

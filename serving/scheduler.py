@@ -12,8 +12,8 @@ from ..errors import EngineFailedError, FewstepError
 from ..runtime.arrays import Float32
 from ..runtime.device.base import Slots
 from ..runtime.pipeline import Pipeline
-from .batch_sizes import Buckets
-from .cpu_lock import Turns
+from .batch_sizes import BatchSizes
+from .cpu_lock import CpuLock
 from .estimates import Estimates
 from .job import Job
 from .observe import Observer
@@ -33,16 +33,16 @@ class Scheduler:
     def __init__(
         self,
         pipeline: Pipeline,
-        pools: Mapping[Shape, tuple[Slots, Buckets]],
+        pools: Mapping[Shape, tuple[Slots, BatchSizes]],
         *,
         estimates: Estimates,
         finished: Callable[[Job], None],
         failed: Callable[[FewstepError], None],
         observer: Observer,
-        turns: Turns,
+        cpu: CpuLock,
     ) -> None:
         self._pipeline, self._pools, self._observer = pipeline, pools, observer
-        self._estimates, self._finished, self._failed, self._turns = estimates, finished, failed, turns
+        self._estimates, self._finished, self._failed, self._cpu = estimates, finished, failed, cpu
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._waiting: list[Job] = []
         self._active: list[Job] = []
@@ -90,7 +90,7 @@ class Scheduler:
         try:
             while not self._closing:
                 self._receive(block=not self._active and not self._waiting)
-                with self._turns.last():
+                with self._cpu.tick():
                     self._receive(block=False)
                     self._drop_settled()
                     self._admit()
@@ -182,6 +182,4 @@ class Scheduler:
     def _candidate(self, job: Job) -> Candidate:
         shape = job.prepared.shape
         tail_s = self._estimates.decode_s(shape, job.images)
-        return job.candidate(
-            self._pools[shape][1], alone_s=job.ticket.alone_s, tail_s=tail_s, in_turn=self._turns.taken
-        )
+        return job.candidate(self._pools[shape][1], alone_s=job.ticket.alone_s, tail_s=tail_s, in_turn=self._cpu.used)

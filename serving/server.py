@@ -20,14 +20,14 @@ from ..runtime.pipeline import Pipeline
 from ..runtime.prepare import Prepared, latent_shape
 from ..runtime.request import Request, check_integer, check_size
 from ..runtime.result import Made, Result, make_result
-from .cpu_lock import Turns
+from .cpu_lock import CpuLock
 from .job import Job, check_prepared
 from .observe import Counters, Observer, ServerStats
 from .policy import STRETCHES
 from .scheduler import Scheduler
 from .ticket import Ticket
 from .warm_up import make_pools
-from .worker import Worker
+from .worker import DueWorker
 
 log = logging.getLogger("fewstep.serving")
 WATCH_S = 0.1
@@ -74,7 +74,7 @@ class Server:
         self.sizes = tuple(dict.fromkeys(check_size(self.pipeline.bundle, s) for s in sizes or [self.pipeline.size]))
         self._counters = Counters(observer)
         self._unet = _in_parallel(self.pipeline, row_threads)
-        self._turns = Turns(taken=self._unet.device == "cpu" and not isinstance(self._unet, ParallelEngine))
+        self._cpu = CpuLock(used=self._unet.device == "cpu" and not isinstance(self._unet, ParallelEngine))
         self._pools, self._estimates = make_pools(
             self.pipeline,
             self._unet,
@@ -95,9 +95,9 @@ class Server:
             finished=lambda job: self._decoder.put(_turn(job.ticket), lambda: self._decode(job)),
             failed=self._engine_failed,
             observer=self._counters,
-            turns=self._turns,
+            cpu=self._cpu,
         )
-        self._encoder, self._decoder = Worker("fewstep-encode"), Worker("fewstep-decode")
+        self._encoder, self._decoder = DueWorker("fewstep-encode"), DueWorker("fewstep-decode")
         self._stop = threading.Event()
         self._watch = threading.Thread(target=self._watch_over, name="fewstep-watch", daemon=True)
         self._scheduler.start()
@@ -271,7 +271,7 @@ class Server:
         if ticket.done:
             return
         try:
-            with self._turns.first() if ticket.request.has_image else nullcontext():
+            with self._cpu.before_ticks() if ticket.request.has_image else nullcontext():
                 prepared = prepare() if prepare else self.pipeline.prepare(ticket.request)
             check_prepared(prepared, dict(self.pipeline.engines["unet"].inputs), self.most_slots)
         except FewstepError as error:
@@ -293,7 +293,7 @@ class Server:
         if ticket.done:
             return
         try:
-            with self._turns.first():
+            with self._cpu.before_ticks():
                 began = time.monotonic()
                 images = self.pipeline.vae.decode(job.out)
                 ended = time.monotonic()

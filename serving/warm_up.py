@@ -12,7 +12,7 @@ from ..errors import MismatchError
 from ..runtime.device.base import Slots
 from ..runtime.pipeline import Pipeline
 from ..runtime.prepare import Prepared
-from .batch_sizes import Buckets, admitted_rows, measure
+from .batch_sizes import BatchSizes, admitted_rows, measure
 from .estimates import Estimates
 
 Shape = tuple[int, int, int]
@@ -27,14 +27,14 @@ def make_pools(
     rows: Sequence[int],
     fixed: bool,
     image: bool,
-) -> tuple[dict[Shape, tuple[Slots, Buckets]], Estimates]:
+) -> tuple[dict[Shape, tuple[Slots, BatchSizes]], Estimates]:
     """Slots and measured buckets for each size (width, height in pixels), and what the other stages take.
 
     `unet` is the pipeline's own, or the same with its rows in parallel.
     `rows` are the buckets to consider, or with `fixed` to use, as far as the engine admits them (`MismatchError` if
     it admits none). `image` runs the VAE's encoder too.
     """
-    pools: dict[Shape, tuple[Slots, Buckets]] = {}
+    pools: dict[Shape, tuple[Slots, BatchSizes]] = {}
     text_ms, decode_ms = 0.0, {}
     for size in sizes:
         prepared = _prepare(pipeline, size, image=image)
@@ -71,7 +71,7 @@ def _prepare(pipeline: Pipeline, size: tuple[int, int], *, image: bool) -> Prepa
     return pipeline.prepare(request)
 
 
-def _measure(slots: Slots, prepared: Prepared, rows: Sequence[int], *, fixed: bool) -> Buckets:
+def _measure(slots: Slots, prepared: Prepared, rows: Sequence[int], *, fixed: bool) -> BatchSizes:
     (sampling,) = prepared.samplings
 
     def evaluate(count: int) -> None:
@@ -86,7 +86,7 @@ def _measure(slots: Slots, prepared: Prepared, rows: Sequence[int], *, fixed: bo
     if not fixed:
         return measure(evaluate, rows)
     costs = {r: c for r in rows for c in measure(evaluate, [r]).costs_ms.values()}
-    return Buckets(costs)
+    return BatchSizes(costs)
 
 
 def _decode_ms(pipeline: Pipeline, prepared: Prepared) -> float:

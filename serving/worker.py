@@ -10,7 +10,7 @@ from collections.abc import Callable
 Job = Callable[[], None]
 
 
-class Worker:
+class DueWorker:
     """Runs jobs one at a time, in the order of their due times. A job must not raise."""
 
     def __init__(self, name: str) -> None:

@@ -6,22 +6,30 @@ import ast
 import subprocess
 import sys
 import time
+import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 
+import fewstep
 import pytest
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "diffusers", "onnx", "transformers", "onnxruntime"}
-MAY_KNOW = {
-    "families": {"families"},
-    "schedules": {"schedules"},
-    "engines": {"engines", "families"},
-    "runtime": {"runtime", "engines", "schedules", "families"},
-    "serving": {"serving", "runtime", "engines", "schedules", "families"},
-    "export": {"export", "engines", "schedules", "runtime", "families"},
-}
-ROOMS = {*MAY_KNOW, "commands", "cli"}
-TORCH_ROOMS = {"export"}
+FLOORS = (
+    ("errors", "version"),
+    ("families", "schedules"),
+    ("bundle",),
+    ("presets", "engines"),
+    ("runtime",),
+    ("serving", "export"),
+    ("bench",),
+    ("commands",),
+    ("cli",),
+    ("__init__", "__main__"),
+)
+"""Rooms and files from the ground up: one may know what is below it, and itself."""
+ROOMS = {room for floor in FLOORS for room in floor}
+TORCH_ROOMS = {"export", "bench"}
 TORCH_FILES = {
     "runtime/device/clock.py": "the CUDA device",
     "runtime/device/memory.py": "the CUDA device",
@@ -62,32 +70,123 @@ def test_schedules_need_numpy_alone() -> None:
     assert third_party - set(sys.stdlib_module_names) == {"fewstep"}
 
 
-def imports(path: Path) -> list[tuple[str, int]]:
-    """(top-level room or module, relative level) of every import statement, wherever in the file it stands."""
-    found = []
-    depth = len(path.relative_to(ROOT).parts)
+@dataclass(frozen=True)
+class Import:
+    """One file of the package names another: where, and whom."""
+
+    source: str
+    target: str
+    line: int
+
+
+def package_files() -> dict[str, Path]:
+    """The package's files by their module names, `engines.backends` for a folder's own."""
+    paths = [
+        p
+        for room in ROOMS
+        for p in ([ROOT / f"{room}.py"] if (ROOT / f"{room}.py").is_file() else sorted((ROOT / room).rglob("*.py")))
+    ]
+    names = (".".join(p.relative_to(ROOT).with_suffix("").parts) for p in paths)
+    return {n.removesuffix(".__init__"): p for n, p in zip(names, paths, strict=True)}
+
+
+def imported_modules(path: Path) -> list[tuple[str, int]]:
+    """Every module that an import statement names, wherever it stands: in the file, in a function, under a condition.
+
+    Of the package's own their names in it ("engines.base"), of others the whole ("torch.cuda").
+    """
+    folder = path.relative_to(ROOT).parts[:-1]
+    names: list[tuple[str, int]] = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found += [(a.name.removeprefix("fewstep.").split(".")[0], 0) for a in node.names]
+            names += [(a.name, node.lineno) for a in node.names]
         elif isinstance(node, ast.ImportFrom):
-            module = (node.module or "").removeprefix("fewstep.").split(".")[0]
-            if node.level == 0:
-                found.append((module, 0))
-            elif node.level == depth:
-                found += [(module, node.level)] if module else [(a.name, node.level) for a in node.names]
+            base = folder[: len(folder) - node.level + 1] if node.level else ()
+            module = ".".join((*base, *((node.module or "").split(".") if node.module else ())))
+            names += [(f"{module}.{a.name}".strip("."), node.lineno) for a in node.names]
+    return [(n.removeprefix("fewstep."), line) for n, line in names]
+
+
+def graph() -> list[Import]:
+    files = package_files()
+    arrows = []
+    for source, path in files.items():
+        for name, line in imported_modules(path):
+            module = name if name in files else name.rpartition(".")[0]
+            if module in files and module != source:
+                arrows.append(Import(source, module, line))
+    return arrows
+
+
+def circles(arrows: list[Import]) -> list[list[str]]:
+    """Files that know each other by whatever way: Tarjan's strongly connected components of more than one."""
+    known: dict[str, set[str]] = {}
+    for arrow in arrows:
+        known.setdefault(arrow.source, set()).add(arrow.target)
+    order: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(name: str) -> None:
+        order[name] = lowest[name] = len(order)
+        stack.append(name)
+        for other in sorted(known.get(name, ())):
+            if other not in order:
+                visit(other)
+                lowest[name] = min(lowest[name], lowest[other])
+            elif other in stack:
+                lowest[name] = min(lowest[name], order[other])
+        if lowest[name] == order[name]:
+            place = stack.index(name)
+            component, stack[place:] = stack[place:], []
+            found.extend([component] if len(component) > 1 else [])
+
+    for name in sorted(known):
+        if name not in order:
+            visit(name)
     return found
 
 
-@pytest.mark.parametrize("room", MAY_KNOW)
-def test_no_room_imports_upwards(room: str) -> None:
-    for path in (ROOT / room).rglob("*.py"):
-        known = {name for name, _ in imports(path)} & ROOMS
-        assert known <= MAY_KNOW[room], f"{path.relative_to(ROOT)} imports {known - MAY_KNOW[room]}"
+def test_no_files_know_each_other_in_a_circle() -> None:
+    arrows = graph()
+    assert len(arrows) > 500, "the imports are not seen"
+    for circle in circles(arrows):
+        lines = [f"{a.source}:{a.line} -> {a.target}" for a in arrows if {a.source, a.target} <= set(circle)]
+        pytest.fail("a circle of imports:\n" + "\n".join(lines))
+
+
+def test_no_arrow_points_upwards() -> None:
+    """`pytest -s` prints the floors with whom each room knows."""
+    height = {room: i for i, floor in enumerate(FLOORS) for room in floor}
+    room_of = {n: n.partition(".")[0] for n in package_files()}
+    knows: dict[str, set[str]] = {room: set() for room in ROOMS}
+    for arrow in graph():
+        source, target = room_of[arrow.source], room_of[arrow.target]
+        knows[source].add(target)
+        upwards = height[target] >= height[source] and source != target
+        assert not upwards, f"{arrow.source}:{arrow.line} imports {arrow.target}, which stands no lower"
+    for floor in FLOORS:
+        print(" | ".join(f"{room}: {', '.join(sorted(knows[room] - {room})) or '-'}" for room in floor))
+
+
+def test_the_graph_sees_what_it_should(tmp_path: Path) -> None:
+    """A circle through a function and a condition is a circle."""
+    arrows = [Import("a", "b", 1), Import("b", "c", 2), Import("c", "a", 3), Import("c", "d", 4)]
+    assert [sorted(c) for c in circles(arrows)] == [["a", "b", "c"]]
+    assert circles(arrows[1:]) == []
+    assert ("engines.open", 15) in [(a.target, 15) for a in graph() if a.source == "engines"]
+
+
+def test_the_version_is_one() -> None:
+    stated = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert stated == fewstep.__version__
 
 
 def test_torch_stays_where_it_belongs() -> None:
-    for room in ROOMS - TORCH_ROOMS - {"cli"}:
-        for path in (ROOT / room).rglob("*.py"):
-            name = str(path.relative_to(ROOT))
-            heavy = {m for m, _ in imports(path)} & {"torch", "diffusers", "transformers"}
-            assert not heavy or (name in TORCH_FILES and heavy == {"torch"}), f"{name} imports {heavy}"
+    for name, path in package_files().items():
+        if name.partition(".")[0] in TORCH_ROOMS:
+            continue
+        place = str(path.relative_to(ROOT))
+        heavy = {m.partition(".")[0] for m, _ in imported_modules(path)} & {"torch", "diffusers", "transformers"}
+        assert not heavy or (place in TORCH_FILES and heavy == {"torch"}), f"{place} imports {heavy}"

@@ -12,13 +12,13 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import onnx_ir as ir
-from fewstep.export.trace.graphs import Graph
+from fewstep.export.trace.graphs import TracedGraph
 from fewstep.export.trace.layout import plan_layout
 
 TYPES = {"float32": ir.DataType.FLOAT, "bfloat16": ir.DataType.BFLOAT16}
 
 
-def retype(graph: Graph, dtype: str, key: str) -> Graph:
+def retype(graph: TracedGraph, dtype: str, key: str) -> TracedGraph:
     """The float16 graph of a UNet with `dtype` in place of float16, under another key."""
     if graph.dtype != "float16" or graph.kind != "unet":
         raise ValueError(f"the graph is a {graph.kind} in {graph.dtype}, not a UNet in float16")

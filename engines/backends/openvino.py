@@ -19,7 +19,7 @@ from typing import Any
 from ...errors import UnsupportedError
 from ..base import Binding, Engine, TensorSpec
 from ..graph.accounting import Forms, count_operators
-from ..graph.onnx_bytes import BOOL, FLOAT, Graph, Node, read_graph
+from ..graph.onnx_bytes import BOOL, FLOAT, Node, OnnxGraph, read_graph
 from ..graph.rewrite import fix_reshapes, replace_group_norms
 from ..options import RunOptions
 from ..profile import check_dims, dimension_names
@@ -64,7 +64,7 @@ def rewrite_for_openvino(model: bytes, *, keep_angles: bool = False) -> bytes:
     return graph.to_bytes()
 
 
-def decompose_attention(graph: Graph) -> int:
+def decompose_attention(graph: OnnxGraph) -> int:
     """Put softmax(q k^T * scale + mask) v in place of every `Attention` (ONNX opset 23); returns how many there were.
 
     OpenVINO 2025.4, which the wheel holds, knows no `Attention`; it finds the pattern and fuses it again. Raises
@@ -82,7 +82,7 @@ def decompose_attention(graph: Graph) -> int:
     return count
 
 
-def _plain_attention(node: Node, graph: Graph, prefix: str) -> list[Node]:
+def _plain_attention(node: Node, graph: OnnxGraph, prefix: str) -> list[Node]:
     query, key, value, *rest = node.inputs
     shape = graph.shapes.get(query, ())
     width = shape[3] if len(shape) == 4 else None
@@ -164,7 +164,7 @@ class OpenVinoEngine:
             return OrtBinding(self._sessions[key], self.inputs, self.outputs, dims)
 
 
-class OpenVino(OrtBackend):
+class OpenVinoBackend(OrtBackend):
     """Graphs in operators that OpenVINO takes, compiled when they are opened, in a precision of its own."""
 
     heeds = ()
@@ -200,5 +200,5 @@ class OpenVino(OrtBackend):
         return OpenVinoEngine(lambda dims: open_with(dims=dims), **specs, backend=self.name)
 
 
-register(OpenVino("ort-openvino", "f32", rewriting=3))
-register(OpenVino("ort-openvino-bf16", "bf16", rewriting=4))
+register(OpenVinoBackend("ort-openvino", "f32", rewriting=3))
+register(OpenVinoBackend("ort-openvino-bf16", "bf16", rewriting=4))

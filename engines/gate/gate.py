@@ -43,7 +43,7 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class GateRow:
     """The verdict on one output of one case; `reason` is empty when it passed."""
 
     component: str
@@ -65,14 +65,14 @@ class GateReport:
     component: str
     subject: str
     dtype: str
-    rows: tuple[Row, ...]
+    rows: tuple[GateRow, ...]
 
     @property
     def passed(self) -> bool:
         return all(row.passed for row in self.rows)
 
     @property
-    def worst(self) -> Row:
+    def worst(self) -> GateRow:
         return max(self.rows, key=lambda r: (not r.passed, not r.report.finite, r.report.rel_l2 / max(r.limit, 1e-30)))
 
     def to_json(self) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def limit_for(dtype: str, torch_error: Mapping[str, float]) -> float:
     return max(FACTOR * own, FLOAT32_FLOOR)
 
 
-def judge(case: Case, tensor: str, found: NDArray[Any], dtype: str) -> Row:
+def judge(case: Case, tensor: str, found: NDArray[Any], dtype: str) -> GateRow:
     """Compare one output with torch's and say, in words, what is wrong with it.
 
     Images pass at 50 dB (in float32 no pixel may be off by more than 2 levels), or at torch's own error times 1.5.
@@ -154,7 +154,7 @@ def judge(case: Case, tensor: str, found: NDArray[Any], dtype: str) -> Row:
             reason = f"a pixel is off by {report.max_abs:.0f} levels, limit {IMAGE_MAX_ABS:.0f}"
     elif report.rel_l2 > limit:
         reason = f"relative error {report.rel_l2:.2e}, limit {limit:.2e}"
-    return Row(component=case.component, case=case.index, tensor=tensor, report=report, limit=limit, reason=reason)
+    return GateRow(component=case.component, case=case.index, tensor=tensor, report=report, limit=limit, reason=reason)
 
 
 def gate_engine(

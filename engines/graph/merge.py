@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from .onnx_bytes import Graph, Node, users_of
+from .onnx_bytes import Node, OnnxGraph, users_of
 
 ONNX = ("", "ai.onnx")
 MOST_COLUMNS = 4096
 """Of a merged product: larger ones fill the cores by themselves, and their results would all lie in memory at once."""
 
 
-def merge_products(graph: Graph) -> int:
+def merge_products(graph: OnnxGraph) -> int:
     """Multiply what several linear layers read by all their weights at once, and split the result before any biases.
 
     Queries, keys and values of self-attention are three of one input; keys and values of cross-attention, in all of a
@@ -37,11 +37,11 @@ def merge_products(graph: Graph) -> int:
     return sum(len(found) - 1 for found in groups.values())
 
 
-def _columns(found: Sequence[tuple[Node, str]], graph: Graph) -> int:
+def _columns(found: Sequence[tuple[Node, str]], graph: OnnxGraph) -> int:
     return sum(graph.constants[weight][0] for _, weight in found)
 
 
-def _weight(node: Node, makers: Mapping[str, Node], graph: Graph) -> str | None:
+def _weight(node: Node, makers: Mapping[str, Node], graph: OnnxGraph) -> str | None:
     """The constant [D, C] of x W^T, before its transposition."""
     turned = makers.get(node.inputs[1]) if node.operator == "MatMul" and node.domain in ONNX else None
     if (
@@ -54,7 +54,7 @@ def _weight(node: Node, makers: Mapping[str, Node], graph: Graph) -> str | None:
     return turned.inputs[0] if len(graph.constants.get(turned.inputs[0], ())) == 2 else None
 
 
-def _product(name: str, found: Sequence[tuple[Node, str]], graph: Graph) -> Iterator[Node]:
+def _product(name: str, found: Sequence[tuple[Node, str]], graph: OnnxGraph) -> Iterator[Node]:
     prefix, weights = f"{name}_times_", [w for _, w in found]
     yield Node(operator="Concat", inputs=weights, outputs=[prefix + "rows"], attributes={"axis": 0})
     yield Node(operator="Transpose", inputs=[prefix + "rows"], outputs=[prefix + "weight"], attributes={"perm": [1, 0]})
@@ -64,7 +64,7 @@ def _product(name: str, found: Sequence[tuple[Node, str]], graph: Graph) -> Iter
     yield Node(operator="Split", inputs=[prefix + "all", sizes], outputs=outputs, attributes={"axis": 2})
 
 
-def merge_projections(graph: Graph) -> int:
+def merge_projections(graph: OnnxGraph) -> int:
     """Compute all Gemms of one input as a single one, where each adds to a feature map: a UNet's timestep, by block.
 
     Returns how many are gone.
@@ -82,7 +82,7 @@ def merge_projections(graph: Graph) -> int:
     return sum(len(pairs) - 1 for pairs in groups.values())
 
 
-def _is_projection(node: Node, after: Node, graph: Graph) -> bool:
+def _is_projection(node: Node, after: Node, graph: OnnxGraph) -> bool:
     """Whether this is x W^T + b with constants W [C, D] and b [C], and what follows makes [B, C, 1, 1] of it."""
     if node.operator != "Gemm" or node.domain not in ONNX or len(node.inputs) != 3 or node.outputs[0] in graph.outputs:
         return False
@@ -95,7 +95,7 @@ def _is_projection(node: Node, after: Node, graph: Graph) -> bool:
     return graph.shapes.get(after.outputs[0], ())[1:] == (weight[0], 1, 1)
 
 
-def _projection(name: str, pairs: Sequence[tuple[Node, Node]], graph: Graph) -> Iterator[Node]:
+def _projection(name: str, pairs: Sequence[tuple[Node, Node]], graph: OnnxGraph) -> Iterator[Node]:
     prefix = f"{name}_projected_"
     gemms = [gemm for gemm, _ in pairs]
     axis: dict[str, float | int | list[int]] = {"axis": 0}
@@ -110,7 +110,7 @@ def _projection(name: str, pairs: Sequence[tuple[Node, Node]], graph: Graph) -> 
     yield Node(operator="Split", inputs=[prefix + "maps", sizes], outputs=outputs, attributes={"axis": 1})
 
 
-def split_gates(graph: Graph) -> int:
+def split_gates(graph: OnnxGraph) -> int:
     """Compute the two halves of a gated unit (GEGLU, Shazeer 2020) by two products instead of splitting one's result.
 
     The half that goes through GELU then meets its bias in the same operator. Returns how many there were.
@@ -130,7 +130,7 @@ def split_gates(graph: Graph) -> int:
 
 
 def _gate(
-    node: Node, makers: Mapping[str, Node], users: Mapping[str, Sequence[Node]], graph: Graph
+    node: Node, makers: Mapping[str, Node], users: Mapping[str, Sequence[Node]], graph: OnnxGraph
 ) -> tuple[Node, str, Node, str] | None:
     """Before a split in two: the product, its weight [2 D, C], the sum with its bias [2 D], and that bias."""
     if node.operator != "Split" or node.domain not in ONNX or len(node.outputs) != 2 or len(node.inputs) != 1:
@@ -160,7 +160,7 @@ def _halves(node: Node, source: str, weight: str, bias: str) -> Iterator[Node]:
         yield Node(operator="Add", inputs=[name, name + "_bias"], outputs=[output])
 
 
-def drop_unused(graph: Graph) -> int:
+def drop_unused(graph: OnnxGraph) -> int:
     """Remove the nodes that nothing reads, and what only they read; returns how many."""
     needed, kept = set(graph.outputs), []
     for node in reversed(graph.nodes):

@@ -39,7 +39,7 @@ class Node:
 
 
 @dataclass(slots=True, kw_only=True)
-class Graph:
+class OnnxGraph:
     """A model with its nodes apart. `shapes` are those that the file states: numbers, symbols, or `None`: unknown.
 
     `types` are the element types beside them, as in TensorProto.DataType.
@@ -80,9 +80,9 @@ class Graph:
         return made
 
 
-def read_graph(model: bytes | memoryview) -> Graph:
+def read_graph(model: bytes | memoryview) -> OnnxGraph:
     """Take a serialised model apart. Raises `CorruptError` for bytes that are no protocol buffer."""
-    graph = Graph(nodes=[], shapes={}, types={}, constants={}, outputs=(), opsets={}, _model=[], _graph=[])
+    graph = OnnxGraph(nodes=[], shapes={}, types={}, constants={}, outputs=(), opsets={}, _model=[], _graph=[])
     for at, kind, value in fields_of(memoryview(model)):
         if at == _MODEL_GRAPH and kind == 2:
             _read_graph(value, graph)
@@ -94,7 +94,7 @@ def read_graph(model: bytes | memoryview) -> Graph:
     return graph
 
 
-def _read_graph(message: memoryview, graph: Graph) -> None:
+def _read_graph(message: memoryview, graph: OnnxGraph) -> None:
     outputs = []
     for at, kind, value in fields_of(message):
         if at == _GRAPH_NODE and kind == 2:

@@ -19,7 +19,7 @@ import struct
 from collections.abc import Mapping
 
 from .merge import ONNX, drop_unused, makers_of, merge_products, merge_projections, split_gates
-from .onnx_bytes import FLOAT, Graph, Node, read_graph, users_of
+from .onnx_bytes import FLOAT, Node, OnnxGraph, read_graph, users_of
 from .symbolic import count_elements
 
 CONTRIB = "com.microsoft"
@@ -50,7 +50,7 @@ def rewrite_for_cpu(model: bytes, dims: Mapping[str, int] | None = None) -> tupl
     return (graph.to_bytes() if any(counts.values()) else model), counts
 
 
-def fuse_attention(graph: Graph, dims: Mapping[str, int] | None = None) -> int:
+def fuse_attention(graph: OnnxGraph, dims: Mapping[str, int] | None = None) -> int:
     """Put attention that splits heads itself in place of Attention and the transposes round it; returns how many.
 
     Where there are at most `FEW_SCORES`, when dimensions are `dims`, it is ONNX's own in its form of rank 3; elsewhere
@@ -96,7 +96,7 @@ def fuse_attention(graph: Graph, dims: Mapping[str, int] | None = None) -> int:
     return len(made)
 
 
-def _attention_sources(node: Node, makers: Mapping[str, Node], graph: Graph) -> list[str] | None:
+def _attention_sources(node: Node, makers: Mapping[str, Node], graph: OnnxGraph) -> list[str] | None:
     """Query, key and value as [B, S, heads * D], where Attention got them split and transposed, and the mask if any."""
     if node.operator != "Attention" or node.domain not in ONNX or len(node.outputs) != 1:
         return None
@@ -117,7 +117,7 @@ def _attention_sources(node: Node, makers: Mapping[str, Node], graph: Graph) -> 
     return found + node.inputs[3:]
 
 
-def _only_user(name: str, users: Mapping[str, list[Node]], graph: Graph, operator: str) -> Node | None:
+def _only_user(name: str, users: Mapping[str, list[Node]], graph: OnnxGraph, operator: str) -> Node | None:
     """The one node that reads a tensor, if it is of this kind and the tensor is no output of the model."""
     found = users.get(name, [])
     if len(found) != 1 or name in graph.outputs or found[0].operator != operator:
@@ -125,7 +125,7 @@ def _only_user(name: str, users: Mapping[str, list[Node]], graph: Graph, operato
     return found[0]
 
 
-def replace_group_norms(graph: Graph, dims: Mapping[str, int] | None = None) -> int:
+def replace_group_norms(graph: OnnxGraph, dims: Mapping[str, int] | None = None) -> int:
     """Put `InstanceNormalization` of the groups in place of each GroupNormalization; returns how many there were.
 
     What has at most `SMALL` elements where dimensions are `dims` gets its scale and bias from BatchNormalization.
@@ -141,7 +141,7 @@ def replace_group_norms(graph: Graph, dims: Mapping[str, int] | None = None) -> 
     return count
 
 
-def _group_norm(node: Node, graph: Graph, prefix: str, *, small: bool) -> list[Node]:
+def _group_norm(node: Node, graph: OnnxGraph, prefix: str, *, small: bool) -> list[Node]:
     """The nodes of one normalisation; none for another operator, another type, or unknown shapes."""
     if node.operator != "GroupNormalization" or node.domain not in ONNX or len(node.inputs) != 3:
         return []
@@ -185,11 +185,11 @@ def _group_norm(node: Node, graph: Graph, prefix: str, *, small: bool) -> list[N
     return result
 
 
-def _filled(graph: Graph, count: int, value: float) -> str:
+def _filled(graph: OnnxGraph, count: int, value: float) -> str:
     return graph.add_constant(f"{count}_times_{value:g}", FLOAT, [count], struct.pack("<f", value) * count)
 
 
-def fix_reshapes(graph: Graph) -> int:
+def fix_reshapes(graph: OnnxGraph) -> int:
     """Give every Reshape that allows it a constant shape, or that of a feature map; returns how many took one.
 
     What computed the shape falls away.
@@ -218,7 +218,7 @@ def fix_reshapes(graph: Graph) -> int:
     return count
 
 
-def _shape_of(found: str | None, nodes: list[Node], graph: Graph) -> str | None:
+def _shape_of(found: str | None, nodes: list[Node], graph: OnnxGraph) -> str | None:
     """The shape [B, H, W, C] of a feature map [B, C, H, W], which Reshape gives to tokens; `None` for no map."""
     if found is None:
         return None

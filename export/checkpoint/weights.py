@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ...errors import CorruptError, MissingError, UnsafeFileError, UnsupportedError
-from ..trace.graphs import Graph, Parameter
+from ..trace.graphs import Parameter, TracedGraph
 from ..trace.layout import CODES, plan_layout
 
 _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8"}
@@ -144,7 +144,7 @@ def find_tensor(parameter: Parameter, tensors: Mapping[str, Stored]) -> Stored |
 
 
 def write_weights(
-    graph: Graph,
+    graph: TracedGraph,
     tensors: Mapping[str, Stored],
     path: Path,
     progress: Progress | None = None,

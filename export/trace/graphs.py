@@ -38,7 +38,7 @@ class Parameter:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Graph:
+class TracedGraph:
     """An ONNX graph without weights, and what is known of it."""
 
     key: str
@@ -65,7 +65,7 @@ def cache_folder() -> Path:
     return Path(root) / "graphs"
 
 
-def find_graph(key: str) -> Graph | None:
+def find_graph(key: str) -> TracedGraph | None:
     """A packaged or cached graph, or `None`; `CorruptError` for a file that is there and cannot be read."""
     packaged = resources.files("fewstep.export").joinpath("graphs", f"{key}.graph")
     if packaged.is_file():
@@ -76,7 +76,7 @@ def find_graph(key: str) -> Graph | None:
     return None
 
 
-def keep_graph(graph: Graph, folder: Path | None = None) -> Path:
+def keep_graph(graph: TracedGraph, folder: Path | None = None) -> Path:
     """Write a graph into a folder (the user's cache if none is given), whole or not at all."""
     folder = folder or cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ def keep_graph(graph: Graph, folder: Path | None = None) -> Path:
     return path
 
 
-def _pack(graph: Graph) -> bytes:
+def _pack(graph: TracedGraph) -> bytes:
     """One line of JSON, then the ONNX bytes, compressed together."""
     head = {
         "key": graph.key,
@@ -108,7 +108,7 @@ def _pack(graph: Graph) -> bytes:
     return lzma.compress(json.dumps(head).encode() + b"\n" + graph.onnx, preset=9)
 
 
-def _unpack(data: bytes, path: str) -> Graph:
+def _unpack(data: bytes, path: str) -> TracedGraph:
     try:
         head, _, onnx = lzma.decompress(data).partition(b"\n")
         fields = json.loads(head)
@@ -117,7 +117,7 @@ def _unpack(data: bytes, path: str) -> Graph:
         parameters = tuple(Parameter(name=n, key=k, dtype=d, shape=tuple(s)) for n, k, d, s in fields.pop("parameters"))
         inputs = tuple(TensorSpec.from_json(s) for s in fields.pop("inputs"))
         outputs = tuple(TensorSpec.from_json(s) for s in fields.pop("outputs"))
-        return Graph(parameters=parameters, inputs=inputs, outputs=outputs, onnx=onnx, **fields)
+        return TracedGraph(parameters=parameters, inputs=inputs, outputs=outputs, onnx=onnx, **fields)
     except (ValueError, KeyError, TypeError, lzma.LZMAError, EOFError) as error:
         raise CorruptError(
             f"the kept graph {Path(path).name} is damaged ({error})", remedy=f"Delete it: {path}"

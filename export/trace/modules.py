@@ -83,7 +83,7 @@ class UpcastAttention:
         return attn.to_out[0](out.transpose(1, 2).reshape(rows, -1, width).to(hidden_states.dtype))
 
 
-class TextEncoder(nn.Module):
+class TextStates(nn.Module):
     """`input_ids [P, L]` -> the hidden states the UNet attends to, and the pooled vector where the family uses one.
 
     `clip_skip int64 [1]` counts layers back from the family's own, as diffusers' argument of that name does: 0 is the
@@ -246,7 +246,7 @@ def _wrap_text_encoder(model: nn.Module, config: Mapping[str, Any]) -> Traceable
     if pooled:
         outputs.append(TensorSpec(name="pooled", dtype="float32", shape=("prompts", config["projection_dim"])))
     return Traceable(
-        module=TextEncoder(model, layer=config["_layer"], pooled=pooled).eval(),
+        module=TextStates(model, layer=config["_layer"], pooled=pooled).eval(),
         inputs=(
             TensorSpec(name="input_ids", dtype="int64", shape=("prompts", length)),
             TensorSpec(name="clip_skip", dtype="int64", shape=(1,)),

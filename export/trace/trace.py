@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ...engines.base import TensorSpec
 from ...errors import FewstepError, UnsupportedError
 from ...families import Family
-from .graphs import Graph, Parameter
+from .graphs import Parameter, TracedGraph
 from .layout import plan_layout
 from .modules import Traceable, build_model, wrap
 
@@ -32,7 +32,7 @@ IR_VERSION = 10
 _NAMES = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16", "INT64": "int64"}
 
 
-def trace_component(kind: str, config: Mapping[str, Any], dtype: str, family: Family, *, key: str) -> Graph:
+def trace_component(kind: str, config: Mapping[str, Any], dtype: str, family: Family, *, key: str) -> TracedGraph:
     """Trace one component of a checkpoint.
 
     `config` is the component's own configuration; two keys of ours may be added to a text encoder's: `_class` and
@@ -96,7 +96,7 @@ def _dynamic(spec: TensorSpec) -> dict[int, Any]:
     return {i: d if "*" not in d else torch.export.Dim.DYNAMIC for i, d in enumerate(spec.shape) if isinstance(d, str)}
 
 
-def _finish(kind: str, model: ir.Model, traceable: Traceable, *, key: str, dtype: str) -> Graph:
+def _finish(kind: str, model: ir.Model, traceable: Traceable, *, key: str, dtype: str) -> TracedGraph:
     """Cut the weights out, optimise what is left, state the promised shapes, and clear the traces."""
     weights = set(dict(traceable.module.named_parameters()))
     for name, value in list(model.graph.initializers.items()):
@@ -139,7 +139,7 @@ def _finish(kind: str, model: ir.Model, traceable: Traceable, *, key: str, dtype
         )
     _clear(model, traceable)
     operators = Counter(node.op_type for node in model.graph.all_nodes())
-    return Graph(
+    return TracedGraph(
         key=key,
         kind=kind,
         dtype=dtype,

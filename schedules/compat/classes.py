@@ -19,7 +19,7 @@ from ..solvers import euler
 from ..solvers.registry import Sampler, find_sampler
 from ..tables import load_table
 from . import layouts as grids
-from .layouts import Grid, Layout
+from .layouts import Grid, GridRequest
 from .tables import Tables
 
 CHURN = ("s_churn", "s_tmin", "s_tmax", "s_noise")
@@ -58,7 +58,7 @@ class SchedulerClass:
     that its samplers set. axis: predictions by their names on its own axis.
     """
 
-    layout: Callable[[Layout], Grid]
+    layout: Callable[[GridRequest], Grid]
     reads: tuple[str, ...]
     solver: Solver | None = None
     spacing: str = "linspace"
@@ -336,7 +336,7 @@ def program_from_diffusers(
     rescales = "rescale_betas_zero_snr" in kind.reads
     tables = Tables.of(config, rescales=rescales, floored=not kind.exact_zero, single=single)
     _check_steps(steps, timesteps, sigmas, start, tables.count)
-    request = Layout(tables=tables, steps=steps, timesteps=timesteps, sigmas=sigmas, start=start, options=options)
+    request = GridRequest(tables=tables, steps=steps, timesteps=timesteps, sigmas=sigmas, start=start, options=options)
     grid = kind.layout(request)
     first = grid.path.calls[0] if grid.path.calls else grid.path.first
     scale = first.scale if sampler.latent_space == "ve" else 1.0

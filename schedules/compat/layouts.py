@@ -89,7 +89,7 @@ def check_start(start: int, total: int) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class GridRequest:
     """What is asked of a scheduler: its config's levels, or explicit ones, and how many steps to skip."""
 
     tables: Tables
@@ -116,7 +116,7 @@ class Layout:
                     raise ArgumentError(f"explicit {name} with {respacing(self.config)} sigmas", expected="one of both")
 
 
-def k_family(request: Layout) -> Grid:
+def k_family(request: GridRequest) -> Grid:
     """Euler, Heun, LMS, KDPM2 and DPM SDE: n float32 points; respacing spans the range of the spacing's sigmas."""
     tables, config = request.tables, request.config
     kind = str(config.get("_class_name"))
@@ -148,7 +148,7 @@ def k_family(request: Layout) -> Grid:
     return _k_grid(request, t, tables.rounded(np.append(sigmas, end)))
 
 
-def _k_grid(request: Layout, t: Array, sigmas: Array) -> Grid:
+def _k_grid(request: GridRequest, t: Array, sigmas: Array) -> Grid:
     config = request.config
     if config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction":
         t = 0.25 * np.log(sigmas[: len(t)])
@@ -160,7 +160,7 @@ def _k_grid(request: Layout, t: Array, sigmas: Array) -> Grid:
     return Grid(path=path, init_noise=top if plain else math.sqrt(top**2 + 1))
 
 
-def multistep_family(request: Layout) -> Grid:
+def multistep_family(request: GridRequest) -> Grid:
     """DPM-Solver, DEIS and UniPC: n of n + 1 int64 points; respacing spans the whole range of the noise schedule."""
     tables, config = request.tables, request.config
     kind = str(config.get("_class_name"))
@@ -194,7 +194,7 @@ def multistep_family(request: Layout) -> Grid:
     return Grid(path=path, init_noise=1.0)
 
 
-def _multistep_timesteps(request: Layout, kind: str) -> Array:
+def _multistep_timesteps(request: GridRequest, kind: str) -> Array:
     tables, config = request.tables, request.config
     if request.timesteps is not None:
         return np.trunc(np.array(request.timesteps, np.float64))
@@ -212,7 +212,7 @@ def _multistep_timesteps(request: Layout, kind: str) -> Array:
     return np.trunc(spaced_timesteps(config, last, steps, default="linspace", extra=1).round())
 
 
-def ddim_family(request: Layout) -> Grid:
+def ddim_family(request: GridRequest) -> Grid:
     """DDIM: each step ends 1000 // n below its timestep, wherever the next one begins."""
     request.refuse_explicit()
     tables = request.tables
@@ -222,13 +222,13 @@ def ddim_family(request: Layout) -> Grid:
     return _vp_grid(request, pairs)
 
 
-def ddpm_family(request: Layout) -> Grid:
+def ddpm_family(request: GridRequest) -> Grid:
     """DDPM: each step ends where the next begins, the last one at alpha_bar 1."""
     request.refuse_explicit("timesteps")
     return _vp_grid(request, _next_pairs(request, _int_timesteps(request), Level(-1.0, 0.0)))
 
 
-def lcm_family(request: Layout) -> Grid:
+def lcm_family(request: GridRequest) -> Grid:
     """LCM and TCD: picked from the timesteps of the distillation."""
     request.refuse_explicit("timesteps")
     tables, config = request.tables, request.config
@@ -244,7 +244,7 @@ def lcm_family(request: Layout) -> Grid:
     return _vp_grid(request, _next_pairs(request, t, end))
 
 
-def pndm_family(request: Layout) -> Grid:
+def pndm_family(request: GridRequest) -> Grid:
     """PNDM without its Runge-Kutta part: the second timestep twice, steps of 1000 // n as in DDIM.
 
     The second call is taken for the end of a step that began 1000 // n above it, whatever the first call's was.
@@ -272,7 +272,7 @@ def pndm_family(request: Layout) -> Grid:
     return Grid(path=path, init_noise=1.0)
 
 
-def edm_family(request: Layout) -> Grid:
+def edm_family(request: GridRequest) -> Grid:
     """EDM Euler: Karras or exponential sigmas over its own range; the network is fed ln(sigma) / 4."""
     request.refuse_explicit()
     config, steps = request.config, int(request.steps or 0)
@@ -293,7 +293,7 @@ def edm_family(request: Layout) -> Grid:
     return Grid(path=path, init_noise=math.sqrt(high**2 + 1))
 
 
-def _int_timesteps(request: Layout) -> Array:
+def _int_timesteps(request: GridRequest) -> Array:
     """n int64 points, as DDIM, DDPM and PNDM take them."""
     if request.timesteps is not None:
         t = np.trunc(np.array(request.timesteps, np.float64))
@@ -305,7 +305,7 @@ def _int_timesteps(request: Layout) -> Array:
     return np.trunc(spaced.round())
 
 
-def _or_end(request: Layout, t: float, *, keep: bool) -> Level:
+def _or_end(request: GridRequest, t: float, *, keep: bool) -> Level:
     """The level of a timestep, or beyond the last: sigma 0, or the least one if the config says so."""
     if t >= 0:
         return request.tables.at_timestep(t)
@@ -313,12 +313,12 @@ def _or_end(request: Layout, t: float, *, keep: bool) -> Level:
     return Level(t, 0.0) if to_one else request.tables.at_timestep(0)
 
 
-def _next_pairs(request: Layout, t: Array, end: Level) -> list[tuple[Level, Level]]:
+def _next_pairs(request: GridRequest, t: Array, end: Level) -> list[tuple[Level, Level]]:
     levels = [*(request.tables.at_timestep(ti) for ti in t), end]
     return list(itertools.pairwise(levels))
 
 
-def _vp_grid(request: Layout, pairs: list[tuple[Level, Level]]) -> Grid:
+def _vp_grid(request: GridRequest, pairs: list[tuple[Level, Level]]) -> Grid:
     check_start(request.start, len(pairs))
     path = Path(
         pairs=pairs[request.start :],

@@ -51,13 +51,13 @@ class Metrics:
 
     def watch(self, service: Service) -> None:
         """Let the registry ask the service's figures when it is read."""
-        self.registry.register(_Figures(service))
+        self.registry.register(_ServerFigures(service))
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
 
 
-class _Figures(Collector):
+class _ServerFigures(Collector):
     def __init__(self, service: Service) -> None:
         self._service = service
 

@@ -32,10 +32,10 @@ class LiveMetrics:
 
     def watch(self, hub: LiveHub) -> None:
         """Let the registry ask the hub's figures when it is read."""
-        self._registry.register(_Figures(hub))
+        self._registry.register(_LiveFigures(hub))
 
 
-class _Figures(Collector):
+class _LiveFigures(Collector):
     def __init__(self, hub: LiveHub) -> None:
         self._hub = hub
 

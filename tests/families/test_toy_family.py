@@ -23,8 +23,8 @@ from fewstep.families.base import (
     Condition,
     Config,
     Family,
+    FamilyPart,
     Float32,
-    Part,
     TextEncoder,
     register_family,
     unregister_family,
@@ -47,7 +47,7 @@ class Toy(Family):
 ENCODER = TextEncoder(
     name="text_encoder",
     tokenizer="tokenizer",
-    part=Part(classes={"CLIPTextModelWithProjection": (*TEXT_KEYS, "projection_dim")}),
+    part=FamilyPart(classes={"CLIPTextModelWithProjection": (*TEXT_KEYS, "projection_dim")}),
     layer=2,
 )
 TOY = Toy(

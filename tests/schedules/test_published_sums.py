@@ -17,7 +17,7 @@ import pytest
 import torch
 from fewstep.schedules import NoiseSchedule, compile_program, program_from_diffusers
 from fewstep.schedules.compat.classes import CLASSES, solver_of
-from fewstep.schedules.compat.layouts import Grid, Layout
+from fewstep.schedules.compat.layouts import Grid, GridRequest
 from fewstep.schedules.compat.tables import Tables
 from fewstep.schedules.levels import Level, Preconditioning
 
@@ -123,7 +123,7 @@ class ScaledArrays:
 
 def grid_of(name: str, config: dict[str, Any], steps: int, start: int) -> Grid:
     tables = Tables.of(config, rescales=False, floored=True, single=True)
-    request = Layout(tables=tables, steps=steps, timesteps=None, sigmas=None, start=start, options={})
+    request = GridRequest(tables=tables, steps=steps, timesteps=None, sigmas=None, start=start, options={})
     return CLASSES[name].layout(request)
 
 

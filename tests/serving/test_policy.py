@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 import pytest
 from fewstep.errors import ArgumentError, MismatchError
-from fewstep.serving.batch_sizes import Buckets, admitted_rows, measure
+from fewstep.serving.batch_sizes import BatchSizes, admitted_rows, measure
 from fewstep.serving.policy import TURN_OF_LATE, Candidate, choose
 
 COSTS = {1: 5.2, 2: 8.4, 4: 10.1, 8: 18.5}
-BUCKETS = Buckets(COSTS)
+BUCKETS = BatchSizes(COSTS)
 DECODE_S = 0.005
 
 
@@ -125,13 +125,13 @@ def test_lanes_do_not_mix_and_images_of_a_request_may_be_split() -> None:
 
 
 def test_buckets_drop_what_a_larger_one_beats() -> None:
-    buckets = Buckets({1: 5.0, 2: 8.0, 3: 11.0, 4: 10.0})
+    buckets = BatchSizes({1: 5.0, 2: 8.0, 3: 11.0, 4: 10.0})
     assert buckets.rows == (1, 2, 4)
     assert [buckets.fit(r) for r in (1, 2, 3, 4, 9)] == [1, 2, 4, 4, 4]
     assert buckets.cost_ms(6) == 18.0
     assert buckets.fastest == 4
     with pytest.raises(ArgumentError, match="buckets of"):
-        Buckets({})
+        BatchSizes({})
 
 
 def test_measuring_stops_where_nothing_is_gained() -> None:
@@ -156,7 +156,7 @@ def test_buckets_are_the_ones_the_engine_has_profiles_for() -> None:
 
 
 def test_what_a_request_takes_alone_does_not_grow_with_the_load() -> None:
-    buckets = Buckets({1: 4.0, 2: 5.0})
+    buckets = BatchSizes({1: 4.0, 2: 5.0})
     for _ in range(200):
         buckets.observe(1, 12.0)
         buckets.observe(2, 3.0)

@@ -1,4 +1,4 @@
-"""Turns: one at a time, what begins or finishes a request first; and servers whose engines take them."""
+"""CpuLock: one at a time, what begins or finishes a request first; and servers whose engines take them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import fewstep
 import numpy as np
 import pytest
 from fewstep.serving import Server
-from fewstep.serving.cpu_lock import Turns
+from fewstep.serving.cpu_lock import CpuLock
 from fewstep.serving.policy import STRETCHES, _in_time
 from test_policy import Sim
 
 
 def test_ticks_wait_for_whoever_else_wants_a_turn() -> None:
-    turns, order, running = Turns(taken=True), [], []
+    cpu, order, running = CpuLock(used=True), [], []
 
     def take(kind: str) -> None:
-        with getattr(turns, kind)():
+        with getattr(cpu, kind)():
             running.append(kind)
             assert len(running) == 1
             order.append(kind)
@@ -28,9 +28,9 @@ def test_ticks_wait_for_whoever_else_wants_a_turn() -> None:
             running.pop()
 
     def waits() -> int:
-        return len(turns._changed._waiters)  # type: ignore[attr-defined]
+        return len(cpu._changed._waiters)  # type: ignore[attr-defined]
 
-    with turns.last():
+    with cpu.tick():
         threads = []
         for kind in ("last", "first", "last", "first"):
             threads.append(threading.Thread(target=take, args=(kind,)))
@@ -40,11 +40,11 @@ def test_ticks_wait_for_whoever_else_wants_a_turn() -> None:
     for thread in threads:
         thread.join(10)
     assert order == ["first", "first", "last", "last"]
-    with pytest.raises(RuntimeError), turns.first():
+    with pytest.raises(RuntimeError), cpu.before_ticks():
         raise RuntimeError
-    with turns.last():
+    with cpu.tick():
         pass
-    with Turns(taken=False).first(), Turns(taken=False).last():
+    with CpuLock(used=False).before_ticks(), CpuLock(used=False).tick():
         pass
 
 
