@@ -3,12 +3,12 @@
 from typing import TYPE_CHECKING
 
 from .errors import FewstepError
+from .version import __version__
 
 if TYPE_CHECKING:
     from .runtime import Pipeline, Result, load
     from .serving import Server
 
-__version__ = "0.1.0"
 __all__ = ["FewstepError", "Pipeline", "Result", "Server", "__version__", "load"]
 
 

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import __version__
 from .errors import FewstepError, WriteError
+from .version import __version__
 
 EXIT_CODES = """exit codes: 0 ok, 2 usage, 3 something is missing (an extra, an engine, a file), 4 incompatible or
 corrupt, 5 a numeric gate failed, 130 interrupted"""

@@ -8,8 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..engines.machine import cpu_identity
+from ..version import __version__
 
 
 def describe(threads: int) -> dict[str, Any]:

@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..bundle import MANIFEST, Bundle, Component, Defaults, Latent, read_defaults, write_manifest
 from ..errors import ArgumentError, CorruptError, MissingExtraError
 from ..presets import Preset, find_preset, preset_defaults, recognise_preset
 from ..schedules import NoiseSchedule
+from ..version import __version__
 from .checkpoint.compose import compose_checkpoint, describe_part, names_of, read_tensors
 from .checkpoint.folder import Checkpoint
 from .checkpoint.lora import Fusion, match_loras

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import __version__
 from ..bundle import Bundle
 from ..errors import ArgumentError
+from ..version import __version__
 from .arrays import Float32, UInt8
 from .device.base import TickTimes
 from .pictures.images import check_output, save_png

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from ... import __version__
+from ...version import __version__
 from .calls import make_calls
 from .settings import Settings
 
