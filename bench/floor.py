@@ -34,7 +34,7 @@ Shape = list[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class OperatorRow:
     """All nodes of one operator: how many, milliseconds an evaluation, GFLOP, and MB that they read and write."""
 
     operator: str
@@ -56,7 +56,9 @@ def flops(operator: str, inputs: list[Shape], outputs: list[Shape]) -> float:
     return 0.0
 
 
-def profiled(model: Path, external: Path, feeds: dict[str, Any], runs: int, threads: int) -> tuple[list[Row], float]:
+def profiled(
+    model: Path, external: Path, feeds: dict[str, Any], runs: int, threads: int
+) -> tuple[list[OperatorRow], float]:
     """The rows by operator, slowest first, and the median milliseconds of an evaluation without the profiler."""
     with tempfile.TemporaryDirectory() as folder:
 
@@ -77,7 +79,7 @@ def profiled(model: Path, external: Path, feeds: dict[str, Any], runs: int, thre
     return list(_rows(events)), 1e3 * float(np.median(_timed(lambda: plain.run(None, feeds), runs)))
 
 
-def _rows(events: list[dict[str, Any]]) -> Iterator[Row]:
+def _rows(events: list[dict[str, Any]]) -> Iterator[OperatorRow]:
     times: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     work: dict[str, dict[str, tuple[float, float]]] = defaultdict(dict)
     for event in events:
@@ -90,7 +92,7 @@ def _rows(events: list[dict[str, Any]]) -> Iterator[Row]:
         moved = 4.0 * sum(math.prod(s) for s in (*inputs, *outputs))
         work[operator][node] = flops(operator, inputs, outputs), moved
     for operator in sorted(times, key=lambda o: -sum(map(np.median, times[o].values()))):
-        yield Row(
+        yield OperatorRow(
             operator=operator,
             nodes=len(times[operator]),
             ms=round(float(sum(map(np.median, times[operator].values()))), 3),
@@ -104,12 +106,12 @@ def _shapes(given: Any) -> list[Shape]:
 
 
 def _timed(call: Callable[[], Any], runs: int) -> list[float]:
-    found = []
+    seconds = []
     for _ in range(runs):
         began = time.perf_counter()
         call()
-        found.append(time.perf_counter() - began)
-    return found
+        seconds.append(time.perf_counter() - began)
+    return seconds
 
 
 def matmul_rate(threads: int) -> float:
@@ -160,8 +162,8 @@ def with_floor(data: dict[str, Any], rate: float, speed: float) -> dict[str, Any
     gflop = sum(r["gflop"] for r in data["rows"])
     by_flops, by_bytes = 1e3 * gflop / rate, data["weights_mb"] / speed
     floor = max(by_flops, by_bytes)
-    found = {"gflop": round(gflop, 2), "floor_flops_ms": round(by_flops, 3), "floor_weights_ms": round(by_bytes, 3)}
-    return {**data, **found, "above_floor": round(data["ms"] / floor, 2)}
+    floors = {"gflop": round(gflop, 2), "floor_flops_ms": round(by_flops, 3), "floor_weights_ms": round(by_bytes, 3)}
+    return {**data, **floors, "above_floor": round(data["ms"] / floor, 2)}
 
 
 def main() -> int:

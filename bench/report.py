@@ -2,50 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from .samples import Plan, Samples
 from .summary import fixed_and_per_step, percentiles, psnr, ratio_of_medians, relative_error, stage_percentiles
-
-if TYPE_CHECKING:
-    from .measure import Meeting, Plan, Samples
 
 FEWEST = 5
 """How many turns with all cores make a figure."""
 
 
-def make_report(plan: Plan, found: dict[str, Samples], met: Sequence[Meeting]) -> dict[str, Any]:
-    """Contenders, ratios and the cores that the machine gave, for JSON; `found` are the samples of all meetings."""
-    reference = found["diffusers"].output if "diffusers" in found else None
-    contenders = {n: _figures(plan, s, reference) for n, s in found.items()}
+def make_report(plan: Plan, samples: dict[str, Samples], meetings: Sequence[Mapping[str, Samples]]) -> dict[str, Any]:
+    """Contenders, ratios and the cores that the machine gave, for JSON; `samples` are those of all meetings."""
+    reference = samples["diffusers"].output if "diffusers" in samples else None
+    contenders = {n: _figures(plan, s, reference) for n, s in samples.items()}
     ratios: dict[str, Any] = {}
-    for meeting in met:
-        for ours in (n for n in meeting.found if n in plan.variants):
-            for other in meeting.found:
+    for meeting in meetings:
+        for ours in (n for n in meeting if n in plan.variants):
+            for other in meeting:
                 if other != ours:
-                    ratios.setdefault(ours, {})[other] = dict(_ratios(meeting, ours, other))
+                    ratios.setdefault(ours, {})[other] = dict(_ratios(plan, meeting, ours, other))
     for ours in plan.variants:
-        for other in (n for n in found if n not in plan.variants):
-            if found[other].cold and found[ours].cold:
+        for other in (n for n in samples if n not in plan.variants):
+            if samples[other].cold and samples[ours].cold:
                 entry = ratios.setdefault(ours, {}).setdefault(other, {})
-                entry["cold start"] = ratio_of_medians(found[other].cold, found[ours].cold)
-            if found[other].peak_mb and found[ours].peak_mb:
+                entry["cold start"] = ratio_of_medians(samples[other].cold, samples[ours].cold)
+            if samples[other].peak_mb and samples[ours].peak_mb:
                 entry = ratios.setdefault(ours, {}).setdefault(other, {})
-                entry["peak memory"] = round(found[other].peak_mb / found[ours].peak_mb, 3)
-    cores = {str(s): [c for samples in found.values() for c in samples.cores.get(s, ())] for s in plan.steps}
+                entry["peak memory"] = round(samples[other].peak_mb / samples[ours].peak_mb, 3)
+    cores = {str(s): [c for part in samples.values() for c in part.cores.get(s, ())] for s in plan.steps}
     return {"contenders": contenders, "ratios": ratios, "cores": {s: percentiles(v) for s, v in cores.items() if v}}
 
 
-def _ratios(meeting: Meeting, ours: str, other: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _ratios(plan: Plan, meeting: Mapping[str, Samples], ours: str, other: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """By number of steps: how many times longer the other took, in all rounds and in the turns with all cores."""
-    theirs, mine = meeting.found[other], meeting.found[ours]
-    for steps in meeting.plan.steps:
+    theirs, mine = meeting[other], meeting[ours]
+    for steps in plan.steps:
         if steps not in theirs.wall or steps not in mine.wall:
             continue
         result: dict[str, Any] = ratio_of_medians(theirs.wall[steps], mine.wall[steps])
-        few, many = (s.with_all_cores(steps, meeting.plan.threads) for s in (theirs, mine))
+        few, many = (s.with_all_cores(steps, plan.threads) for s in (theirs, mine))
         if min(len(few), len(many)) >= FEWEST:
             result["all_cores"] = ratio_of_medians(few, many, paired=False)
         yield str(steps), result

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from fewstep.bench.workers import Worker, contender
+from fewstep.bench.workers import ContenderWorker, contender
 from fewstep.cli import main
 from fewstep.errors import FewstepError
 
@@ -46,7 +46,7 @@ def test_an_unknown_peer_is_a_missing_name(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_a_worker_says_what_went_wrong_and_a_dead_one_is_noticed(tmp_path: Path) -> None:
-    worker = Worker(contender("fewstep"), environments=tmp_path, threads=1)
+    worker = ContenderWorker(contender("fewstep"), environments=tmp_path, threads=1)
     try:
         with pytest.raises(FewstepError, match=r"fewstep: .*bundle"):
             worker.ask(
