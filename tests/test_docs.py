@@ -231,7 +231,7 @@ def test_the_plan_of_the_house_names_what_is_there() -> None:
     assert len(plans) == 1
     named = {w for line in plans[0].text.splitlines() for w in line.split() if re.fullmatch(r"\w+(\.py|/)", w)}
     rooms = {f"{p.name}/" for p in ROOT.iterdir() if (p / "__init__.py").is_file()}
-    assert rooms <= named, f"{rooms - named} are not told of"
+    assert rooms <= named, f"{rooms - named} are not named"
     assert [w for w in named if not (ROOT / w).exists()] == []
 
 

@@ -102,9 +102,9 @@ def texts_of(tree: ast.Module, file: Path) -> Iterator[Text]:
                 n in ast.unparse(t).lower() for t in node.targets for n in ("remedy", "hint", "again", "rebuild")
             )
         if isinstance(node, (ast.Constant, ast.JoinedStr, ast.BinOp)):
-            said = [w for w in wordings(node) if w.strip(HOLE)]
-            yield from (Text(w, file, node.lineno, of_error) for w in said)
-            if said:
+            variants = [w for w in wordings(node) if w.strip(HOLE)]
+            yield from (Text(w, file, node.lineno, of_error) for w in variants)
+            if variants:
                 return
         for child in ast.iter_child_nodes(node):
             yield from visit(child, of_error)
