@@ -284,7 +284,7 @@ def test_the_command_in_a_picture_parses() -> None:
         **{"steps": 4, "sampler": "euler", "schedule": "karras", "guidance": 5.0, "compat": "diffusers", "seed": 1},
         **{"width": 64, "height": 128, "image": "in.png", "strength": 0.5},
         "options": {"eta": 0.5, "timesteps": [999, 1], "sigmas": [14.0, 0.0]},
-        "recorded": {n: pairs.get(n, values.get(n, "none")) for n in options},
+        "recorded": {**{n: pairs.get(n, values.get(n, "none")) for n in options}, "mask": "mask.png"},
     }
     words = shlex.split(command_line(parameters, "out.png"))
     assert words[0] == "fewstep"
