@@ -53,16 +53,16 @@ def measured(command: list[str], folder: Path, *, limit_gb: float, limit_s: floa
                 process.kill()
             time.sleep(0.05)
         words.seek(0)
-        said = words.read().decode(errors="replace").strip().splitlines()
+        lines = words.read().decode(errors="replace").strip().splitlines()
     process.returncode = os.waitstatus_to_exitcode(status)
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "seconds": round(time.monotonic() - began, 1),
         "peak_memory_gb": round(usage.ru_maxrss * 1024 / 1e9, 2),
         "gb": round(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e9, 2) if folder.exists() else 0,
     }
     if process.returncode:
-        found["error"] = ended or (said[-1][:300] if said else f"exit code {process.returncode}")
-    return found
+        figures["error"] = ended or (lines[-1][:300] if lines else f"exit code {process.returncode}")
+    return figures
 
 
 def resident_gb(pid: int) -> float:
@@ -100,8 +100,8 @@ def run(model: str, options: argparse.Namespace, work: Path) -> None:
             code = [str(OPTIMUM), "-c", OPTIMUM_CODE, str(checkpoint), str(work / "out"), dtype]
             contenders["optimum"] = code
         for tool, command in contenders.items():
-            found = measured(command, work / "out", limit_gb=options.limit_gb, limit_s=options.limit_s)
-            row = {"model": model, "weights": source, "dtype": LONG[dtype], "tool": tool, **found}
+            figures = measured(command, work / "out", limit_gb=options.limit_gb, limit_s=options.limit_s)
+            row = {"model": model, "weights": source, "dtype": LONG[dtype], "tool": tool, **figures}
             show(row)
             record(row, options.output)
             shutil.rmtree(work / "out", ignore_errors=True)

@@ -106,12 +106,12 @@ def _shapes(given: Any) -> list[Shape]:
 
 
 def _timed(call: Callable[[], Any], runs: int) -> list[float]:
-    found = []
+    seconds = []
     for _ in range(runs):
         began = time.perf_counter()
         call()
-        found.append(time.perf_counter() - began)
-    return found
+        seconds.append(time.perf_counter() - began)
+    return seconds
 
 
 def matmul_rate(threads: int) -> float:
@@ -162,8 +162,8 @@ def with_floor(data: dict[str, Any], rate: float, speed: float) -> dict[str, Any
     gflop = sum(r["gflop"] for r in data["rows"])
     by_flops, by_bytes = 1e3 * gflop / rate, data["weights_mb"] / speed
     floor = max(by_flops, by_bytes)
-    found = {"gflop": round(gflop, 2), "floor_flops_ms": round(by_flops, 3), "floor_weights_ms": round(by_bytes, 3)}
-    return {**data, **found, "above_floor": round(data["ms"] / floor, 2)}
+    floors = {"gflop": round(gflop, 2), "floor_flops_ms": round(by_flops, 3), "floor_weights_ms": round(by_bytes, 3)}
+    return {**data, **floors, "above_floor": round(data["ms"] / floor, 2)}
 
 
 def main() -> int:

@@ -96,19 +96,19 @@ class Check:
         self.began = time.monotonic()
 
     def steps(self) -> list[tuple[str, Callable[[], Any]]]:
-        found: list[tuple[str, Callable[[], Any]]] = [("machine", self.machine), ("rates", self.rates)]
+        planned: list[tuple[str, Callable[[], Any]]] = [("machine", self.machine), ("rates", self.rates)]
         for model in self.models:
-            found.append((f"{model.name}/checkpoint", lambda m=model: self.checkpoint(m)))
-            found.append((f"{model.name}/bundle", lambda m=model: self.bundle(m)))
-            found.append((f"{model.name}/work", lambda m=model: self.work(m)))
+            planned.append((f"{model.name}/checkpoint", lambda m=model: self.checkpoint(m)))
+            planned.append((f"{model.name}/bundle", lambda m=model: self.bundle(m)))
+            planned.append((f"{model.name}/work", lambda m=model: self.work(m)))
             ways = variants(self.on_cuda, self.options.quick)
             for backend in sorted({v.backend for v in ways} - {"torch"}):
-                found.append((f"{model.name}/build/{backend}", lambda m=model, b=backend: self.build(m, b)))
+                planned.append((f"{model.name}/build/{backend}", lambda m=model, b=backend: self.build(m, b)))
             for variant in ways:
                 for side, steps in model.requests:
                     name = f"{model.name}/{side}/{steps}/{variant.name}"
-                    found.append((name, lambda m=model, v=variant, s=side, n=steps: self.timing(m, v, s, n)))
-        return found
+                    planned.append((name, lambda m=model, v=variant, s=side, n=steps: self.timing(m, v, s, n)))
+        return planned
 
     def run(self) -> bool:
         """Do the steps in order; False when the slice's time is over before the last."""
@@ -121,27 +121,31 @@ class Check:
             print(name, file=sys.stderr, flush=True)
             started = time.monotonic()
             try:
-                found = step()
+                outcome = step()
             except Exception as error:  # one backend that fails must not end the check: what it said is its result
-                found = {"error": f"{type(error).__name__}: {error}", "where": traceback.format_exc(limit=-3)}
-            self.done[name] = {**found, "seconds": round(time.monotonic() - started, 3)}
+                outcome = {"error": f"{type(error).__name__}: {error}", "where": traceback.format_exc(limit=-3)}
+            self.done[name] = {**outcome, "seconds": round(time.monotonic() - started, 3)}
             part = self.file.with_suffix(".part")
             part.write_text(json.dumps(self.done, indent=1))
             part.replace(self.file)
         return True
 
     def report(self, *, complete: bool) -> dict[str, Any]:
-        """All that was found; each timing beside the floor of the same run."""
+        """All outcomes; each timing beside the floor of the same run."""
         rates = self.done.get("rates", {})
         results = {}
-        for name, found in self.done.items():
+        for name, outcome in self.done.items():
             model, _, rest = name.partition("/")
             work = self.done.get(f"{model}/work", {})
-            if "p50_ms" in found and "flops_per_s" in rates and work:
+            if "p50_ms" in outcome and "flops_per_s" in rates and work:
                 side, steps, _ = rest.split("/")
                 floor = floor_ms(work[side], int(steps), rates)
-                found = {**found, "floor_ms": floor, "times_the_floor": round(found["p50_ms"] / max(floor, 1e-9), 2)}
-            results[name] = found
+                outcome = {
+                    **outcome,
+                    "floor_ms": floor,
+                    "times_the_floor": round(outcome["p50_ms"] / max(floor, 1e-9), 2),
+                }
+            results[name] = outcome
         return {"complete": complete, "device": self.options.device, "results": results}
 
     def machine(self) -> dict[str, Any]:
@@ -157,12 +161,12 @@ class Check:
                 versions[name] = metadata.version(name)
             except metadata.PackageNotFoundError:
                 continue
-        found: dict[str, Any] = {"python": platform.python_version(), "versions": versions, "at": time.strftime("%F")}
+        machine: dict[str, Any] = {"python": platform.python_version(), "versions": versions, "at": time.strftime("%F")}
         if self.on_cuda:
             device = torch.cuda.get_device_properties(self.options.device)
             capability = f"{device.major}.{device.minor}"
-            found |= {"gpu": device.name, "capability": capability, "memory": device.total_memory}
-        return found
+            machine |= {"gpu": device.name, "capability": capability, "memory": device.total_memory}
+        return machine
 
     def rates(self) -> dict[str, Any]:
         """The rates that set the floor: a large matrix product, and copies of a large array."""
@@ -180,14 +184,14 @@ class Check:
 
     def best(self, body: Callable[[], Any], times: int = 20) -> float:
         """The shortest time in seconds."""
-        found = []
+        seconds = []
         for _ in range(times):
             self.wait()
             began = time.perf_counter()
             body()
             self.wait()
-            found.append(time.perf_counter() - began)
-        return min(found)
+            seconds.append(time.perf_counter() - began)
+        return min(seconds)
 
     def wait(self) -> None:
         if self.on_cuda:
@@ -214,7 +218,7 @@ class Check:
         tiny = model.architecture == "embedded"
         source = embedded_checkpoint("base") if tiny else self.folder / f"{model.name}-checkpoint"
         reference = source / "reference.safetensors" if tiny else None
-        made = export_bundle(
+        bundle = export_bundle(
             source,
             self.folder / f"{model.name}-bundle",
             dtype="float16" if self.on_cuda else "float32",
@@ -224,7 +228,7 @@ class Check:
             reference=reference,
             overwrite=True,
         )
-        return {"gate": made.gate, "bytes": sum(f.stat().st_size for f in made.folder.rglob("*") if f.is_file())}
+        return {"gate": bundle.gate, "bytes": sum(f.stat().st_size for f in bundle.folder.rglob("*") if f.is_file())}
 
     def build(self, model: Model, backend: str) -> dict[str, Any]:
         """Engines for the sizes that are asked for, each gated where the bundle has a reference."""
@@ -238,9 +242,10 @@ class Check:
         names = [n for n in bundle.components if n != "vae_encoder"]
         profiles = profiles_for(bundle, sizes=[(s, s) for s in model.sides], guidance=bundle.defaults.guidance > 1)
         options = BuildOptions(capturable=backend == "tensorrt-rtx")
-        made = build_engines(bundle, backend=backend, components=names, profiles=profiles, options=options)
+        engines = build_engines(bundle, backend=backend, components=names, profiles=profiles, options=options)
         return {
-            n: {"seconds": round(b.seconds, 2), "bytes": b.entry.length, "gate": b.entry.gate} for n, b in made.items()
+            n: {"seconds": round(b.seconds, 2), "bytes": b.entry.length, "gate": b.entry.gate}
+            for n, b in engines.items()
         }
 
     def work(self, model: Model) -> dict[str, Any]:
@@ -251,12 +256,12 @@ class Check:
         from torch.utils.flop_counter import FlopCounterMode
 
         bundle = read_bundle(self.folder / f"{model.name}-bundle")
-        found: dict[str, Any] = {}
+        work: dict[str, Any] = {}
         rows = 2 if bundle.defaults.guidance > 1 else 1
         for side in model.sides:
             cells = side // bundle.latent.factor
             dims = {"rows": rows, "batch": 1, "height": cells, "width": cells, "tokens": bundle.tokenizers[0].length}
-            found[str(side)] = {}
+            work[str(side)] = {}
             for name in ("unet", "vae_decoder"):
                 part = bundle.component(name)
                 with torch.device("meta"):
@@ -265,14 +270,14 @@ class Check:
                     with FlopCounterMode(display=False) as counter, torch.no_grad():
                         traceable.module(**given)
                 length = bundle.path(part.weights).stat().st_size
-                found[str(side)][name] = {"flops": counter.get_total_flops(), "bytes": length}
-        return found
+                work[str(side)][name] = {"flops": counter.get_total_flops(), "bytes": length}
+        return work
 
     def timing(self, model: Model, variant: Variant, side: int, steps: int) -> dict[str, Any]:
         """Whole requests in latency mode, stages from ticks, peak memory; and how near the pictures are to eager's."""
-        import fewstep
-        import fewstep.export  # registers the torch backend
         import torch
+        from fewstep import export  # noqa: F401 - registers the torch backend
+        from fewstep.runtime import load
 
         if importlib.util.find_spec(variant.module) is None:
             return {"skipped": f"{variant.module} is not installed"}
@@ -281,7 +286,7 @@ class Check:
         bundle = self.folder / f"{model.name}-bundle"
         shared = {"backend": variant.backend, "device": self.options.device, "size": (side, side), **variant.options}
         call: dict[str, Any] = {"steps": steps, "sampler": "euler", "schedule": "trailing", "seed": 7}
-        pipe = fewstep.load(bundle, mode="latency", **shared)
+        pipe = load(bundle, mode="latency", **shared)
         result = pipe("a red circle", **call)
         for _ in range(3):
             pipe("a red circle", **call)
@@ -291,22 +296,22 @@ class Check:
             pipe("a red circle", **call)
             taken.append(1e3 * (time.perf_counter() - began))
         counts = pipe.graph_counts
-        ticks = fewstep.load(bundle, mode="shared", **{**shared, "graphs": False})
+        ticks = load(bundle, mode="shared", **{**shared, "graphs": False})
         for _ in range(3):
             stages = ticks("a red circle", **call).timings
         p50, p90, p99 = (round(float(v), 3) for v in np.percentile(taken, (50, 90, 99)))
-        found = {"p50_ms": p50, "p90_ms": p90, "p99_ms": p99, "repeat": self.options.repeat, "graphs": counts}
-        found["stages_ms"] = {k: round(stages[k], 3) for k in ("text", "denoise", "decode", "update", "gather")}
-        found["stages_ms"]["evaluations"] = [round(v, 3) for v in stages["evaluations"]]
+        figures = {"p50_ms": p50, "p90_ms": p90, "p99_ms": p99, "repeat": self.options.repeat, "graphs": counts}
+        figures["stages_ms"] = {k: round(stages[k], 3) for k in ("text", "denoise", "decode", "update", "gather")}
+        figures["stages_ms"]["evaluations"] = [round(v, 3) for v in stages["evaluations"]]
         if self.on_cuda:
-            found["peak_bytes"] = torch.cuda.max_memory_allocated()
+            figures["peak_bytes"] = torch.cuda.max_memory_allocated()
         path = self.folder / f"{model.name}-{side}-{steps}.npy"
         if variant.name == "torch-eager":
             np.save(path, result.images)
         if path.is_file():
             error = float(np.mean((np.load(path).astype(np.float64) - result.images) ** 2))
-            found["psnr_to_eager_db"] = None if not error else round(10 * float(np.log10(255**2 / error)), 1)
-        return found
+            figures["psnr_to_eager_db"] = None if not error else round(10 * float(np.log10(255**2 / error)), 1)
+        return figures
 
 
 def _torch(dtype: str) -> Any:

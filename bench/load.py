@@ -25,7 +25,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import fewstep
 import numpy as np
 from fewstep.bench.load_mix import Alone, Mix
 from fewstep.bench.load_subjects import (
@@ -39,6 +38,8 @@ from fewstep.bench.load_subjects import (
     pipeline_maker,
 )
 from fewstep.bench.machine import describe
+from fewstep.runtime import load as load_pipeline
+from fewstep.serving import Server
 
 STRETCH = 3.0
 
@@ -127,7 +128,7 @@ def behind_a_long_one(subject: Continuous, mix: Mix, *, steps: int, repeats: int
     return rows
 
 
-def _seconds(server: fewstep.Server, steps: int, seed: int) -> float:
+def _seconds(server: Server, steps: int, seed: int) -> float:
     began = time.perf_counter()
     server.generate("a red circle", steps=steps, seed=seed, guidance=1.0, sampler="euler")
     return time.perf_counter() - began
@@ -135,19 +136,19 @@ def _seconds(server: fewstep.Server, steps: int, seed: int) -> float:
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The best goodput of each subject, and the most that arrives with nine in ten still good."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name in dict.fromkeys(r["subject"] for r in rows):
         mine = [r for r in rows if r["subject"] == name]
         sustained = [r["rate_per_s"] for r in mine if r["good"] >= 0.9 * r["sent"]]
         best = max(mine, key=lambda r: r["goodput_per_s"])
-        found[name] = {
+        results[name] = {
             "best_goodput_per_s": best["goodput_per_s"],
             "at_rate_per_s": best["rate_per_s"],
             "rate_with_90_percent_good_per_s": max(sustained, default=0.0),
         }
-    ours = found["continuous"]["best_goodput_per_s"]
-    against = {n: round(ours / f["best_goodput_per_s"], 2) for n, f in found.items() if n != "continuous"}
-    return {**found, "best goodput of continuous batching against": against}
+    ours = results["continuous"]["best_goodput_per_s"]
+    against = {n: round(ours / f["best_goodput_per_s"], 2) for n, f in results.items() if n != "continuous"}
+    return {**results, "best goodput of continuous batching against": against}
 
 
 def gains(buckets: dict[str, dict[int, float]], alone: Alone) -> dict[str, Any]:
@@ -156,17 +157,17 @@ def gains(buckets: dict[str, dict[int, float]], alone: Alone) -> dict[str, Any]:
     Against the server's own evaluation of one row, and against a further step of a lone request, which has the
     threads that make it fastest.
     """
-    found = {}
+    ratios = {}
     for size, costs in buckets.items():
         width, _, height = size.partition("x")
         lone_ms = 1e3 * alone.step_s(1.0, (int(width), int(height)))
         rows, cost_ms = max(costs.items())
-        found[size] = {
+        ratios[size] = {
             "rows": rows,
             "over_one_row": round(costs[min(costs)] / min(costs) * rows / cost_ms, 2),
             "over_a_lone_step": round(lone_ms * rows / cost_ms, 2),
         }
-    return found
+    return ratios
 
 
 def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -200,7 +201,7 @@ def subjects_of(
 ) -> tuple[list[tuple[Subject, Alone]], dict[str, int]]:
     """What to load, each with the time alone that its requests are held to, and the threads each uses."""
     counts = [options.threads] if options.threads else sorted({1, os.cpu_count() or 1})
-    pipelines = {n: fewstep.load(bundle, threads=n, size=mix.sizes[0][0]) for n in counts}
+    pipelines = {n: load_pipeline(bundle, threads=n, size=mix.sizes[0][0]) for n in counts}
     timing = {"repeats": options.timings, "more_steps": 2 * options.timings - 2}
     times = {n: Alone(mix, pipeline_maker(p), **timing) for n, p in pipelines.items()}
     lone = min(counts, key=lambda n: times[n].mean())
@@ -230,7 +231,7 @@ def subjects_of(
     return [s for s in subjects if s[0].name not in options.without], threads
 
 
-def crowd(server: fewstep.Server, requests: int = 40) -> float:
+def crowd(server: Server, requests: int = 40) -> float:
     """Requests of four steps a second when they are all there at once."""
     rates = []
     for _ in range(3):

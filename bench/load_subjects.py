@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import fewstep
 from fewstep.errors import QueueFullError
+from fewstep.runtime import Pipeline
+from fewstep.serving import Server
 
 OUTSTANDING = 96
 STATIC_BATCH = 8
@@ -58,10 +59,8 @@ class Continuous:
 
     name = "continuous"
 
-    def __init__(self, pipeline: fewstep.Pipeline, sizes: list[tuple[int, int]], *, rows: int) -> None:
-        self.server = fewstep.Server(
-            pipeline, sizes=sizes, most_slots=OUTSTANDING, queue=0, most_work_s=1e6, most_rows=rows
-        )
+    def __init__(self, pipeline: Pipeline, sizes: list[tuple[int, int]], *, rows: int) -> None:
+        self.server = Server(pipeline, sizes=sizes, most_slots=OUTSTANDING, queue=0, most_work_s=1e6, most_rows=rows)
         self._tickets: set[Any] = set()
 
     def submit(self, ask: Ask, done: Done) -> bool:
@@ -180,7 +179,7 @@ class Queued:
         return batch
 
 
-def pipeline_maker(pipeline: fewstep.Pipeline) -> Callable[[list[Ask]], None]:
+def pipeline_maker(pipeline: Pipeline) -> Callable[[list[Ask]], None]:
     """Requests of one kind as one call of a pipeline."""
 
     def make(asks: list[Ask]) -> None:

@@ -34,22 +34,22 @@ SETTLE_S = 0.1
 def run(plan: Plan, say: Say) -> dict[str, Any]:
     """Measure; returns the report's data: by contender, and the ratios of each to each variant of fewstep."""
     names = [*plan.variants, *(_label(p, d) for p in plan.against for d in plan.precisions)]
-    found = {n: Samples() for n in names}
-    meetings = [names]
+    samples = {n: Samples() for n in names}
+    casts = [names]
     peers = [n for n in names if n not in plan.variants]
     if plan.peers_at_once and peers:
         size = plan.peers_at_once
-        meetings = [[*plan.variants, *peers[i : i + size]] for i in range(0, len(peers), size)]
-    met = []
-    for meeting in meetings:
+        casts = [[*plan.variants, *peers[i : i + size]] for i in range(0, len(peers), size)]
+    meetings = []
+    for cast in casts:
         with tempfile.TemporaryDirectory() as folder:
-            met.append(Meeting(plan, meeting, Path(folder), say))
-            met[-1].run()
-    _cold_starts(plan, names, found, say)
-    for part in met:
-        for name, samples in part.found.items():
-            _merge(found[name], samples)
-    return make_report(plan, found, [meeting.found for meeting in met])
+            meetings.append(Meeting(plan, cast, Path(folder), say))
+            meetings[-1].run()
+    _cold_starts(plan, names, samples, say)
+    for meeting in meetings:
+        for name, part in meeting.samples.items():
+            _merge(samples[name], part)
+    return make_report(plan, samples, [meeting.samples for meeting in meetings])
 
 
 def _label(peer: str, precision: str) -> str:
@@ -61,7 +61,7 @@ class Meeting:
 
     def __init__(self, plan: Plan, names: Sequence[str], folder: Path, say: Say) -> None:
         self.plan, self.say = plan, say
-        self.found = {n: Samples() for n in names}
+        self.samples = {n: Samples() for n in names}
         self._saved = {n: str(folder / f"{i}.npy") for i, n in enumerate(names)}
         self._inputs = folder / "inputs.npz"
         self._workers: dict[str, ContenderWorker] = {}
@@ -70,16 +70,16 @@ class Meeting:
             np.savez(self._inputs, **arrays)
 
     def run(self) -> None:
-        """Start the workers, warm them, and measure: `found` are the samples by contender."""
+        """Start the workers, warm them, and measure: `samples` holds them by contender."""
         probe = CoreProbe(self.plan.threads)
         try:
-            for name in self.found:
+            for name in self.samples:
                 self._load(name)
             for steps in self.plan.steps:
                 self._rounds(steps, probe)
             for name in self._workers:
                 if Path(self._saved[name]).is_file():
-                    self.found[name].output = np.load(self._saved[name])
+                    self.samples[name].output = np.load(self._saved[name])
         finally:
             probe.close()
             for worker in self._workers.values():
@@ -93,7 +93,7 @@ class Meeting:
             return
         answer = self._ask(name, do="load", **_load(self.plan, name))
         if answer:
-            samples = self.found[name]
+            samples = self.samples[name]
             samples.import_ms, samples.load_ms = answer["import_ms"], answer["load_ms"]
             samples.versions, samples.facts = answer["versions"], answer["facts"]
             self.say(f"{name}: loaded in {answer['load_ms']:.0f} ms")
@@ -112,14 +112,14 @@ class Meeting:
                 time.sleep(SETTLE_S)
                 after = probe.cores()
                 if answer:
-                    samples = self.found[name]
+                    samples = self.samples[name]
                     samples.cores.setdefault(steps, []).append(round(min(before, after), 2))
                     samples.wall.setdefault(steps, []).append(answer["wall_ms"])
                     samples.cpu.setdefault(steps, []).append(answer["cpu_ms"])
                     samples.stages.setdefault(steps, []).append(answer["stages"])
                     samples.peak_mb = answer["peak_mb"]
                 before = after
-        medians = ", ".join(f"{n} {np.median(self.found[n].wall[steps]):.1f} ms" for n in self._workers)
+        medians = ", ".join(f"{n} {np.median(self.samples[n].wall[steps]):.1f} ms" for n in self._workers)
         self.say(f"{steps} step{'s' * (steps != 1)}: {medians}")
 
     def _ask(self, name: str, **question: Any) -> dict[str, Any] | None:
@@ -133,14 +133,14 @@ class Meeting:
             return None
 
     def _out(self, name: str, error: FewstepError) -> None:
-        self.found[name].error = str(error)
+        self.samples[name].error = str(error)
         self.say(f"{name} is out: {error}")
 
 
 def _rotated(names: list[str], turn: int) -> list[str]:
     """The order of a round: each contender comes first as often as any other."""
-    at = turn % len(names) if names else 0
-    return names[at:] + names[:at]
+    first = turn % len(names) if names else 0
+    return names[first:] + names[:first]
 
 
 def _start(plan: Plan, name: str, store: Path | None = None) -> ContenderWorker:
@@ -165,14 +165,14 @@ def _question(plan: Plan, steps: int, inputs: Path) -> dict[str, Any]:
 def _unet_inputs(shape: dict[str, Any]) -> dict[str, np.ndarray]:
     """Unit noise for every input, float32, from a fixed seed; SDXL's sizes are sizes."""
     rng = np.random.default_rng(2024)
-    made = {n: rng.standard_normal(s).astype(np.float32) for n, s in shape.items()}
-    made["timestep"] = np.full(shape["timestep"], 499.0, np.float32)
-    if "time_ids" in made:
-        made["time_ids"] = np.tile(np.array([1024, 1024, 0, 0, 1024, 1024], np.float32), (shape["time_ids"][0], 1))
-    return made
+    arrays = {n: rng.standard_normal(s).astype(np.float32) for n, s in shape.items()}
+    arrays["timestep"] = np.full(shape["timestep"], 499.0, np.float32)
+    if "time_ids" in arrays:
+        arrays["time_ids"] = np.tile(np.array([1024, 1024, 0, 0, 1024, 1024], np.float32), (shape["time_ids"][0], 1))
+    return arrays
 
 
-def _cold_starts(plan: Plan, names: Sequence[str], found: dict[str, Samples], say: Say) -> None:
+def _cold_starts(plan: Plan, names: Sequence[str], samples: dict[str, Samples], say: Say) -> None:
     """Starts in rounds like the others; fewstep's with its engines stored, and with an empty store."""
     out: set[str] = set()  # those that cannot start, and those whose first start took too long to repeat
     for turn in range(plan.cold):
@@ -181,18 +181,18 @@ def _cold_starts(plan: Plan, names: Sequence[str], found: dict[str, Samples], sa
                 continue
             try:
                 spent = _first_image(plan, name)
-                found[name].cold.append(spent)
+                samples[name].cold.append(spent)
                 if spent > SLOW_START_MS:
                     out.add(name)
                 elif name in plan.variants:
                     with tempfile.TemporaryDirectory() as store:
-                        found[name].cold_unbuilt.append(_first_image(plan, name, Path(store)))
+                        samples[name].cold_unbuilt.append(_first_image(plan, name, Path(store)))
             except FewstepError:
                 out.add(name)
     if plan.cold:
-        say("cold starts: " + ", ".join(f"{n} {np.median(found[n].cold):.0f} ms" for n in names if found[n].cold))
-    for name in (n for n in names if found[n].cold_unbuilt):
-        say(f"cold start that builds its engines: {name} {np.median(found[name].cold_unbuilt):.0f} ms")
+        say("cold starts: " + ", ".join(f"{n} {np.median(samples[n].cold):.0f} ms" for n in names if samples[n].cold))
+    for name in (n for n in names if samples[n].cold_unbuilt):
+        say(f"cold start that builds its engines: {name} {np.median(samples[name].cold_unbuilt):.0f} ms")
 
 
 def _first_image(plan: Plan, name: str, store: Path | None = None) -> float:

@@ -14,10 +14,10 @@ FEWEST = 5
 """How many turns with all cores make a figure."""
 
 
-def make_report(plan: Plan, found: dict[str, Samples], meetings: Sequence[Mapping[str, Samples]]) -> dict[str, Any]:
-    """Contenders, ratios and the cores that the machine gave, for JSON; `found` are the samples of all meetings."""
-    reference = found["diffusers"].output if "diffusers" in found else None
-    contenders = {n: _figures(plan, s, reference) for n, s in found.items()}
+def make_report(plan: Plan, samples: dict[str, Samples], meetings: Sequence[Mapping[str, Samples]]) -> dict[str, Any]:
+    """Contenders, ratios and the cores that the machine gave, for JSON; `samples` are those of all meetings."""
+    reference = samples["diffusers"].output if "diffusers" in samples else None
+    contenders = {n: _figures(plan, s, reference) for n, s in samples.items()}
     ratios: dict[str, Any] = {}
     for meeting in meetings:
         for ours in (n for n in meeting if n in plan.variants):
@@ -25,14 +25,14 @@ def make_report(plan: Plan, found: dict[str, Samples], meetings: Sequence[Mappin
                 if other != ours:
                     ratios.setdefault(ours, {})[other] = dict(_ratios(plan, meeting, ours, other))
     for ours in plan.variants:
-        for other in (n for n in found if n not in plan.variants):
-            if found[other].cold and found[ours].cold:
+        for other in (n for n in samples if n not in plan.variants):
+            if samples[other].cold and samples[ours].cold:
                 entry = ratios.setdefault(ours, {}).setdefault(other, {})
-                entry["cold start"] = ratio_of_medians(found[other].cold, found[ours].cold)
-            if found[other].peak_mb and found[ours].peak_mb:
+                entry["cold start"] = ratio_of_medians(samples[other].cold, samples[ours].cold)
+            if samples[other].peak_mb and samples[ours].peak_mb:
                 entry = ratios.setdefault(ours, {}).setdefault(other, {})
-                entry["peak memory"] = round(found[other].peak_mb / found[ours].peak_mb, 3)
-    cores = {str(s): [c for samples in found.values() for c in samples.cores.get(s, ())] for s in plan.steps}
+                entry["peak memory"] = round(samples[other].peak_mb / samples[ours].peak_mb, 3)
+    cores = {str(s): [c for part in samples.values() for c in part.cores.get(s, ())] for s in plan.steps}
     return {"contenders": contenders, "ratios": ratios, "cores": {s: percentiles(v) for s, v in cores.items() if v}}
 
 

@@ -15,7 +15,7 @@ ALL_CORES = 0.85
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is measured. `load` and `request` are what workers are told; `unet` evaluates the UNet alone.
+    """What is measured. `load` and `request` go to the workers; `unet` evaluates the UNet alone.
 
     `variants` are named sets of `fewstep.load` options, each a contender of its own; `precisions` are those of the
     peers. A turn begins with `lead_in` requests that are not counted: they find the processor's caches as the contender

@@ -23,11 +23,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import fewstep
 import httpx
 import numpy as np
 from fewstep.bench.live import serving
 from fewstep.bench.machine import describe
+from fewstep.runtime import load
 from PIL import Image
 
 SLOTS, QUEUE = 8, 24
@@ -166,13 +166,13 @@ def settled(url: str, pid: int) -> dict[str, float]:
     """`resources` once nothing is in progress and connections that clients left are closed, or after ten seconds."""
     while any(figures(url)[f"fewstep_{name}"] for name in ("outstanding", "slots_in_use")):
         time.sleep(0.02)
-    found = resources(pid)
+    latest = resources(pid)
     for _ in range(20):
         time.sleep(0.5)
-        last, found = found, resources(pid)
-        if (last["files"], last["threads"]) == (found["files"], found["threads"]):
+        last, latest = latest, resources(pid)
+        if (last["files"], last["threads"]) == (latest["files"], latest["threads"]):
             break
-    return found
+    return latest
 
 
 def figures(url: str) -> dict[str, float]:
@@ -181,12 +181,12 @@ def figures(url: str) -> dict[str, float]:
     return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in text.splitlines() if line[0] != "#"}
 
 
-def summed(found: dict[str, float], name: str, label: str, *, of: str = "") -> dict[str, int]:
+def summed(samples: dict[str, float], name: str, label: str, *, of: str = "") -> dict[str, int]:
     """The values of a metric, summed by one of its labels; `of` must be among the others."""
     sums: Counter[str] = Counter()
-    for key, value in found.items():
-        if key.startswith(f"{name}{{") and of in key and (said := re.search(f'{label}="([^"]*)"', key)):
-            sums[said[1]] += int(value)
+    for key, value in samples.items():
+        if key.startswith(f"{name}{{") and of in key and (match := re.search(f'{label}="([^"]*)"', key)):
+            sums[match[1]] += int(value)
     return dict(sorted(sums.items()))
 
 
@@ -194,7 +194,7 @@ def made_alone() -> dict[tuple[int, int], np.ndarray]:
     """What each kind of request gives, by kind and seed, as float64 [H, W, 3]."""
     from fewstep.export.embedded import embedded_bundle
 
-    pipeline, expected = fewstep.load(embedded_bundle("student")[0]), {}
+    pipeline, expected = load(embedded_bundle("student")[0]), {}
     call = {"num_inference_steps": "steps", "guidance_scale": "guidance", "sampler": "sampler"}
     for kind, options in enumerate(KINDS):
         given = {call[name]: value for name, value in options.items()}
@@ -218,9 +218,9 @@ def soak(*, requests: int, clients: int, seed: int = 0) -> dict[str, Any]:
         before, first, began = settled(url, process.pid), len(run.latencies), time.monotonic()
         asyncio.run(run.run(requests, clients, sample))
         seconds = time.monotonic() - began
-        after, found = settled(url, process.pid), figures(url)
+        after, samples = settled(url, process.pid), figures(url)
     accepted = np.array(run.latencies[first:]) * 1e3
-    statuses = summed(found, "fewstep_http_responses_total", "status", of='route="/v1/images/')
+    statuses = summed(samples, "fewstep_http_responses_total", "status", of='route="/v1/images/')
     if "500" in statuses:
         run.wrong.append(f"the server counts {statuses['500']} responses of 500")
     return {
@@ -239,9 +239,9 @@ def soak(*, requests: int, clients: int, seed: int = 0) -> dict[str, Any]:
         "samples": samples,
         "server": {
             "responses": statuses,
-            "outcomes": summed(found, "fewstep_requests_total", "outcome"),
-            "refusals": summed(found, "fewstep_rejections_total", "reason"),
-            "ticks": int(found["fewstep_tick_rows_count"]),
+            "outcomes": summed(samples, "fewstep_requests_total", "outcome"),
+            "refusals": summed(samples, "fewstep_rejections_total", "reason"),
+            "ticks": int(samples["fewstep_tick_rows_count"]),
         },
     }
 

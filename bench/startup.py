@@ -19,14 +19,14 @@ from pathlib import Path
 
 def timed(command: list[str], runs: int, environment: dict[str, str], cwd: str) -> list[float]:
     """Milliseconds of each run; the first, which fills caches, is left out."""
-    found = []
+    milliseconds = []
     for _ in range(runs + 1):
         began = time.perf_counter()
         subprocess.run(
             command, env=environment, cwd=cwd, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        found.append(1e3 * (time.perf_counter() - began))
-    return found[1:]
+        milliseconds.append(1e3 * (time.perf_counter() - began))
+    return milliseconds[1:]
 
 
 def main() -> int:

@@ -68,14 +68,14 @@ def stage_percentiles(stages: Sequence[Mapping[str, Any]]) -> dict[str, dict[str
     return {("each evaluation" if n == "evaluations" else n): percentiles(v) for n, v in pooled.items() if v and any(v)}
 
 
-def psnr(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float | None:
+def psnr(output: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float | None:
     """Peak signal-to-noise ratio of uint8 images in dB; `None` when they are equal."""
-    error = float(np.mean((found.astype(np.float64) - expected.astype(np.float64)) ** 2))
+    error = float(np.mean((output.astype(np.float64) - expected.astype(np.float64)) ** 2))
     return None if error == 0.0 else round(10 * math.log10(255.0**2 / error), 2)
 
 
-def relative_error(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float | None:
-    """||found - expected|| / ||expected||, in float64; `None` when what was found is not finite."""
-    a, b = found.astype(np.float64), expected.astype(np.float64)
+def relative_error(output: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float | None:
+    """||output - expected|| / ||expected||, in float64; `None` where the output is not finite."""
+    a, b = output.astype(np.float64), expected.astype(np.float64)
     error = float(np.linalg.norm(a - b) / max(float(np.linalg.norm(b)), 1e-30))
     return error if math.isfinite(error) else None

@@ -13,25 +13,25 @@ def lines(report: dict[str, Any], steps: tuple[int, ...]) -> list[str]:
     alone = report["what"]["measured"] != "whole requests"
     agreement = "rel.error" if alone else "PSNR dB"
     columns = f"{'p50 ms':>10} {'p90 ms':>10} {'p99 ms':>10} {'peak MB':>9} {'start ms':>9} {agreement:>8}"
-    made = [f"{'':20} {'steps':>5} {columns}"]
+    table = [f"{'':20} {'steps':>5} {columns}"]
     for name, data in report["contenders"].items():
         if "error" in data:
-            made.append(f"{name:20} cannot run: {data['error']}")
+            table.append(f"{name:20} cannot run: {data['error']}")
             continue
         for s in steps:
             whole = data["whole"].get(str(s))
             if whole is None:
                 continue
             cold = data["cold_start"]["p50"] if data["cold_start"] else None
-            made.append(
+            table.append(
                 f"{name:20} {s:5} {whole['p50']:10.2f} {whole['p90']:10.2f} {whole['p99']:10.2f} "
                 f"{data['peak_mb']:9.0f} {_or_dash(cold, '9.0f')} {_agreement(data)}"
             )
         if data["fit"]:
-            made.append(f"{'':26} fixed {data['fit']['fixed_ms']:.2f} ms + {data['fit']['per_step_ms']:.2f} ms a step")
+            table.append(f"{'':26} fixed {data['fit']['fixed_ms']:.2f} ms + {data['fit']['per_step_ms']:.2f} ms a step")
         stages = data["stages"].get(str(steps[-1]), {})
         if stages:
-            made.append(f"{'':26} " + ", ".join(f"{n} {v['p50']:.2f}" for n, v in stages.items()))
+            table.append(f"{'':26} " + ", ".join(f"{n} {v['p50']:.2f}" for n, v in stages.items()))
     for ours, others in report["ratios"].items():
         for other, by in others.items():
             parts = []
@@ -40,12 +40,12 @@ def lines(report: dict[str, Any], steps: tuple[int, ...]) -> list[str]:
                     parts.append(f"memory {value:.2f}x")
                 else:
                     parts.append(f"{key if key == 'cold start' else f'{key} steps'} {_ratio(value)}")
-            made.append(f"{other} over {ours}: " + "; ".join(parts))
+            table.append(f"{other} over {ours}: " + "; ".join(parts))
     for s, given in report["cores"].items():
-        made.append(
+        table.append(
             f"cores given round {given['n']} turns of {s} steps: median {given['p50']:.2f}, least {given['min']:.2f}"
         )
-    return made
+    return table
 
 
 def _ratio(value: dict[str, Any]) -> str:
@@ -81,9 +81,9 @@ def plot(report: dict[str, Any], steps: tuple[int, ...], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(1.6 * len(able) * max(1, len(steps)) ** 0.5 + 2, 4))
     for i, s in enumerate(steps):
         rows = [d["whole"][str(s)] for d in able.values()]
-        at = [j + i * 0.8 / len(steps) for j in range(len(rows))]
+        places = [j + i * 0.8 / len(steps) for j in range(len(rows))]
         middle, high = [r["p50"] for r in rows], [r["p90"] - r["p50"] for r in rows]
-        axes.bar(at, middle, 0.8 / len(steps), yerr=[[0.0] * len(rows), high], label=f"{s} steps", capsize=2)
+        axes.bar(places, middle, 0.8 / len(steps), yerr=[[0.0] * len(rows), high], label=f"{s} steps", capsize=2)
     axes.set_xticks([j + 0.4 - 0.4 / len(steps) for j in range(len(able))], list(able), rotation=15)
     axes.set_ylabel("milliseconds, median and p90")
     axes.legend()

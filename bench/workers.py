@@ -1,4 +1,4 @@
-"""ContenderWorker processes: who the contenders are, how their processes start, and the conversation with them."""
+"""Worker processes: who the contenders are, how their processes start, and the conversation with them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ENVIRONMENTS = Path("build/bench")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contender:
-    """One contestant: the script that is its worker, and the virtual environment that runs it (`None`: this one)."""
+    """One contender: the script that is its worker, and the virtual environment that runs it (`None`: this one)."""
 
     name: str
     script: str
@@ -125,8 +125,8 @@ class ContenderWorker:
     def _last_words(self) -> str:
         code = self._process.wait()
         self._stderr.seek(0)
-        said = self._stderr.read().decode("utf-8", "replace")
-        return f"exit code {code}; {' '.join(said.split()[-40:])}"
+        words = self._stderr.read().decode("utf-8", "replace")
+        return f"exit code {code}; {' '.join(words.split()[-40:])}"
 
     def close(self) -> None:
         if self._process.poll() is None and self._process.stdin is not None:

@@ -1,4 +1,4 @@
-"""`fewstep grid BUNDLE`: one labelled picture over two axes, for people who would rather look."""
+"""`fewstep grid BUNDLE --columns AXIS=A,B,...`: one labelled picture over two axes, for who would rather look."""
 
 from __future__ import annotations
 

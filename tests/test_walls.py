@@ -1,14 +1,20 @@
-"""The walls between the rooms: what a lean import may load, and who may know whom."""
+"""The walls between the rooms: what a lean import may load, and who may import whom.
+
+`pytest -s` prints the floors, with whom each room imports.
+"""
 
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 import time
 import tomllib
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import fewstep
 import pytest
@@ -27,8 +33,9 @@ FLOORS = (
     ("cli",),
     ("__init__", "__main__"),
 )
-"""Rooms and files from the ground up: one may know what is below it, and itself."""
-ROOMS = {room for floor in FLOORS for room in floor}
+"""Rooms and single files from the ground up: each may import itself and what stands on a lower floor."""
+HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor}
+OUTSIDE = {"tests", "tools", "examples", "build", "dist"}
 TORCH_ROOMS = {"export", "bench"}
 TORCH_FILES = {
     "runtime/device/clock.py": "the CUDA device",
@@ -70,123 +77,177 @@ def test_schedules_need_numpy_alone() -> None:
     assert third_party - set(sys.stdlib_module_names) == {"fewstep"}
 
 
-@dataclass(frozen=True)
-class Import:
-    """One file of the package names another: where, and whom."""
+class Import(NamedTuple):
+    """One module of the package imports another on this line."""
 
     source: str
     target: str
     line: int
 
-
-def package_files() -> dict[str, Path]:
-    """The package's files by their module names, `engines.backends` for a folder's own."""
-    paths = [
-        p
-        for room in ROOMS
-        for p in ([ROOT / f"{room}.py"] if (ROOT / f"{room}.py").is_file() else sorted((ROOT / room).rglob("*.py")))
-    ]
-    names = (".".join(p.relative_to(ROOT).with_suffix("").parts) for p in paths)
-    return {n.removesuffix(".__init__"): p for n, p in zip(names, paths, strict=True)}
+    def __str__(self) -> str:
+        path = modules()[self.source].relative_to(ROOT) if self.source in modules() else self.source
+        return f"{path}:{self.line} imports {self.target}"
 
 
-def imported_modules(path: Path) -> list[tuple[str, int]]:
-    """Every module that an import statement names, wherever it stands: in the file, in a function, under a condition.
+@functools.cache
+def modules() -> dict[str, Path]:
+    """The package's files by their names as modules; a folder's own is `__init__.py`."""
+    tops = [p for p in ROOT.iterdir() if p.name not in OUTSIDE and not p.name.startswith(".")]
+    paths = [p for top in sorted(tops) for p in (sorted(top.rglob("*.py")) if top.is_dir() else [top])]
+    names = {".".join(("fewstep", *p.relative_to(ROOT).with_suffix("").parts)): p for p in paths if p.suffix == ".py"}
+    return {name.removesuffix(".__init__"): path for name, path in names.items()}
 
-    Of the package's own their names in it ("engines.base"), of others the whole ("torch.cuda").
+
+def room(module: str) -> str:
+    """The room, or the file beside the rooms, that a module is in."""
+    return module.removeprefix("fewstep").lstrip(".").partition(".")[0] or "__init__"
+
+
+def imported(tree: ast.AST, folder: tuple[str, ...]) -> list[tuple[str, int]]:
+    """What every import statement names, wherever it stands: in the file, in a function, under a condition.
+
+    `from x import y` names `x.y`, since y may be a module.
     """
-    folder = path.relative_to(ROOT).parts[:-1]
     names: list[tuple[str, int]] = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names += [(a.name, node.lineno) for a in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = folder[: len(folder) - node.level + 1] if node.level else ()
-            module = ".".join((*base, *((node.module or "").split(".") if node.module else ())))
-            names += [(f"{module}.{a.name}".strip("."), node.lineno) for a in node.names]
-    return [(n.removeprefix("fewstep."), line) for n, line in names]
+            above = ("fewstep", *folder)[: len(folder) + 2 - node.level] if node.level else ()
+            base = ".".join((*above, *([node.module] if node.module else [])))
+            names += [(f"{base}.{a.name}", node.lineno) for a in node.names]
+    return names
 
 
-def graph() -> list[Import]:
-    files = package_files()
+def resolve(name: str, folder: tuple[str, ...]) -> str | None:
+    """The module of the package that a name is, or is in; scripts of one folder import each other without it."""
+    sibling = ".".join(("fewstep", *folder, name.partition(".")[0]))
+    candidates = (name, name.rpartition(".")[0], *([sibling] if folder else ()))
+    return next((c for c in candidates if c in modules()), None)
+
+
+@functools.cache
+def imports() -> tuple[Import, ...]:
+    """Every import of one module of the package by another."""
     arrows = []
-    for source, path in files.items():
-        for name, line in imported_modules(path):
-            module = name if name in files else name.rpartition(".")[0]
-            if module in files and module != source:
-                arrows.append(Import(source, module, line))
-    return arrows
+    for source, path in modules().items():
+        folder = path.relative_to(ROOT).parts[:-1]
+        for name, line in imported(ast.parse(path.read_text(encoding="utf-8")), folder):
+            target = resolve(name, folder)
+            if target is not None and target != source:
+                arrows.append(Import(source, target, line))
+    return tuple(arrows)
 
 
-def circles(arrows: list[Import]) -> list[list[str]]:
-    """Files that know each other by whatever way: Tarjan's strongly connected components of more than one."""
-    known: dict[str, set[str]] = {}
+def circles(arrows: Iterable[Import]) -> list[list[Import]]:
+    """For each strongly connected component one circle of imports through it, the shortest from its first module."""
+    ahead: dict[str, dict[str, Import]] = defaultdict(dict)
     for arrow in arrows:
-        known.setdefault(arrow.source, set()).add(arrow.target)
-    order: dict[str, int] = {}
-    lowest: dict[str, int] = {}
-    stack: list[str] = []
-    found: list[list[str]] = []
-
-    def visit(name: str) -> None:
-        order[name] = lowest[name] = len(order)
-        stack.append(name)
-        for other in sorted(known.get(name, ())):
-            if other not in order:
-                visit(other)
-                lowest[name] = min(lowest[name], lowest[other])
-            elif other in stack:
-                lowest[name] = min(lowest[name], order[other])
-        if lowest[name] == order[name]:
-            place = stack.index(name)
-            component, stack[place:] = stack[place:], []
-            found.extend([component] if len(component) > 1 else [])
-
-    for name in sorted(known):
-        if name not in order:
-            visit(name)
-    return found
+        ahead[arrow.source].setdefault(arrow.target, arrow)
+    ways = {name: _ways(name, ahead) for name in sorted(ahead)}
+    rings, seen = [], set()
+    for name, way in ways.items():
+        if name in way and name not in seen:
+            seen |= {other for other in way if name in ways.get(other, ())}
+            rings.append(way[name])
+    return rings
 
 
-def test_no_files_know_each_other_in_a_circle() -> None:
-    arrows = graph()
-    assert len(arrows) > 500, "the imports are not seen"
-    for circle in circles(arrows):
-        lines = [f"{a.source}:{a.line} -> {a.target}" for a in arrows if {a.source, a.target} <= set(circle)]
-        pytest.fail("a circle of imports:\n" + "\n".join(lines))
+def _ways(start: str, ahead: Mapping[str, Mapping[str, Import]]) -> dict[str, list[Import]]:
+    """The shortest chain of imports from a module to each that it reaches, itself included where there is a circle."""
+    ways: dict[str, list[Import]] = {}
+    frontier: list[tuple[str, list[Import]]] = [(start, [])]
+    for name, chain in frontier:
+        for target, arrow in ahead.get(name, {}).items():
+            if target not in ways:
+                ways[target] = [*chain, arrow]
+                frontier.append((target, ways[target]))
+    return ways
 
 
-def test_no_arrow_points_upwards() -> None:
-    """`pytest -s` prints the floors with whom each room knows."""
-    height = {room: i for i, floor in enumerate(FLOORS) for room in floor}
-    room_of = {n: n.partition(".")[0] for n in package_files()}
-    knows: dict[str, set[str]] = {room: set() for room in ROOMS}
-    for arrow in graph():
-        source, target = room_of[arrow.source], room_of[arrow.target]
-        knows[source].add(target)
-        upwards = height[target] >= height[source] and source != target
-        assert not upwards, f"{arrow.source}:{arrow.line} imports {arrow.target}, which stands no lower"
+def upward(arrows: Iterable[Import]) -> list[Import]:
+    """The imports of another room that stands no lower."""
+    rooms = [(a, room(a.source), room(a.target)) for a in arrows]
+    return [a for a, source, target in rooms if source != target and HEIGHT[target] >= HEIGHT[source]]
+
+
+def test_every_room_has_a_floor() -> None:
+    assert set(map(room, modules())) == HEIGHT.keys()
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert len(imports()) > 500, "the imports are not seen"
+    drawn = ["\n  ".join(["a circle:", *map(str, circle)]) for circle in circles(imports())]
+    assert not drawn, "\n".join(drawn)
+
+
+def test_no_room_imports_upwards() -> None:
+    below: dict[str, set[str]] = defaultdict(set)
+    for arrow in imports():
+        below[room(arrow.source)].add(room(arrow.target))
     for floor in FLOORS:
-        print(" | ".join(f"{room}: {', '.join(sorted(knows[room] - {room})) or '-'}" for room in floor))
+        print(" | ".join(f"{name}: {', '.join(sorted(below[name] - {name})) or 'nothing'}" for name in floor))
+    assert not upward(imports()), "\n".join(map(str, upward(imports())))
 
 
-def test_the_graph_sees_what_it_should(tmp_path: Path) -> None:
-    """A circle through a function and a condition is a circle."""
-    arrows = [Import("a", "b", 1), Import("b", "c", 2), Import("c", "a", 3), Import("c", "d", 4)]
-    assert [sorted(c) for c in circles(arrows)] == [["a", "b", "c"]]
-    assert circles(arrows[1:]) == []
-    assert ("engines.open", 15) in [(a.target, 15) for a in graph() if a.source == "engines"]
+def test_circles_and_upward_arrows_are_noticed() -> None:
+    a, b, c = (f"fewstep.engines.{n}" for n in "abc")
+    ring = [Import(a, b, 1), Import(b, c, 2), Import(c, a, 3)]
+    beside = [Import(c, "fewstep.bundle", 4), Import("fewstep.runtime.x", a, 5), Import(b, a, 6)]
+    assert circles([*ring, *beside]) == [[ring[0], beside[2]]]
+    assert circles([*ring, *beside[:2]]) == [ring]
+    assert circles([*ring[:2], *beside[:2]]) == []
+    climbs = [
+        Import("fewstep.bundle", "fewstep.engines.base", 1),
+        Import("fewstep.serving.job", "fewstep.export.plan", 2),
+        Import("fewstep.cli", "fewstep", 3),
+    ]
+    assert upward([*ring, *beside, *climbs]) == climbs
+
+
+@pytest.mark.parametrize(
+    ("statement", "target"),
+    [
+        ("import fewstep.engines.base", "fewstep.engines.base"),
+        ("import fewstep", "fewstep"),
+        ("from fewstep import __version__", "fewstep"),
+        ("from fewstep.engines import base", "fewstep.engines.base"),
+        ("from fewstep.engines.base import Engine", "fewstep.engines.base"),
+        ("def f():\n    from ..base import Engine", "fewstep.engines.base"),
+        ("if TYPE_CHECKING:\n    from ... import bundle", "fewstep.bundle"),
+        ("from ... import __version__", "fewstep"),
+        ("from . import ort", "fewstep.engines.backends.ort"),
+        ("from .. import backend_names", "fewstep.engines"),
+        ("from ort import OrtEngine", "fewstep.engines.backends.ort"),
+        ("import onnxruntime.capi", None),
+        ("import json", None),
+    ],
+)
+def test_each_kind_of_import_is_seen(statement: str, target: str | None) -> None:
+    folder = ("engines", "backends")
+    ((name, _),) = imported(ast.parse(statement), folder)
+    assert resolve(name, folder) == target
 
 
 def test_the_version_is_one() -> None:
     stated = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
-    assert stated == fewstep.__version__
+    assert fewstep.__version__ == stated
+
+
+def test_a_class_name_means_one_thing() -> None:
+    places: dict[str, list[str]] = defaultdict(list)
+    for path in modules().values():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                places[node.name].append(str(path.relative_to(ROOT)))
+    assert not {name: files for name, files in places.items() if len(files) > 1}
 
 
 def test_torch_stays_where_it_belongs() -> None:
-    for name, path in package_files().items():
-        if name.partition(".")[0] in TORCH_ROOMS:
+    for path in modules().values():
+        place, folder = path.relative_to(ROOT), path.relative_to(ROOT).parts[:-1]
+        if place.parts[0] in TORCH_ROOMS:
             continue
-        place = str(path.relative_to(ROOT))
-        heavy = {m.partition(".")[0] for m, _ in imported_modules(path)} & {"torch", "diffusers", "transformers"}
-        assert not heavy or (place in TORCH_FILES and heavy == {"torch"}), f"{place} imports {heavy}"
+        tops = {n.split(".")[0] for n, _ in imported(ast.parse(path.read_text(encoding="utf-8")), folder)}
+        heavy = tops & {"torch", "diffusers", "transformers"}
+        assert not heavy or (str(place) in TORCH_FILES and heavy == {"torch"}), f"{place} imports {heavy}"

@@ -46,7 +46,7 @@ class DiffusersLoop:
         width, height = spec["size"]
         seeds = [self.torch.Generator().manual_seed(s) for s in spec["seeds"]]
         with self.torch.no_grad():
-            made = self.pipe(
+            images = self.pipe(
                 [spec["prompt"]] * len(seeds),
                 num_inference_steps=spec["steps"],
                 guidance_scale=spec["guidance"],
@@ -55,7 +55,7 @@ class DiffusersLoop:
                 height=height,
                 output_type="np",
             ).images
-        return (made * 255).round().astype("uint8"), self.stages.report()
+        return (images * 255).round().astype("uint8"), self.stages.report()
 
     def unet(self, inputs: dict[str, Any]) -> Any:
         given = {k: self.torch.from_numpy(v).to(self.dtype) for k, v in inputs.items()}

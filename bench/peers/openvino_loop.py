@@ -12,7 +12,7 @@ from diffusers_loop import DiffusersLoop
 from protocol import serve
 
 
-class OpenVino(DiffusersLoop):
+class OpenVinoPeer(DiffusersLoop):
     packages = ("openvino", "torch", "diffusers", "transformers", "numpy")
 
     def make(self, spec: dict[str, Any]) -> Any:
@@ -116,4 +116,4 @@ class _Hidden(tuple):
 
 
 if __name__ == "__main__":
-    serve(OpenVino)
+    serve(OpenVinoPeer)

@@ -14,7 +14,7 @@ import numpy as np
 
 from ...errors import GateError, MissingError, MissingExtraError
 from .gate import FACTOR, Evaluate, limit_for
-from .reference import Case
+from .reference import EXPORT_AGAIN, Case
 
 
 def compare_with_polygraphy(
@@ -29,7 +29,7 @@ def compare_with_polygraphy(
     polygraphy = _import_polygraphy()
     mine = [c for c in cases if c.component == component]
     if not mine:
-        raise MissingError(f"the reference has no case of {component!r}", remedy="Export again with --reference.")
+        raise MissingError(f"the reference has no case of {component!r}", remedy=EXPORT_AGAIN)
     verdicts = dict.fromkeys(subjects, True)
     for case in mine:
         floats = [n for n, v in case.outputs.items() if np.issubdtype(v.dtype, np.floating)]

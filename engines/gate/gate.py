@@ -18,7 +18,7 @@ import numpy as np
 
 from ...errors import ArgumentError, GateError, MissingError
 from ..base import Engine
-from .reference import Case
+from .reference import EXPORT_AGAIN, Case
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -129,7 +129,7 @@ def limit_for(dtype: str, torch_error: Mapping[str, float]) -> float:
         raise MissingError(
             f"the reference does not say how far torch errs in {dtype}",
             expected=f"an error for {dtype}; it has {', '.join(torch_error) or 'none'}",
-            remedy="Export the checkpoint again with this dtype and --reference.",
+            remedy=f"{EXPORT_AGAIN} --dtype {dtype}",
         )
     return max(FACTOR * own, FLOAT32_FLOOR)
 
@@ -176,9 +176,7 @@ def gate_engine(
             raise GateError(f"{label} has no output {', '.join(sorted(missing))}", expected="all of torch's outputs")
         rows += [judge(case, tensor, outputs[tensor], dtype) for tensor in case.outputs]
     if not rows:
-        raise MissingError(
-            f"the reference has no case of {component!r}", remedy="Export the checkpoint again with --reference."
-        )
+        raise MissingError(f"the reference has no case of {component!r}", remedy=EXPORT_AGAIN)
     report = GateReport(component=component, subject=label, dtype=dtype, rows=tuple(rows))
     if check and not report.passed:
         raise failure(report)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FILE = "reference.safetensors"
+EXPORT_AGAIN = "Export with the gate on, which writes it: fewstep export CHECKPOINT BUNDLE --overwrite"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,9 +39,7 @@ def read_reference(path: Path, component: str | None = None) -> list[Case]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise MissingError(
-            f"the bundle has no {path.name}", remedy="Make it with: fewstep export CHECKPOINT FOLDER --reference"
-        )
+        raise MissingError(f"the bundle has no {path.name}", remedy=EXPORT_AGAIN)
     try:
         with safe_open(path, framework="numpy") as file:
             stated = dict(json.loads((file.metadata() or {})["cases"]))

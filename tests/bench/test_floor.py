@@ -33,8 +33,8 @@ def test_flops_are_two_for_each_product(
 
 def test_the_floor_is_the_larger_of_arithmetic_and_weights() -> None:
     data = {"ms": 10.0, "weights_mb": 100.0, "rows": [{"gflop": 0.2}, {"gflop": 0.3}]}
-    found = with_floor(data, 100.0, 50.0)
-    assert (found["floor_flops_ms"], found["floor_weights_ms"], found["above_floor"]) == (5.0, 2.0, 2.0)
+    floor = with_floor(data, 100.0, 50.0)
+    assert (floor["floor_flops_ms"], floor["floor_weights_ms"], floor["above_floor"]) == (5.0, 2.0, 2.0)
     assert with_floor(data, 1000.0, 50.0)["above_floor"] == 5.0
 
 

@@ -15,8 +15,7 @@ from fewstep.bench.summary import (
 
 
 def test_percentiles_of_a_known_sequence() -> None:
-    found = percentiles(range(101))
-    assert found == {"p50": 50.0, "p90": 90.0, "p99": 99.0, "min": 0.0, "n": 101}
+    assert percentiles(range(101)) == {"p50": 50.0, "p90": 90.0, "p99": 99.0, "min": 0.0, "n": 101}
 
 
 def test_a_ratio_is_of_medians_and_its_interval_holds_the_truth() -> None:
@@ -25,22 +24,22 @@ def test_a_ratio_is_of_medians_and_its_interval_holds_the_truth() -> None:
     for trial in range(100):
         ours = rng.lognormal(0.0, 0.2, 30)
         theirs = rng.lognormal(np.log(2.0), 0.2, 30)
-        found = ratio_of_medians(theirs, ours, seed=trial)
-        assert found["ratio"] == pytest.approx(np.median(theirs) / np.median(ours), abs=1e-4)
-        covered += found["low"] <= 2.0 <= found["high"]
+        ratio = ratio_of_medians(theirs, ours, seed=trial)
+        assert ratio["ratio"] == pytest.approx(np.median(theirs) / np.median(ours), abs=1e-4)
+        covered += ratio["low"] <= 2.0 <= ratio["high"]
     assert 85 <= covered <= 100  # 95 are expected; 85 is five standard deviations below
 
 
 def test_what_weighs_on_whole_rounds_cancels() -> None:
     mood = np.tile([1.0, 10.0], 10)
-    found = ratio_of_medians(3.0 * mood, mood)
-    assert found["ratio"] == found["low"] == found["high"] == 3.0
+    ratio = ratio_of_medians(3.0 * mood, mood)
+    assert ratio["ratio"] == ratio["low"] == ratio["high"] == 3.0
 
 
 def test_sides_that_were_not_taken_together_are_resampled_apart() -> None:
     mood = np.tile([1.0, 10.0], 10)
-    found = ratio_of_medians(3.0 * mood, mood[:15], paired=False)
-    assert found["low"] < found["ratio"] < found["high"]
+    ratio = ratio_of_medians(3.0 * mood, mood[:15], paired=False)
+    assert ratio["low"] < ratio["ratio"] < ratio["high"]
     assert ratio_of_medians([6.0] * 3, [2.0] * 9, paired=False)["ratio"] == 3.0
 
 
@@ -50,11 +49,11 @@ def test_the_fit_separates_fixed_from_per_step_cost() -> None:
 
 
 def test_stages_pool_evaluations_and_leave_out_what_never_ran() -> None:
-    found = stage_percentiles([{"evaluations": [1.0, 3.0], "text": 2.0, "encode_image": 0.0}, {"evaluations": [2.0]}])
-    assert found["each evaluation"]["p50"] == 2.0
-    assert found["each evaluation"]["n"] == 3
-    assert "encode_image" not in found
-    assert found["text"]["p50"] == 1.0
+    stages = stage_percentiles([{"evaluations": [1.0, 3.0], "text": 2.0, "encode_image": 0.0}, {"evaluations": [2.0]}])
+    assert stages["each evaluation"]["p50"] == 2.0
+    assert stages["each evaluation"]["n"] == 3
+    assert "encode_image" not in stages
+    assert stages["text"]["p50"] == 1.0
 
 
 def test_agreement_of_images_and_outputs() -> None:

@@ -113,7 +113,7 @@ def test_a_cut_or_absent_reference_is_refused(gated: Bundle) -> None:
     with pytest.raises(CorruptError, match="is no reference"):
         load_cases(gated)
     path.unlink()
-    with pytest.raises(MissingError, match="--reference"):
+    with pytest.raises(MissingError, match="writes it: fewstep export CHECKPOINT BUNDLE --overwrite"):
         load_cases(gated)
 
 

@@ -127,10 +127,12 @@ def test_two_threads_on_one_binding_are_refused(bundle: Bundle) -> None:
     assert refused.is_set()
 
 
-@pytest.mark.parametrize("spinning", ["run", "always", "off"])
-def test_spinning_is_an_option(bundle: Bundle, spinning: str) -> None:
-    engine = engine_of(bundle, "unet", spinning=spinning)
-    engine.bind(DIMS).enqueue()
+@pytest.mark.parametrize(("spinning", "entries"), [("run", "11"), ("always", "10"), ("off", "00")])
+def test_threads_wait_busily_as_asked(spinning: str, entries: str) -> None:
+    """Whether they spin at all, and whether they stop when a run ends."""
+    options = session_options(onnxruntime, RunOptions(spinning=spinning), "disabled")
+    keys = ("session.intra_op.allow_spinning", "session.force_spinning_stop")
+    assert "".join(map(options.get_session_config_entry, keys)) == entries
 
 
 @pytest.mark.parametrize(
