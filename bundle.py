@@ -331,9 +331,9 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
     except (ValueError, RecursionError, OSError) as error:
         raise CorruptError(f"{MANIFEST} is not JSON: {error}", remedy="Export the checkpoint again.") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
-        found = data.get("format") if isinstance(data, dict) else type(data).__name__
+        stated = data.get("format") if isinstance(data, dict) else type(data).__name__
         raise CorruptError(
-            f"{MANIFEST} has format {found!r}", expected=str(FORMAT), remedy="Export the checkpoint again."
+            f"{MANIFEST} has format {stated!r}", expected=str(FORMAT), remedy="Export the checkpoint again."
         )
     try:
         return Bundle(

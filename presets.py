@@ -120,12 +120,12 @@ def preset_warnings(bundle: Bundle, asked: Mapping[str, Any]) -> list[str]:
     preset = PRESETS_BY_NAME.get(defaults.preset or "")
     if preset is None:
         return []
-    found = [_steps_warning(preset, asked.get("steps")), _guidance_warning(preset, asked.get("guidance"))]
-    found.append(_schedule_warning(preset, defaults, asked.get("sampler"), asked.get("schedule")))
+    warnings = [_steps_warning(preset, asked.get("steps")), _guidance_warning(preset, asked.get("guidance"))]
+    warnings.append(_schedule_warning(preset, defaults, asked.get("sampler"), asked.get("schedule")))
     size = asked.get("size")
     if size is not None and preset.side is not None and max(size) > preset.side:
-        found.append(f"{preset.name} was made for {preset.side}x{preset.side} pixels, not {size[0]}x{size[1]}.")
-    return [w for w in found if w]
+        warnings.append(f"{preset.name} was made for {preset.side}x{preset.side} pixels, not {size[0]}x{size[1]}.")
+    return [w for w in warnings if w]
 
 
 def _steps_warning(preset: Preset, steps: int | None) -> str | None:

@@ -52,6 +52,11 @@ def contender(name: str) -> Contender:
     return CONTENDERS[name]
 
 
+def backend_python(backend: str, environments: Path) -> Path | None:
+    """The Python in which fewstep runs a backend whose package excludes this environment's; `None`: this one does."""
+    return interpreter(CONTENDERS[OPENVINO], environments) if backend.startswith("ort-openvino") else None
+
+
 def interpreter(who: Contender, environments: Path) -> Path:
     """The Python that runs a contender's worker; `MissingError` when its environment was not made."""
     if who.environment is None:

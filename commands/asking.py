@@ -56,8 +56,8 @@ def threshold(text: str) -> float | str:
 
 
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompt-2", help="what SDXL's second text encoder reads instead")
-    parser.add_argument("--negative-2", help="negative prompt for SDXL's second text encoder")
+    parser.add_argument("--prompt-2", help="what a second text encoder reads instead")
+    parser.add_argument("--negative-2", help="negative prompt for a second text encoder")
     parser.add_argument(
         "--prompt-syntax", choices=("plain", "a1111"), help="a1111: (word:1.3), [word] and BREAK (default: plain)"
     )
@@ -69,10 +69,20 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clip-skip", type=between(0, 64), metavar="N", help="leave out the last N text layers")
     for name in SIZES:
         words = name.replace("_", " ")
-        parser.add_argument(f"--{name.replace('_', '-')}", type=size, metavar="WxH", help=f"SDXL's {words}")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=size,
+            metavar="WxH",
+            help=f"the {words}, for a UNet that is told of sizes",
+        )
     for name in CROPS:
         words = name.replace("_", " ")
-        parser.add_argument(f"--{name.replace('_', '-')}", type=pair, metavar="T,L", help=f"SDXL's {words}")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=pair,
+            metavar="T,L",
+            help=f"the {words}, for a UNet that is told of sizes",
+        )
 
 
 def add_picture_options(parser: argparse.ArgumentParser, *, many: bool) -> None:

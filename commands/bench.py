@@ -49,7 +49,7 @@ def define(parser: argparse.ArgumentParser) -> None:
         "--also",
         default="",
         metavar="BACKENDS",
-        help="fewstep on other backends too; ort-openvino runs in the environment fewstep-openvino",
+        help="fewstep on other backends too, in an environment of the peers' where this one cannot run them",
     )
     parser.add_argument("--threads", type=between(0, 1024), default=0, help="for all contenders (default: one a core)")
     parser.add_argument("--environments", type=Path, default=Path("build/bench"), help="where the peers' are")
@@ -89,7 +89,7 @@ def _subject(name: str, checkpoint: str | None) -> tuple[Bundle, Path | None]:
 
 def _plan(options: argparse.Namespace, bundle: Bundle, checkpoint: Path | None) -> tuple[Any, dict[str, Any]]:
     from ..bench.measure import OURS, Plan
-    from ..bench.workers import OPENVINO, contender, interpreter
+    from ..bench.workers import backend_python, contender
 
     peers = tuple(p for p in options.against.split(",") if p)
     for peer in peers:
@@ -131,14 +131,13 @@ def _plan(options: argparse.Namespace, bundle: Bundle, checkpoint: Path | None) 
     for backend in backends.values():
         if backend not in BACKENDS:
             raise UnknownNameError("backend", backend, tuple(BACKENDS))
-    elsewhere = {n for n, b in backends.items() if "openvino" in b}
     plan = Plan(
         load=load,
         request=request,
         steps=(1,) if options.unet else steps,
         against=peers,
         variants={n: {"backend": b} for n, b in backends.items()},
-        python={n: interpreter(contender(OPENVINO), options.environments) for n in elsewhere},
+        python={n: p for n, b in backends.items() if (p := backend_python(b, options.environments)) is not None},
         precisions=tuple(options.precision.split(",")),
         repeat=options.repeat,
         warm_up=options.warm_up,

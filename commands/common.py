@@ -138,8 +138,8 @@ def bar(total: int | None, unit: str, description: str = "") -> Iterator[Any]:
         disable=not sys.stderr.isatty(),
         leave=False,
         file=sys.stderr,
-    ) as made:
-        yield made
+    ) as drawn:
+        yield drawn
 
 
 def stage_lines(timings: dict[str, Any]) -> str:

@@ -38,10 +38,10 @@ def _list(options: argparse.Namespace) -> int:
     from ..engines import default_store
     from ..engines.inventory import list_engines
 
-    found = list_engines(default_store(), options.name)
-    data = [{"name": e.name, "bytes": e.length, "used": e.used, "state": e.state, "reason": e.reason} for e in found]
+    engines = list_engines(default_store(), options.name)
+    data = [{"name": e.name, "bytes": e.length, "used": e.used, "state": e.state, "reason": e.reason} for e in engines]
     lines = []
-    for e in found:
+    for e in engines:
         used = time.strftime("%Y-%m-%d", time.localtime(e.used))
         lines.append(f"{e.name}  {e.length / 1e6:9.2f} MB  used {used}  {e.state} {e.reason}")
     emit(options, {"engines": data}, "\n".join(lines) or "no engines")

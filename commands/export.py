@@ -29,7 +29,7 @@ def define(parser: argparse.ArgumentParser) -> None:
         help="fuse a LoRA, with a factor (default: 1); repeatable",
     )
     parser.add_argument(
-        "--preset", help="what the checkpoint was distilled for, like sdxl-lightning-4 (default: told from its names)"
+        "--preset", help="what the checkpoint was distilled for, like sd-turbo (default: told from its names)"
     )
     parser.add_argument(
         "--dtype",

@@ -40,9 +40,9 @@ class ImageVerdict:
         return not self.reason
 
     def to_json(self) -> dict[str, Any]:
-        found = self.psnr if math.isfinite(self.psnr) else None
+        psnr = self.psnr if math.isfinite(self.psnr) else None
         limit = self.limit if math.isfinite(self.limit) else None
-        return {"subject": self.subject, "psnr_db": found, "limit_db": limit, "reason": self.reason}
+        return {"subject": self.subject, "psnr_db": psnr, "limit_db": limit, "reason": self.reason}
 
 
 def compare_final_images(
@@ -56,11 +56,11 @@ def compare_final_images(
     shared: dict[str, Any] = {"store": store, "size": size}
     exact = _picture(bundle, "torch", engine_options={"torch_dtype": "float32"}, device="cpu:torch", **shared)
     limit = IMAGE_PSNR_DB
-    found = []
+    verdicts = []
     if {p.dtype for p in bundle.components.values()} != {"float32"}:
         own = compare(_picture(bundle, "torch", device="cpu:torch", **shared), exact).psnr
         limit = min(limit, own - 20 * math.log10(FACTOR))
-        found.append(ImageVerdict(subject="torch in the bundle's precision", psnr=own, limit=-math.inf, reason=""))
+        verdicts.append(ImageVerdict(subject="torch in the bundle's precision", psnr=own, limit=-math.inf, reason=""))
     with registered_backend(GRAPHS, _open_graph):
         for backend in (GRAPHS, *backends):
             try:
@@ -68,8 +68,8 @@ def compare_final_images(
                 reason = "" if psnr >= limit else f"PSNR {psnr:.1f} dB, limit {limit:.1f} dB"
             except FewstepError as error:
                 psnr, reason = -math.inf, str(error)
-            found.append(ImageVerdict(subject=backend, psnr=psnr, limit=limit, reason=reason))
-    return found
+            verdicts.append(ImageVerdict(subject=backend, psnr=psnr, limit=limit, reason=reason))
+    return verdicts
 
 
 def _picture(bundle: Bundle, backend: str, **options: Any) -> Any:

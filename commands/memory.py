@@ -67,8 +67,8 @@ def _lines(data: dict[str, Any]) -> list[str]:
     lines = [f"{width}x{height}, {data['batch']} at once; MB: weights + buffers + intermediate, measured peak"]
     for stage in data["stages"]:
         parts = " + ".join(f"{stage[n] / 1e6:9.1f}" for n in ("weights", "buffers", "activations"))
-        found = f", measured {stage['measured'] / 1e6:9.1f}" if "measured" in stage else ""
-        lines.append(f"{stage['component']:15} {parts} = {stage['total'] / 1e6:9.1f}{found}")
+        measured = f", measured {stage['measured'] / 1e6:9.1f}" if "measured" in stage else ""
+        lines.append(f"{stage['component']:15} {parts} = {stage['total'] / 1e6:9.1f}{measured}")
     largest = data["largest_batch"]
     fits = ", ".join(f"{n} {'unknown' if v is None else v}" for n, v in largest.items())
     free = "unknown" if data["free_bytes"] is None else f"{data['free_bytes'] / 1e9:.1f} GB"
@@ -145,11 +145,11 @@ def _alone(bundle: Bundle, options: argparse.Namespace, pixels: tuple[int, int])
     for _ in range(2):  # the second run may plan its memory by the first one's, and take more
         engine_function(engine)(zeros, dims)
     if kind == "cuda":
-        found = max(0, (free or 0) - (_free_bytes(options.device) or 0))
+        measured = max(0, (free or 0) - (_free_bytes(options.device) or 0))
     else:
-        found = _peak_rss() - before
-    data = {"component": options.stage, "batch": options.batch, "measured": found, "backend": engine.backend}
-    return data, f"{options.stage}: {found / 1e6:.1f} MB"
+        measured = _peak_rss() - before
+    data = {"component": options.stage, "batch": options.batch, "measured": measured, "backend": engine.backend}
+    return data, f"{options.stage}: {measured / 1e6:.1f} MB"
 
 
 def _begin() -> int:

@@ -29,8 +29,8 @@ KINDS = ("lcm", "tcd", "turbo", "lightning", "hyper", "dmd2")
 
 def kind_of(preset: str | None) -> str | None:
     """The kind of distillation that a preset's name tells of; DMD2's students are sampled as LCM's."""
-    found = next((k for k in KINDS if preset and k in preset), None)
-    return "lcm" if found == "dmd2" else found
+    kind = next((k for k in KINDS if preset and k in preset), None)
+    return "lcm" if kind == "dmd2" else kind
 
 
 def _suiting(options: argparse.Namespace) -> int:

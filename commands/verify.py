@@ -103,7 +103,7 @@ def _culprit(bundle: Bundle, report: GateReport) -> str:
 
     cases = [c for c in load_cases(bundle) if c.component == report.component and c.index == report.worst.case]
     say(f"bisecting {report.component}")
-    found = bisect_engine(bundle, report.component, cases[0])
-    if found is None:
+    place = bisect_engine(bundle, report.component, cases[0])
+    if place is None:
         return "none: every cut agrees with the unoptimised graph"
-    return f"{found.node} ({found.operator}), error {found.rel_l2:.2e} after {found.before:.2e} before it"
+    return f"{place.node} ({place.operator}), error {place.rel_l2:.2e} after {place.before:.2e} before it"

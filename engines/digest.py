@@ -127,12 +127,14 @@ def compare_file(path: Path, expected: FileDigest, *, what: str, remedy: str) ->
     _compare(digest_file(path, chunk_bytes=expected.chunk_bytes), expected, what=what, remedy=remedy)
 
 
-def _compare(found: FileDigest, expected: FileDigest, *, what: str, remedy: str) -> None:
-    if found.length != expected.length:
+def _compare(digest: FileDigest, expected: FileDigest, *, what: str, remedy: str) -> None:
+    if digest.length != expected.length:
         raise CorruptError(
-            f"{what} has {found.length} bytes", expected=f"{expected.length} bytes, as when it was built", remedy=remedy
+            f"{what} has {digest.length} bytes",
+            expected=f"{expected.length} bytes, as when it was built",
+            remedy=remedy,
         )
-    for number, (one, other) in enumerate(zip(found.chunks, expected.chunks, strict=True)):
+    for number, (one, other) in enumerate(zip(digest.chunks, expected.chunks, strict=True)):
         if one != other:
             raise CorruptError(
                 f"{what} was changed: its bytes from {number * expected.chunk_bytes} on have SHA-256 {one[:16]}",

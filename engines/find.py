@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..bundle import Bundle
-from ..errors import FewstepError, MismatchError, MissingError
+from ..errors import FewstepError, GateError, MismatchError, MissingError
 from . import machine
 from .backends.registry import Backend
 from .key import Difference, EngineKey, differences
@@ -60,12 +60,12 @@ def find_engine(
     fitting: list[tuple[int, str, Entry]] = []
     for entry in store.entries(component, kind.name):
         key = entry.key if options is not None else replace(entry.key, options=needed.options)
-        found = differences(key, needed, dims=dims)
-        if not found:
+        differing = differences(key, needed, dims=dims)
+        if not differing:
             loose = sum(not p.is_exact for p in entry.key.profiles)
             fitting.append((2 * (entry.key.options != needed.options) + bool(loose), entry.built.get("at", ""), entry))
-        elif not nearest or len(found) < len(nearest):
-            nearest = found
+        elif not nearest or len(differing) < len(nearest):
+            nearest = differing
     if fitting:
         best = min(rank for rank, _, _ in fitting)
         return max((f for f in fitting if f[0] == best), key=lambda f: f[1])[2]
@@ -79,6 +79,16 @@ def find_engine(
         f"the engine of {component!r} for {kind.name} was made for something else: {'; '.join(map(str, nearest))}",
         remedy=remedy,
     )
+
+
+def check_passed(bundle: Bundle, entry: Entry) -> None:
+    """Raise `GateError` for an engine that failed its comparison with torch."""
+    if entry.failed:
+        raise GateError(
+            f"the engine {entry.name} failed its comparison with torch: {entry.gate.get('reason', '')}",
+            expected="an engine that passed",
+            remedy=f"Rebuild it with: {command(bundle, entry.key.backend)} --force",
+        )
 
 
 def command(bundle: Bundle, backend: str, dims: Mapping[str, int] | None = None) -> str:

@@ -59,12 +59,12 @@ def _named(store: Store, names: Sequence[str]) -> list[Path]:
 
 def show_engine(store: Store, name: str) -> Entry:
     """The engine with this name, or with the only name that starts so. Raises `MissingError`, `ArgumentError`."""
-    found = _named(store, [name])
-    if len(found) > 1:
+    folders = _named(store, [name])
+    if len(folders) > 1:
         raise ArgumentError(
-            f"{len(found)} engines are called {name!r}...", expected=f"one of {', '.join(f.name for f in found)}"
+            f"{len(folders)} engines are called {name!r}...", expected=f"one of {', '.join(f.name for f in folders)}"
         )
-    return store.read_entry(found[0])
+    return store.read_entry(folders[0])
 
 
 def verify_engines(store: Store, names: Sequence[str] = ()) -> dict[str, FewstepError | None]:
@@ -156,10 +156,10 @@ def _state(entry: Entry) -> tuple[str, str]:
     except FewstepError as error:
         return "other machine or version", str(error)
     for field, value in here.items():
-        found = str(getattr(entry.key, field))
+        own = str(getattr(entry.key, field))
         portable = field == "capability" and entry.key.device == ANY_DEVICE
-        if found != value and not (portable and set(value.split()) <= set(found.split())):
-            return "other machine or version", f"{field.replace('_', ' ')} {found}, here {value}"
+        if own != value and not (portable and set(value.split()) <= set(own.split())):
+            return "other machine or version", f"{field.replace('_', ' ')} {own}, here {value}"
     return "ready", ""
 
 

@@ -87,9 +87,7 @@ class Difference:
         return f"{_WORDS[self.field]} {self.found} (expected {self.expected})"
 
 
-def differences(
-    found: EngineKey, needed: EngineKey, *, dims: Mapping[str, int] | None = None
-) -> tuple[Difference, ...]:
+def differences(key: EngineKey, needed: EngineKey, *, dims: Mapping[str, int] | None = None) -> tuple[Difference, ...]:
     """The fields in which an engine is not the one that is needed.
 
     With `dims` an engine's profiles fit when one of them admits these sizes; without, they are not compared. Compute
@@ -97,18 +95,18 @@ def differences(
     """
     result = []
     for f in fields(needed):
-        one, other = getattr(found, f.name), getattr(needed, f.name)
+        one, other = getattr(key, f.name), getattr(needed, f.name)
         if f.name == "profiles":
-            if dims is None or not found.profiles or any(p.admits(dims) for p in found.profiles):
+            if dims is None or not key.profiles or any(p.admits(dims) for p in key.profiles):
                 continue
             sizes = " ".join(f"{n}={v}" for n, v in sorted(dims.items()))
-            result.append(Difference(field="profiles", found="; ".join(map(str, found.profiles)), expected=sizes))
+            result.append(Difference(field="profiles", found="; ".join(map(str, key.profiles)), expected=sizes))
         elif f.name == "options":
             names = [n for n in sorted({*one, *other}) if one.get(n) != other.get(n)]
             if names:
                 words = [", ".join(f"{n}={side.get(n)!r}" for n in names) for side in (one, other)]
                 result.append(Difference(field="options", found=words[0], expected=words[1]))
-        elif f.name == "capability" and found.device == ANY_DEVICE:
+        elif f.name == "capability" and key.device == ANY_DEVICE:
             if not set(other.split()) <= set(one.split()):
                 result.append(Difference(field=f.name, found=one, expected=other))
         elif one != other:

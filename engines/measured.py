@@ -24,7 +24,7 @@ from ..errors import FewstepError
 from .backends.registry import Backend, BuildProgress, OpenJob, measured_backends, plain_backend
 from .base import Engine
 from .build import build_engine
-from .find import engine_key
+from .find import check_passed, engine_key
 from .profile import profiles_for
 from .store import Store
 
@@ -58,9 +58,9 @@ def choose_measured(
         return MeasuredChoice(backend=plain, reason="", milliseconds={})
     keys = [engine_key(bundle, component, kind).digest for kind in able]
     record = store.root / f".choice.{hashlib.sha256(' '.join(keys).encode()).hexdigest()[:32]}.json"
-    found = _read(record)
-    if found is not None:
-        return found
+    recorded = _read(record)
+    if recorded is not None:
+        return recorded
     if build == "never" or store.read_only:
         return MeasuredChoice(backend=plain, reason="nothing was measured", milliseconds={})
     with _measuring:
@@ -83,6 +83,7 @@ def _measure(
         name = kind.name
         try:
             entry = build_engine(bundle, component, kind, store=store, progress=progress).entry
+            check_passed(bundle, entry)
             progress(component, f"timing {name}", 0.0)
             times[name] = _time(kind.open(OpenJob.of(bundle, entry, store)), dims)
         except FewstepError as error:

@@ -76,8 +76,8 @@ def predicted_peak(
 ) -> int:
     """All weights and buffers, and the intermediate results of the stage that has most; `loaded`: without weights."""
     stages = predict(bundle, size, batch, on_cpu=on_cpu)
-    held = sum(s.buffers + (0 if loaded else s.weights) for s in stages)
-    return held + max(s.activations for s in stages)
+    lasting = sum(s.buffers + (0 if loaded else s.weights) for s in stages)
+    return lasting + max(s.activations for s in stages)
 
 
 def largest_batch(

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from ..bundle import Bundle
-from ..errors import ArgumentError, CancelledError, GateError, MismatchError, MissingError
+from ..errors import ArgumentError, CancelledError, MismatchError, MissingError
 from .backends.registry import (
     BuildProgress,
     OpenJob,
@@ -22,7 +22,7 @@ from .backends.registry import (
 )
 from .base import Engine
 from .build import BuiltEngine, build_engine
-from .find import command, find_engine
+from .find import check_passed, find_engine
 from .measured import choose_measured
 from .options import BuildOptions, RunOptions
 from .profile import Profile, dimension_names, profiles_for
@@ -113,23 +113,18 @@ def open_engine(
         if build == "never" or where.read_only:
             raise
         _log.info("building %s: %s", component, error.found)
-        wanted = {component: _default_profiles(bundle, component, dims)} if kind.uses_profiles else None
+        profiles = {component: _default_profiles(bundle, component, dims)} if kind.uses_profiles else None
         built = build_engines(
             bundle,
             backend=name,
             components=(component,),
-            profiles=wanted,
+            profiles=profiles,
             options=options,
             store=where,
             progress=progress,
         )
         entry = built[component].entry
-    if entry.failed:
-        raise GateError(
-            f"the engine {entry.name} failed its comparison with torch: {entry.gate.get('reason', '')}",
-            expected="an engine that passed",
-            remedy=f"Rebuild it with: {command(bundle, name)} --force",
-        )
+    check_passed(bundle, entry)
     job = OpenJob.of(bundle, entry, where, session)
     if not where.read_only:
         entry.mark_used()

@@ -55,14 +55,14 @@ def plan_build(
     sizes = profiles or (profiles_for(bundle) if kind.uses_profiles else {})
     result = []
     for component in components or tuple(bundle.components):
-        wanted = tuple(sizes.get(component, ())) if kind.uses_profiles else ()
-        key = engine_key(bundle, component, kind, options=options, profiles=wanted)
+        own_sizes = tuple(sizes.get(component, ())) if kind.uses_profiles else ()
+        key = engine_key(bundle, component, kind, options=options, profiles=own_sizes)
         try:
-            found = where.find(key)
-            reason = "already built" if found is not None else f"none is stored; {name}: {why}"
+            entry = where.find(key)
+            reason = "already built" if entry is not None else f"none is stored; {name}: {why}"
         except FewstepError as error:
-            found, reason = None, f"the stored one is damaged: {error.found}"
-        if found is not None and force:
+            entry, reason = None, f"the stored one is damaged: {error.found}"
+        if entry is not None and force:
             reason = "it is asked for anew"
         weights = bundle.path(bundle.component(component).weights).stat().st_size
         result.append(
@@ -70,10 +70,10 @@ def plan_build(
                 component=component,
                 backend=name,
                 name=where.entry_folder(key).name,
-                profiles=wanted,
-                exists=found is not None and not force,
+                profiles=own_sizes,
+                exists=entry is not None and not force,
                 reason=reason,
-                length=found.length if found is not None else weights,
+                length=entry.length if entry is not None else weights,
                 memory=kind.memory(weights),
             )
         )
@@ -93,11 +93,11 @@ def check_resources(planned: Sequence[Planned], folder: Path) -> None:
             expected=f"about {largest.memory / 1e9:.1f} GB to build {largest.component!r} for {largest.backend}",
             remedy="Close other programs, build on a larger machine, or go on with: --no-preflight",
         )
-    wanted = sum(p.length for p in todo) + MARGIN_BYTES
+    needed = sum(p.length for p in todo) + MARGIN_BYTES
     free = shutil.disk_usage(folder).free
-    if free < wanted:
+    if free < needed:
         raise MissingError(
             f"{free / 1e9:.1f} GB of disk are free where engines are kept",
-            expected=f"about {wanted / 1e9:.1f} GB",
+            expected=f"about {needed / 1e9:.1f} GB",
             remedy="Free some with: fewstep engines prune, or set FEWSTEP_CACHE_DIR.",
         )

@@ -128,7 +128,7 @@ def profiles_for(
             raise ArgumentError(f"batch is {batch}", expected="an integer above 0")
     factors = {None: (1, 2), True: (2,), False: (1,)}[guidance]
     rows = sorted({b * f for b in batches for f in factors})
-    wanted = [
+    sizings = [
         {"rows": r, "prompts": r, "batch": b, "height": h, "width": w, "tokens": t}
         for h, w in cells
         for t in tokens
@@ -138,18 +138,18 @@ def profiles_for(
     result = {}
     for name, component in bundle.components.items():
         named = dimension_names((*component.inputs, *component.outputs))
-        unknown = [n for n in named if n not in wanted[0]]
+        unknown = [n for n in named if n not in sizings[0]]
         if unknown:
             raise ArgumentError(
-                f"component {name!r} has the dimension {unknown[0]!r}", expected=f"one of {', '.join(wanted[0])}"
+                f"component {name!r} has the dimension {unknown[0]!r}", expected=f"one of {', '.join(sizings[0])}"
             )
         spans = {n: s for n, s in (dynamic or {}).items() if n in named}
-        found = {}
-        for dims in wanted:
+        distinct = {}
+        for dims in sizings:
             exact = Profile.exact({n: dims[n] for n in named})
             profile = Profile(spans={**exact.spans, **spans})
-            found[str(profile)] = profile
-        result[name] = tuple(found.values())
+            distinct[str(profile)] = profile
+        result[name] = tuple(distinct.values())
     return result
 
 

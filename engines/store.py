@@ -131,8 +131,8 @@ class Store:
 
     def folders(self, component: str = "*", backend: str = "*") -> list[Path]:
         """The folders of engines, whether their manifests can be read or not."""
-        found = self.root.glob(f"{component}.{backend}.*/{MANIFEST}")
-        return sorted(p.parent for p in found if _ENTRY.fullmatch(p.parent.name))
+        manifests = self.root.glob(f"{component}.{backend}.*/{MANIFEST}")
+        return sorted(p.parent for p in manifests if _ENTRY.fullmatch(p.parent.name))
 
     def entries(self, component: str = "*", backend: str = "*") -> Iterator[Entry]:
         """The engines whose manifests can be read; `list_engines` reports the others too."""
@@ -203,10 +203,10 @@ class Store:
         return hashlib.sha256("".join(f"{n} {h}\n" for n, h in self._manifests.items()).encode()).hexdigest()
 
     def _check_pin(self, pinned: str) -> None:
-        found = self.digest()
-        if found != pinned.removeprefix("sha256:").casefold():
+        digest = self.digest()
+        if digest != pinned.removeprefix("sha256:").casefold():
             raise MismatchError(
-                f"the engine store has the digest {found[:16]}",
+                f"the engine store has the digest {digest[:16]}",
                 expected=f"{pinned[:16]}, the one it is pinned by",
                 remedy="Print a store's digest with: fewstep engines verify",
             )
@@ -272,20 +272,20 @@ def _own(root: Path) -> None:
     root.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError):
         root.mkdir(mode=0o700)
-    found = root.lstat()
-    if not stat.S_ISDIR(found.st_mode):
+    status = root.lstat()
+    if not stat.S_ISDIR(status.st_mode):
         raise UnsafeFileError(f"the engine store {str(root)!r} is not a folder", expected="a folder, and no link")
     if not hasattr(os, "geteuid"):
         return
-    if found.st_uid != os.geteuid():
+    if status.st_uid != os.geteuid():
         raise UnsafeFileError(
-            f"the engine store {str(root)!r} belongs to user {found.st_uid}",
+            f"the engine store {str(root)!r} belongs to user {status.st_uid}",
             expected=f"user {os.geteuid()}, who runs this: an engine is code",
             remedy=f"Set {ENV_CACHE} to a folder of your own, or pin the store by its digest with {ENV_DIGEST}.",
         )
-    if found.st_mode & 0o077:
+    if status.st_mode & 0o077:
         raise UnsafeFileError(
-            f"the engine store {str(root)!r} has mode {stat.S_IMODE(found.st_mode):04o}",
+            f"the engine store {str(root)!r} has mode {stat.S_IMODE(status.st_mode):04o}",
             expected="0700: whoever can write there can run code as you",
             remedy=f"Mend it with: chmod 700 {root}",
         )
@@ -309,9 +309,9 @@ def _parse_json(folder: Path, text: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"the manifest of the engine {folder.name} is not JSON: {error}", remedy=REBUILD) from error
     if not isinstance(data, dict) or data.get("format") != MANIFEST_FORMAT:
-        found = data.get("format") if isinstance(data, dict) else type(data).__name__
+        stated = data.get("format") if isinstance(data, dict) else type(data).__name__
         raise CorruptError(
-            f"the manifest of the engine {folder.name} has format {found!r}",
+            f"the manifest of the engine {folder.name} has format {stated!r}",
             expected=str(MANIFEST_FORMAT),
             remedy=REBUILD,
         )

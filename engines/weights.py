@@ -83,8 +83,8 @@ def _check_once(path: Path, sha256: str, store: Store | None, check: Callable[[]
 
 
 def _state(path: Path) -> list[int]:
-    found = path.stat()
-    return [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
+    status = path.stat()
+    return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def _recorded(record: Path) -> object:
@@ -94,10 +94,10 @@ def _recorded(record: Path) -> object:
         return None
 
 
-def _compare(name: str, found: str, expected: str) -> None:
-    if found != expected:
+def _compare(name: str, digest: str, expected: str) -> None:
+    if digest != expected:
         raise CorruptError(
-            f"{name} in the bundle has SHA-256 {found[:16]}",
+            f"{name} in the bundle has SHA-256 {digest[:16]}",
             expected=f"{expected[:16]}, as its manifest says",
             remedy="The bundle was changed or cut short: export the checkpoint again.",
         )

@@ -45,7 +45,7 @@ def choose_precisions(
 
     dtype: one for all ("fp16"), or with others by component ("fp16,text_encoder=fp32,vae=bf16"; what is not named is
     float32). vae_dtype: the VAE's alone. A VAE that is not named follows the one for all, but for float16 where its
-    configuration says `force_upcast` (SDXL's, which overflows there): that one is float32. `ArgumentError` for names
+    configuration says `force_upcast` (it overflows there): that one is float32. `ArgumentError` for names
     of precisions or components that are not known.
     """
     kinds = list(checkpoint.model.components)
@@ -55,15 +55,15 @@ def choose_precisions(
             raise ArgumentError("the VAE's precision is given twice", remedy="Leave out --vae-precision, or vae=.")
         named |= {k: _precision(vae_dtype) for k in kinds if k.startswith("vae")}
     config = checkpoint.parts["vae"].config
-    made = {}
+    precisions = {}
     for kind in kinds:
         chosen, why = named.get(kind, general), "asked for by name" if kind in named else "asked for"
         if kind.startswith("vae") and kind not in named and chosen == "float16" and config.get("force_upcast"):
             chosen, why = "float32", "its configuration says force_upcast: it may overflow in float16"
         if kind == "unet" and chosen != "float32" and checkpoint.parts["unet"].config.get("upcast_attention"):
             why += "; attention in float32, as its configuration says upcast_attention"
-        made[kind] = Precision(dtype=chosen, why=why)
-    return made
+        precisions[kind] = Precision(dtype=chosen, why=why)
+    return precisions
 
 
 def _read_precisions(text: str, kinds: list[str]) -> tuple[str, dict[str, str]]:
@@ -77,10 +77,10 @@ def _read_precisions(text: str, kinds: list[str]) -> tuple[str, dict[str, str]]:
                 raise ArgumentError(f"{item.strip()!r} in {text!r} names no component", expected="like vae=fp32")
             general = _precision(value)
             continue
-        wanted = [k for k in kinds if k == name or (k.startswith(f"{name}_") and name == "vae")]
-        if not wanted:
+        chosen = [k for k in kinds if k == name or (k.startswith(f"{name}_") and name == "vae")]
+        if not chosen:
             raise ArgumentError(f"the checkpoint has no component {name!r}", expected=f"vae, {', '.join(kinds)}")
-        named |= {k: _precision(value) for k in wanted}
+        named |= {k: _precision(value) for k in chosen}
     return general, named
 
 

@@ -20,8 +20,8 @@ def export_tokenizer(folder: Path, target: Path, longest: int) -> TokenizerRecor
 
     `longest` is the text encoder's number of positions, where the tokenizer states no length or a larger one.
 
-    Special tokens are taken from `tokenizer_config.json` and `special_tokens_map.json`: SD 2.x and SDXL's second
-    tokenizer pad with "!", which makes every "!" of a prompt that very token.
+    Special tokens are taken from `tokenizer_config.json` and `special_tokens_map.json`: OpenCLIP's
+    tokenizers pad with "!", which makes every "!" of a prompt that very token.
     """
     config = _json(folder / "tokenizer_config.json")
     special = {**_json(folder / "special_tokens_map.json"), **{k: v for k, v in config.items() if k.endswith("_token")}}

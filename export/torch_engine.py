@@ -99,7 +99,7 @@ def open_torch_engine(bundle: Bundle, name: str, run: RunOptions) -> TorchEngine
     dtype = run.torch_dtype or component.dtype
     traceable = wrap(name, build_model(name, component.config, dtype), component.config, dtype, bundle.model)
     check_weights(bundle, component, None)
-    # What the bundle lacks its graph does not use: the last layer of SDXL's first text encoder, for one.
+    # What the bundle lacks its graph does not use: the last layer of a text encoder that is read before it, for one.
     result = traceable.module.load_state_dict(load_file(bundle.path(component.weights)), strict=False)
     if result.unexpected_keys:
         raise CorruptError(

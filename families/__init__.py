@@ -4,6 +4,6 @@ A new family is its file, and an import here.
 """
 
 from . import sd, sdxl  # noqa: F401
-from .base import Condition, Family, all_families, find_family
+from .base import Condition, Family, all_families, find_family, known_models
 
-__all__ = ["Condition", "Family", "all_families", "find_family"]
+__all__ = ["Condition", "Family", "all_families", "find_family", "known_models"]

@@ -184,3 +184,9 @@ def find_family(name: str) -> Family:
     if name not in _families:
         raise UnknownNameError("family", str(name), _families)
     return _families[name]
+
+
+def known_models() -> str:
+    """The families in words, for an error's `expected`."""
+    *others, last = [f.title for f in all_families()]
+    return f"a model of {', '.join(others)} or {last}"

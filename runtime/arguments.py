@@ -41,12 +41,12 @@ def check_levels(name: str, levels: Sequence[float] | None, least: int) -> list[
     if levels is None:
         return None
     try:
-        found = [float(v) for v in levels]
+        values = [float(v) for v in levels]
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"{name} is {str(levels)[:60]!r}", expected="a list of numbers") from error
-    if len(found) < least or not all(math.isfinite(v) for v in found):
-        raise ArgumentError(f"{name} is {str(found)[:60]}", expected=f"at least {least} finite numbers")
-    return found
+    if len(values) < least or not all(math.isfinite(v) for v in values):
+        raise ArgumentError(f"{name} is {str(values)[:60]}", expected=f"at least {least} finite numbers")
+    return values
 
 
 def check_pair(name: str, value: object, low: int, high: int) -> tuple[int, int]:

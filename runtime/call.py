@@ -17,11 +17,11 @@ RESERVED = frozenset({"start", "noise", "prediction"})
 class Call:
     """The arguments of a call; `None` stands for the bundle's own wherever that makes sense.
 
-    prompt, negative: one, or one an image. prompt_2, negative_2: what SDXL's second text encoder reads instead.
+    prompt, negative: one, or one an image. prompt_2, negative_2: what a second text encoder reads instead.
     prompt_syntax: `"plain"`, or `"a1111"` for `(word:1.3)`, `[word]` and BREAK. long_prompts: `"truncate"` what one
     pass of the text encoder does not take (as diffusers), or `"chunk"`. clip_skip: layers of the text encoders left
     out, counted as diffusers does. prompt_embeds, negative_prompt_embeds: float32 [N, T, D] instead of prompts, and
-    pooled_prompt_embeds, negative_pooled_prompt_embeds: float32 [N, P], which SDXL needs beside them.
+    pooled_prompt_embeds, negative_pooled_prompt_embeds: float32 [N, P], which some families need beside them.
 
     steps: steps of the schedule (two-stage samplers evaluate twice in each). sampler, schedule: any name that
     `fewstep samplers` lists; without them the checkpoint's own scheduler, as diffusers runs it. timesteps, sigmas:
@@ -35,8 +35,8 @@ class Call:
     successive seeds, of each prompt.
 
     size: (width, height) in pixels. original_size, target_size (width, height) and crop_top_left (top, left): what
-    SDXL is told of its picture; the negative ones default to them. latents: float32 [B, C, h, w], unit noise to start
-    from instead of the seeds'.
+    some families' UNets are told of a picture; the negative ones default to them. latents: float32 [B, C, h, w], unit
+    noise to start from instead of the seeds'.
 
     image: start from a picture, or from one an image (or a prompt): a path, a Pillow image or uint8 [H, W, 3].
     strength: how much of it to change, 0 to 1; steps x strength must be 1 or more; 0.8 without a mask and 1 with one.

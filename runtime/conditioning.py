@@ -40,7 +40,7 @@ class Conditioning:
         return (self.positive,) if self.negative is None else (self.negative, self.positive)
 
 
-def told_inputs(inputs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+def conditioning_inputs(inputs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
     """The inputs of a UNet that its conditioning fills."""
     return {n: s for n, s in inputs.items() if n not in OWN_INPUTS}
 
@@ -52,7 +52,7 @@ def check_conditioning(
 
     dims: `height` and `width` of the latent. values: look at every number too; `NonFiniteError` for NaN or infinity.
     """
-    expected = told_inputs(inputs)
+    expected = conditioning_inputs(inputs)
     for arrays in conditioning.parts:
         unknown = sorted(arrays.keys() ^ expected.keys())
         if unknown:

@@ -142,9 +142,9 @@ class DiffusersPipeline:
                 raise UnsupportedError(f"{name} in a call in diffusers' signature", remedy="Leave it out.")
         if given["output_type"] not in ("pil", "np", "pt", "latent"):
             raise ArgumentError(f"output_type is {given['output_type']!r}", expected="pil, np, pt or latent")
-        wanted = list(given["callback_on_step_end_tensor_inputs"] or [])
-        if set(wanted) - {"latents"}:
-            raise UnsupportedError(f"callback_on_step_end_tensor_inputs {wanted}", expected="latents alone")
+        tensors = list(given["callback_on_step_end_tensor_inputs"] or [])
+        if set(tensors) - {"latents"}:
+            raise UnsupportedError(f"callback_on_step_end_tensor_inputs {tensors}", expected="latents alone")
 
     def _request(self, given: Mapping[str, Any]) -> tuple[Request, list[tuple[Any, Gaussians]]]:
         """The request of a call, and the torch generators with what draws in their place."""
@@ -179,8 +179,8 @@ class DiffusersPipeline:
             asked |= self._sizes(given)
         shared, own = _noise(given["generator"])
         asked |= {"size": size, "shared_stream": shared}
-        told = given["prompt"] if given["prompt_embeds"] is None else given["prompt_embeds"]
-        images = (1 if isinstance(told, str) or told is None else len(told)) * given["num_images_per_prompt"]
+        prompts = given["prompt"] if given["prompt_embeds"] is None else given["prompt_embeds"]
+        images = (1 if isinstance(prompts, str) or prompts is None else len(prompts)) * given["num_images_per_prompt"]
         if own and not shared and len(own) != images:
             raise ArgumentError(f"{len(own)} generators for {images} images", expected="one an image, or one for all")
         request = make_request(self._bundle, given["prompt"], **asked, **_seeds(own))
@@ -205,18 +205,18 @@ class DiffusersPipeline:
 
     def _run(self, request: Request, given: Mapping[str, Any]) -> Result:
         callback = given["callback_on_step_end"]
-        wanted = "latents" in (given["callback_on_step_end_tensor_inputs"] or ())
-        on_step = None if callback is None else lambda step: self._tell(callback, step, wanted=wanted)
+        with_latents = "latents" in (given["callback_on_step_end_tensor_inputs"] or ())
+        on_step = None if callback is None else lambda step: self._tell(callback, step, with_latents=with_latents)
         return self.pipeline.run(request, on_step=on_step)
 
-    def _tell(self, callback: Any, step: Step, *, wanted: bool) -> None:
+    def _tell(self, callback: Any, step: Step, *, with_latents: bool) -> None:
         """Call back after an evaluation; what it gives back may look at the latents and not replace them."""
-        handed = {"latents": _tensor(step.latents())} if wanted else {}
-        before = np.array(handed["latents"]) if wanted else None
+        handed = {"latents": _tensor(step.latents())} if with_latents else {}
+        before = np.array(handed["latents"]) if with_latents else None
         answer = callback(self, step.index, step.timestep, dict(handed))
         if not isinstance(answer, Mapping):
             raise ArgumentError(f"the callback returned {type(answer).__name__}", expected="its dictionary")
-        if wanted and not np.array_equal(np.asarray(answer.get("latents", before)), np.asarray(before)):
+        if with_latents and not np.array_equal(np.asarray(answer.get("latents", before)), np.asarray(before)):
             raise UnsupportedError("a callback that changes the latents", expected="one that looks at them")
 
 
@@ -225,32 +225,32 @@ def _noise(generator: Any) -> tuple[bool, list[tuple[Any, Gaussians]]]:
     if generator is None:
         return False, []
     one = not isinstance(generator, (list, tuple))
-    made: list[tuple[Any, Gaussians]] = []
+    sources: list[tuple[Any, Gaussians]] = []
     for each in [generator] if one else generator:
         if isinstance(each, int) and not isinstance(each, bool):
-            made.append((each, TorchCpuGenerator(each)))
+            sources.append((each, TorchCpuGenerator(each)))
         elif is_generator(each):
-            made.append((each, read_generator(each)))
+            sources.append((each, read_generator(each)))
         else:
             raise ArgumentError(f"a generator is {type(each).__name__}", expected="torch.Generator or an integer")
-    return one, made
+    return one, sources
 
 
 def _seeds(own: Sequence[tuple[Any, Gaussians]]) -> dict[str, Any]:
     """Seeds for the pictures' parameters."""
-    found = [each if isinstance(each, int) else seed_of(each) for each, _ in own]
-    return {} if not found else {"seed": found[0] if len(found) == 1 else found}
+    seeds = [each if isinstance(each, int) else seed_of(each) for each, _ in own]
+    return {} if not seeds else {"seed": seeds[0] if len(seeds) == 1 else seeds}
 
 
 def _pictures(name: str, given: Any) -> list[Any]:
     """Pillow images, one or several."""
     from PIL import Image as pillow
 
-    found = list(given) if isinstance(given, (list, tuple)) else [given]
-    if not found or not all(isinstance(p, pillow.Image) for p in found):
-        kinds = ", ".join(sorted({type(p).__name__ for p in found})) or "nothing"
+    pictures = list(given) if isinstance(given, (list, tuple)) else [given]
+    if not pictures or not all(isinstance(p, pillow.Image) for p in pictures):
+        kinds = ", ".join(sorted({type(p).__name__ for p in pictures})) or "nothing"
         raise UnsupportedError(f"{name} is {kinds}", expected="a Pillow image, or a list of them")
-    return found
+    return pictures
 
 
 def _tensor(array: np.ndarray[Any, Any]) -> Any:

@@ -16,7 +16,7 @@ from .call import takes_a_call
 from .pipeline import Pipeline, follow
 from .prepare import Prepared
 from .request import Request
-from .result import Made, Result, Step, make_result
+from .result import Result, ResultPart, Step, make_result
 
 
 class PipelineGroup:
@@ -61,10 +61,10 @@ class PipelineGroup:
         prepared = first.prepare(request)
         parts = split(prepared, 1 if request.shared_stream else len(self.pipelines))
 
-        def one(index: int) -> Made:
-            made = self.pipelines[index].make(parts[index])
+        def one(index: int) -> ResultPart:
+            part = self.pipelines[index].make(parts[index])
             try:
-                return follow(made, None if index else on_step, (stop, cancel))
+                return follow(part, None if index else on_step, (stop, cancel))
             except BaseException:
                 stop.set()
                 raise

@@ -27,7 +27,7 @@ from .pictures.vae import Vae, check_images
 from .prepare import Prepared, prepare
 from .prompts.encoders import TextEncoders
 from .request import MOST_IMAGES, Request, check_size, make_request
-from .result import Made, Result, Step, make_result
+from .result import Result, ResultPart, Step, make_result
 
 MODES = ("latency", "shared")
 T = TypeVar("T")
@@ -164,14 +164,14 @@ class Pipeline:
         """
         began = time.perf_counter()
         prepared = self.prepare(request)
-        made = yield from self.make(prepared, previews=previews)
-        return make_result(self.bundle, prepared, [made], total_ms=_since(began))
+        part = yield from self.make(prepared, previews=previews)
+        return make_result(self.bundle, prepared, [part], total_ms=_since(began))
 
     def prepare(self, request: Request) -> Prepared:
         """The request with prompts and picture encoded and noise drawn, ready for slots."""
         return prepare(self.bundle, self.text, self.vae, request)
 
-    def make(self, prepared: Prepared, *, previews: bool = False) -> Generator[Step, None, Made]:
+    def make(self, prepared: Prepared, *, previews: bool = False) -> Generator[Step, None, ResultPart]:
         """The pictures of a prepared request, or of a part of one, step by step or as one piece of work."""
         images, request = len(prepared.samplings), prepared.request
         try:
@@ -181,26 +181,26 @@ class Pipeline:
             fits = self._would_fit((request.width, request.height), images)
             raise OutOfMemoryError(error.found, expected=fits, remedy=error.remedy) from error
 
-    def _make(self, prepared: Prepared, *, previews: bool) -> Generator[Step, None, Made]:
+    def _make(self, prepared: Prepared, *, previews: bool) -> Generator[Step, None, ResultPart]:
         began, program = time.perf_counter(), prepared.request.program
         latents, decoded, ticks = np.empty_like(prepared.gaussians), None, TickTimes()
-        with self._admitted(prepared) as (slots, held):
-            if self.mode == "latency" and not previews and self._is_whole(slots, held):
-                decoded = slots.run(held, self._on_device["vae_decoder"])
+        with self._admitted(prepared) as (slots, admitted):
+            if self.mode == "latency" and not previews and self._is_whole(slots, admitted):
+                decoded = slots.run(admitted, self._on_device["vae_decoder"])
                 latents = decoded.latents
             else:
                 for i in range(program.evaluations):
                     x0 = np.empty_like(latents) if previews else None
-                    slots.tick(held, None if x0 is None else dict(zip(held, x0, strict=True)))
-                    yield self._step(program, i, x0, lambda: np.stack([slots.latent(slot) for slot in held]))
-                for slot, into in zip(held, latents, strict=True):
+                    slots.tick(admitted, None if x0 is None else dict(zip(admitted, x0, strict=True)))
+                    yield self._step(program, i, x0, lambda: np.stack([slots.latent(slot) for slot in admitted]))
+                for slot, into in zip(admitted, latents, strict=True):
                     slots.result(slot, into)
                 ticks = slots.take_times()
         denoised = time.perf_counter()
         if decoded is not None:
             check_images(decoded.images, decoded.finite)
             yield self._step(program, program.evaluations - 1, None, lambda: latents)
-        return Made(
+        return ResultPart(
             device=self.device.name,
             images=self.vae.decode(latents) if decoded is None else decoded.images,
             latents=latents,
@@ -210,9 +210,9 @@ class Pipeline:
             tensor=None if decoded is None else decoded.tensor,
         )
 
-    def _is_whole(self, slots: Slots, held: Sequence[int]) -> bool:
+    def _is_whole(self, slots: Slots, admitted: Sequence[int]) -> bool:
         """Whether one evaluation and one pass of the decoder take these slots."""
-        return len(slots.share(held)) == 1 and self.vae.in_one_pass(len(held), *slots.shape[1:])
+        return len(slots.share(admitted)) == 1 and self.vae.in_one_pass(len(admitted), *slots.shape[1:])
 
     def _step(self, program: Program, index: int, x0: Float32 | None, latents: Callable[[], Float32]) -> Step:
         return Step(
@@ -228,14 +228,14 @@ class Pipeline:
     def _admitted(self, prepared: Prepared) -> Iterator[tuple[Slots, list[int]]]:
         """Slots from the pool with a request's images in them; they are left as they were."""
         with self._pool.take(prepared.shape, len(prepared.samplings)) as slots:
-            held: list[int] = []
+            admitted: list[int] = []
             try:
                 for i, sampling in enumerate(prepared.samplings):
                     latent = None if prepared.latents is None else prepared.latents[i]
-                    held.append(slots.admit(sampling, prepared.gaussians[i], latent))
-                yield slots, held
+                    admitted.append(slots.admit(sampling, prepared.gaussians[i], latent))
+                yield slots, admitted
             finally:
-                for slot in held:
+                for slot in admitted:
                     slots.release(slot)
 
     def make_slots(self, shape: Shape, count: int) -> Slots:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Made:
+class ResultPart:
     """What a device made of a request's images, or of some: pictures, latents, and milliseconds by stage.
 
     tensor: the pictures as torch uint8 [B, H, W, 3] where they were made, if that is a torch device.
@@ -114,7 +114,7 @@ class Step:
 
 
 def make_result(
-    bundle: Bundle, prepared: Prepared, parts: Sequence[Made], *, total_ms: float, queue_ms: float = 0.0
+    bundle: Bundle, prepared: Prepared, parts: Sequence[ResultPart], *, total_ms: float, queue_ms: float = 0.0
 ) -> Result:
     """What every caller gets, of a request whose images were made in one part or, on several devices, in several."""
     (first, *others), request = parts, prepared.request

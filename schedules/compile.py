@@ -55,26 +55,26 @@ def compile_program(
 
     Raises UnknownNameError, ArgumentError and UnsupportedError.
     """
-    found = resolve_sampler(sampler)
-    chosen = find_sampler(found.name)
+    spelling = resolve_sampler(sampler)
+    chosen = find_sampler(spelling.name)
     schedule = resolve_schedule(schedule) if schedule is not None else None
-    if schedule and found.schedule and schedule != found.schedule:
+    if schedule and spelling.schedule and schedule != spelling.schedule:
         raise ArgumentError(
-            f"sampler {sampler!r} carries the schedule {found.schedule!r}, but schedule={schedule!r} was asked for",
+            f"sampler {sampler!r} carries the schedule {spelling.schedule!r}, but schedule={schedule!r} was asked for",
             remedy=f"Use sampler={chosen.name!r} with schedule={schedule!r}.",
         )
-    schedule = schedule or found.schedule
+    schedule = schedule or spelling.schedule
     refuse_options(options)
     check_counts(steps, start, timesteps, sigmas, schedule, noise)
     if prediction is not None and prediction not in PREDICTIONS:
         raise UnknownNameError("prediction", prediction, PREDICTIONS)
     if compat == "diffusers":
         return compile_compat(
-            chosen, schedule, steps, noise, prediction, start, timesteps, sigmas, {**found.options, **options}
+            chosen, schedule, steps, noise, prediction, start, timesteps, sigmas, {**spelling.options, **options}
         )
     if compat is not None:
         raise UnknownNameError("compat", compat, ("diffusers",))
-    solver_options, layout = split_options(chosen, {**found.options, **options})
+    solver_options, layout = split_options(chosen, {**spelling.options, **options})
     axis = _edm_axis(layout) if chosen.name == "edm_euler" else _axis(noise, chosen)
     if timesteps is None and sigmas is None:
         schedule = schedule or chosen.schedule

@@ -122,9 +122,9 @@ def _suitability(sampler: Sampler, noise: NoiseSchedule, prediction: str, family
     if name == "edm_euler" and noise.timestep_type != "continuous":
         return Suitability(sampler=name, suits=False, why="for networks on EDM's axis, fed with ln(sigma) / 4")
     if family in _WANTED:
-        wanted, why = _WANTED[family]
-        verb = "this checkpoint is " if name in wanted else f"{', '.join(wanted)} only: this checkpoint is "
-        return Suitability(sampler=name, suits=name in wanted, why=verb + why)
+        families, why = _WANTED[family]
+        verb = "this checkpoint is " if name in families else f"{', '.join(families)} only: this checkpoint is "
+        return Suitability(sampler=name, suits=name in families, why=verb + why)
     if name in ("lcm", "tcd"):
         return Suitability(sampler=name, suits=False, why=f"for {name.upper()}-distilled checkpoints or LoRAs only")
     try:

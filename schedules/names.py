@@ -84,9 +84,9 @@ def resolve_sampler(name: str) -> Resolved:
     Raises UnsupportedError for a known one that is not done, UnknownNameError with the nearest for any other.
     """
     key = fold(str(name))
-    found = _lookup(key)
-    if found:
-        return found
+    known = _lookup(key)
+    if known:
+        return known
     for suffix in _SUFFIXES:
         base = _lookup(key.removesuffix(f"_{suffix}")) if key.endswith(f"_{suffix}") else None
         if base:

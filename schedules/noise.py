@@ -77,7 +77,7 @@ class NoiseSchedule:
             )
         ):
             raise UnsupportedError(
-                "a flow-matching scheduler config", expected="a DDPM-style noise schedule (SD 1.x, 2.x, SDXL)"
+                "a flow-matching scheduler config", expected="a noise schedule of DDPM's kind, with betas"
             )
         rescale = bool(config.get("rescale_betas_zero_snr", False))
         prediction = str(config.get("prediction_type") or "epsilon")
@@ -98,7 +98,7 @@ class NoiseSchedule:
     def scaled_linear(
         cls, beta_start: float = 0.00085, beta_end: float = 0.012, prediction: str = "epsilon"
     ) -> NoiseSchedule:
-        """The schedule of SD 1.x, SD 2.x and SDXL."""
+        """The schedule of latent diffusion (Rombach et al., arXiv:2112.10752), as published checkpoints have it."""
         return cls.from_diffusers(
             {
                 "num_train_timesteps": 1000,

@@ -75,9 +75,9 @@ class Program:
         if n == 0 or self.b.ndim != 2 or self.b.shape[1] == 0:
             raise CorruptError("a program without rows or without history slots")
         for name, value in self._arrays():
-            wanted = (n, self.history) if name == "b" else (n + 1,) if name in ("sigmas", "state_scale") else (n,)
-            if value.shape != wanted:
-                raise CorruptError(f"program field {name!r} has shape {value.shape}", expected=str(wanted))
+            shape = (n, self.history) if name == "b" else (n + 1,) if name in ("sigmas", "state_scale") else (n,)
+            if value.shape != shape:
+                raise CorruptError(f"program field {name!r} has shape {value.shape}", expected=str(shape))
             if not np.all(np.isfinite(value)):
                 raise CorruptError(f"program field {name!r} is not finite ({self.sampler}, {self.schedule})")
             value.setflags(write=False)

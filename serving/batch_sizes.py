@@ -1,4 +1,4 @@
-"""BatchSizes: the row counts an engine is evaluated with, and what each costs, measured."""
+"""Batch sizes: the row counts an engine is evaluated with, and what each costs, measured."""
 
 from __future__ import annotations
 
@@ -72,14 +72,14 @@ class BatchSizes:
 
 def admitted_rows(engine: Engine, dims: dict[str, int], candidates: Iterable[int]) -> list[int]:
     """The row counts that the engine has profiles for."""
-    found = []
+    admitted = []
     for rows in candidates:
         try:
             engine.bind({**dims, "rows": rows})
         except FewstepError:
             continue
-        found.append(rows)
-    return found
+        admitted.append(rows)
+    return admitted
 
 
 def measure(evaluate: Callable[[int], object], candidates: Iterable[int]) -> BatchSizes:

@@ -111,16 +111,16 @@ class Job:
     def report(self, slots: Slots, decode: Callable[[Float32], UInt8]) -> None:
         """Tell the ticket's readers of each evaluation that all images have made."""
         program = self.prepared.request.program
-        made = program.evaluations - self.remaining
-        if made == self._reported:
+        evaluated = program.evaluations - self.remaining
+        if evaluated == self._reported:
             return
-        self._reported = made
+        self._reported = evaluated
         latents = np.stack([slots.latent(s) for s in self.slots]) if self.ticket.previews else None
         self.ticket.report(
             Step(
-                index=made - 1,
+                index=evaluated - 1,
                 total=program.evaluations,
-                timestep=float(program.timesteps[made - 1]),
+                timestep=float(program.timesteps[evaluated - 1]),
                 x0=None if self._x0 is None else self._x0.copy(),
                 _latents=None if latents is None else lambda: latents,
                 _decode=decode,

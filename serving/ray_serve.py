@@ -46,10 +46,10 @@ class BundleReference:
     def read(self) -> Bundle:
         """The bundle, as it was when the reference was made; `MismatchError` when it is another."""
         bundle = read_bundle(self.folder)
-        found = _digest(bundle.folder)
-        if found != self.manifest_sha256:
+        digest = _digest(bundle.folder)
+        if digest != self.manifest_sha256:
             raise MismatchError(
-                f"the bundle {bundle.name} has the manifest {found[:12]}",
+                f"the bundle {bundle.name} has the manifest {digest[:12]}",
                 expected=self.manifest_sha256[:12],
                 remedy="Deploy again, or give every node the same bundle.",
             )
@@ -125,14 +125,14 @@ class Answer:
         """Itself, or the error that it tells of."""
         if self.error is None:
             return self
-        found, expected, remedy = self.words
+        message, expected, remedy = self.words
         kind = getattr(errors, self.error, FewstepError)
         if kind is QueueFullError:
-            raise QueueFullError(found, retry_after_s=1.0, remedy=remedy)
+            raise QueueFullError(message, retry_after_s=1.0, remedy=remedy)
         try:
-            raise kind(found, expected=expected, remedy=remedy)
+            raise kind(message, expected=expected, remedy=remedy)
         except TypeError:  # an error with more to it than words
-            raise FewstepError(found, expected=expected, remedy=remedy) from None
+            raise FewstepError(message, expected=expected, remedy=remedy) from None
 
 
 class Replica:
@@ -144,8 +144,8 @@ class Replica:
         self._bundle = reference.read()
         self._settings = dict(settings)
         self._metrics = Metrics()
-        made = Server(self._bundle, observer=self._metrics, **server)
-        self._service = Service(lambda: made)
+        instance = Server(self._bundle, observer=self._metrics, **server)
+        self._service = Service(lambda: instance)
         self._service.start()
         self._service.wait(60)
 

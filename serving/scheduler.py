@@ -146,12 +146,12 @@ class Scheduler:
         choice = choose(list(by_candidate), time.monotonic(), tick=self._ticks)
         chosen = [(by_candidate[c], by_candidate[c].behind[:n]) for c, n in choice.taken]
         slots, buckets = self._pools[chosen[0][0].prepared.shape]
-        held = [job.slots[i] for job, images in chosen for i in images]
+        slot_ids = [job.slots[i] for job, images in chosen for i in images]
         previews: dict[int, Float32] = {}
         for job, images in chosen:
             previews |= job.preview_targets(images)
         self._tick_began = began = time.monotonic()
-        slots.tick(held, previews or None, rows=choice.bucket)
+        slots.tick(slot_ids, previews or None, rows=choice.bucket)
         times = slots.take_times()  # on a GPU this waits for the evaluation
         self._tick_began = None
         took_ms = 1e3 * (time.monotonic() - began)
@@ -159,7 +159,7 @@ class Scheduler:
         rows = sum(job.rows * len(images) for job, images in chosen)
         if rows <= choice.bucket:
             buckets.observe(choice.bucket, took_ms)
-        self._observer.tick(took_ms, rows=rows, bucket=max(rows, choice.bucket), slots=len(held))
+        self._observer.tick(took_ms, rows=rows, bucket=max(rows, choice.bucket), slots=len(slot_ids))
         for job, _ in chosen:
             job.account(times)
             job.report(slots, self._pipeline.vae.decode_unguarded)

@@ -19,7 +19,7 @@ from ..runtime.loader import load
 from ..runtime.pipeline import Pipeline
 from ..runtime.prepare import Prepared, latent_shape
 from ..runtime.request import Request, check_integer, check_size
-from ..runtime.result import Made, Result, make_result
+from ..runtime.result import Result, ResultPart, make_result
 from .cpu_lock import CpuLock
 from .job import Job, check_prepared
 from .observe import Counters, Observer, ServerStats
@@ -306,7 +306,7 @@ class Server:
             return
         self._counters.observe("decode", 1e3 * (ended - began))
         self._estimates.observe_decode(prepared.shape, 1e3 * (ended - began), job.images)
-        made = Made(
+        part = ResultPart(
             device=self.pipeline.device.name,
             images=images,
             latents=job.out,
@@ -315,7 +315,7 @@ class Server:
             ticks=job.ticks,
         )
         total_ms = 1e3 * (ended - ticket.arrival)
-        ticket.finish(make_result(self.pipeline.bundle, prepared, [made], total_ms=total_ms, queue_ms=job.queue_ms))
+        ticket.finish(make_result(self.pipeline.bundle, prepared, [part], total_ms=total_ms, queue_ms=job.queue_ms))
 
     def _settled(self, ticket: Ticket) -> None:
         error = ticket.error

@@ -96,7 +96,7 @@ def _plain_attention(node: Node, graph: OnnxGraph, prefix: str) -> list[Node]:
     given = node.attributes.get("scale")
     number = given if isinstance(given, float) else 1.0 / math.sqrt(width)
     scale = graph.add_constant(prefix + "scale", FLOAT, [], struct.pack("<f", number))
-    made = [
+    nodes = [
         Node(operator="Transpose", inputs=[key], outputs=[prefix + "keys"], attributes={"perm": [0, 1, 3, 2]}),
         Node(operator="MatMul", inputs=[query, prefix + "keys"], outputs=[prefix + "scores"]),
         Node(operator="Mul", inputs=[prefix + "scores", scale], outputs=[prefix + "scaled"]),
@@ -106,14 +106,14 @@ def _plain_attention(node: Node, graph: OnnxGraph, prefix: str) -> list[Node]:
         masked = prefix + "masked"
         if graph.types.get(rest[0]) == BOOL:
             lowest = graph.add_constant("attention_lowest", FLOAT, [], struct.pack("<f", LOWEST))
-            made.append(Node(operator="Where", inputs=[rest[0], scores, lowest], outputs=[masked]))
+            nodes.append(Node(operator="Where", inputs=[rest[0], scores, lowest], outputs=[masked]))
         else:
-            made.append(Node(operator="Add", inputs=[scores, rest[0]], outputs=[masked]))
+            nodes.append(Node(operator="Add", inputs=[scores, rest[0]], outputs=[masked]))
         scores = masked
     weights = prefix + "weights"
-    made.append(Node(operator="Softmax", inputs=[scores], outputs=[weights], attributes={"axis": -1}))
-    made.append(Node(operator="MatMul", inputs=[weights, value], outputs=[node.outputs[0]]))
-    return made
+    nodes.append(Node(operator="Softmax", inputs=[scores], outputs=[weights], attributes={"axis": -1}))
+    nodes.append(Node(operator="MatMul", inputs=[weights, value], outputs=[node.outputs[0]]))
+    return nodes
 
 
 class OpenVinoEngine:

@@ -262,13 +262,13 @@ class OrtEngine:
 
 def check_tensors(kind: str, specs: Mapping[str, TensorSpec], nodes: Sequence[Any]) -> None:
     """Raise `MismatchError` unless the session's tensors are the manifest's, by name, dtype and rank."""
-    found = {n.name: (_ONNX_TYPES.get(n.type, n.type), len(n.shape)) for n in nodes}
+    tensors = {n.name: (_ONNX_TYPES.get(n.type, n.type), len(n.shape)) for n in nodes}
     expected = {n: (s.dtype, len(s.shape)) for n, s in specs.items()}
-    if found == expected:
+    if tensors == expected:
         return
-    names = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
+    names = sorted(n for n in tensors.keys() | expected.keys() if tensors.get(n) != expected.get(n))
     raise MismatchError(
-        f"{kind} {names[0]!r} of the model is {_tensor_words(found.get(names[0]))}",
+        f"{kind} {names[0]!r} of the model is {_tensor_words(tensors.get(names[0]))}",
         expected=_tensor_words(expected.get(names[0])),
         remedy="The manifest and the graph disagree: export the checkpoint again.",
     )

@@ -137,12 +137,14 @@ def register_in_memory(name: str, factory: EngineFactory | None = None) -> None:
 
 @contextmanager
 def registered_backend(name: str, factory: EngineFactory) -> Iterator[None]:
-    """A backend in memory for as long as the block lasts."""
+    """A backend in memory for as long as the block lasts; what had its name before has it again afterwards."""
+    before = dict(_in_memory)
     register_in_memory(name, factory)
     try:
         yield
     finally:
-        del _in_memory[name]
+        _in_memory.clear()
+        _in_memory.update(before)
 
 
 def backend_names() -> tuple[str, ...]:
@@ -198,8 +200,8 @@ def choose_backend(name: str = "auto") -> tuple[str, str]:
         return name, "it was asked for"
     if not machine.has_gpu_driver():
         return plain_backend().name, "no NVIDIA driver is loaded"
-    ranked = sorted((b.rank, b) for b in _backends.values() if b.rank is not None)
-    for _, backend in ranked:
+    ranked = sorted((b for b in _backends.values() if b.rank is not None), key=lambda b: b.rank or 0)
+    for backend in ranked:
         if backend.available() and (reason := backend.suits()):
             return backend.name, reason
     reason = "a GPU is there, but neither TensorRT nor ONNX Runtime with CUDA is installed"

@@ -62,8 +62,8 @@ def logger(backend: str) -> trt.ILogger:
                 _said.__dict__.setdefault("errors", []).append(message)
             _log.log(min(level, logging.WARNING), "%s", message)
 
-    made: trt.ILogger = Lines()
-    return made
+    lines: trt.ILogger = Lines()
+    return lines
 
 
 def errors_said() -> str:
@@ -176,11 +176,11 @@ class TensorRTEngine:
         return profile
 
     def _check_tensors(self) -> None:
-        found = {self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)}
+        names = {self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)}
         expected = {*self.inputs, *self.outputs}
-        if found != expected or self._engine.num_optimization_profiles != max(1, len(self._profiles)):
+        if names != expected or self._engine.num_optimization_profiles != max(1, len(self._profiles)):
             raise MismatchError(
-                f"the engine has the tensors {', '.join(sorted(found))} "
+                f"the engine has the tensors {', '.join(sorted(names))} "
                 f"and {self._engine.num_optimization_profiles} profiles",
                 expected=f"{', '.join(sorted(expected))} and {len(self._profiles)}, as its manifest says",
                 remedy="Rebuild it with: fewstep build BUNDLE --force",
@@ -267,11 +267,11 @@ def check_validity(module: Any, runtime: trt.Runtime, data: memoryview) -> None:
         return
     validity, diagnostics = runtime.get_engine_validity(data)
     if validity == module.EngineValidity.INVALID:
-        found = [
+        causes = [
             n for n, flag in module.EngineInvalidityDiagnostics.__members__.items() if int(flag) & int(diagnostics)
         ]
         raise MismatchError(
-            f"TensorRT-RTX finds the engine invalid here: {', '.join(found).casefold().replace('_', ' ')}",
+            f"TensorRT-RTX finds the engine invalid here: {', '.join(causes).casefold().replace('_', ' ')}",
             expected="an engine for this GPU, driver and version",
             remedy="Rebuild it with: fewstep build BUNDLE --backend tensorrt-rtx --force",
         )
@@ -295,8 +295,8 @@ def check_precision(information: str, dtype: str) -> dict[str, int]:
     for layer in json.loads(information).get("Layers", ()):
         for tensor in layer.get("Outputs", ()) if isinstance(layer, dict) else ():
             described = str(tensor.get("Format/Datatype", ""))
-            for name, found in words.items():
-                counts[name] += any(described.endswith(w) or f" {w} " in f" {described} " for w in found)
+            for name, spellings in words.items():
+                counts[name] += any(described.endswith(w) or f" {w} " in f" {described} " for w in spellings)
     if sum(counts.values()) and not counts.get(dtype):
         raise MismatchError(
             f"the engine computes in {', '.join(n for n, c in counts.items() if c)}",

@@ -70,8 +70,8 @@ class TensorRT(Backend):
         check_io(network, job.component.inputs, job.component.outputs)
         types = check_types(module, network, job.component.dtype)
         layers = Counter(network.get_layer(i).type.name for i in range(network.num_layers))
-        found = {"Attention": layers["ATTENTION_INPUT"]}
-        fused = check_fusion(job.name, job.component.operators, found, strict=True)
+        fused_layers = {"Attention": layers["ATTENTION_INPUT"]}
+        fused = check_fusion(job.name, job.component.operators, fused_layers, strict=True)
         attentions = decompose_attention(module, network) if job.component.dtype == "float32" else 0
         self._configure(module, builder, config, job)
         add_profiles(builder, config, job.component.inputs, job.profiles)
@@ -129,9 +129,9 @@ class TensorRT(Backend):
         if options.capturable:
             config.set_flag(module.BuilderFlag.REQUIRE_USER_ALLOCATION)
         _, capability = self.target(options)
-        wanted = capability.split()
-        config.num_compute_capabilities = len(wanted)
-        for index, one in enumerate(wanted):
+        capabilities = capability.split()
+        config.num_compute_capabilities = len(capabilities)
+        for index, one in enumerate(capabilities):
             member = getattr(module.ComputeCapability, f"SM{one.replace('.', '')}")
             if not config.set_compute_capability(member, index):
                 raise UnsupportedError(f"TensorRT-RTX {module.__version__} refuses compute capability {one}")
@@ -190,9 +190,9 @@ def parse(module: Any, network: trt.INetworkDefinition, graph: Path, log: trt.IL
     done = parser.parse(graph.read_bytes(), str(graph))
     # Empty bytes parse as a network of nothing.
     if not done or network.num_outputs == 0:
-        said = [describe(parser.get_error(i)) for i in range(parser.num_errors)]
+        complaints = [describe(parser.get_error(i)) for i in range(parser.num_errors)]
         raise CorruptError(
-            f"{graph.name} cannot be parsed: {'; '.join(said) or errors_said() or 'it holds no outputs'}",
+            f"{graph.name} cannot be parsed: {'; '.join(complaints) or errors_said() or 'it holds no outputs'}",
             expected="an ONNX graph of operators that the backend knows",
             remedy="Export the checkpoint again.",
         )
@@ -218,12 +218,12 @@ def check_operators(module: Any, component: str, operators: Mapping[str, int]) -
 
 def check_io(network: trt.INetworkDefinition, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
     """Raise `MismatchError` unless the network's tensors are the manifest's, by name and rank."""
-    found = {network.get_input(i).name: len(network.get_input(i).shape) for i in range(network.num_inputs)}
-    found |= {network.get_output(i).name: len(network.get_output(i).shape) for i in range(network.num_outputs)}
+    ranks = {network.get_input(i).name: len(network.get_input(i).shape) for i in range(network.num_inputs)}
+    ranks |= {network.get_output(i).name: len(network.get_output(i).shape) for i in range(network.num_outputs)}
     expected = {s.name: len(s.shape) for s in (*inputs, *outputs)}
-    if found != expected:
+    if ranks != expected:
         raise MismatchError(
-            f"the graph has the tensors {', '.join(f'{n} of rank {r}' for n, r in sorted(found.items()))}",
+            f"the graph has the tensors {', '.join(f'{n} of rank {r}' for n, r in sorted(ranks.items()))}",
             expected=", ".join(f"{n} of rank {r}" for n, r in sorted(expected.items())),
             remedy="The manifest and the graph disagree: export the checkpoint again.",
         )
@@ -264,14 +264,14 @@ def add_profiles(
     builder: trt.Builder, config: trt.IBuilderConfig, inputs: tuple[TensorSpec, ...], profiles: tuple[Profile, ...]
 ) -> None:
     """Add each profile to the build. Raises `MismatchError` when the backend takes one of them for impossible."""
-    for wanted in profiles:
+    for sizes in profiles:
         profile = builder.create_optimization_profile()
         for spec in inputs:
-            low, best, high = wanted.shapes(spec)
+            low, best, high = sizes.shapes(spec)
             profile.set_shape(spec.name, low, best, high)
         if config.add_optimization_profile(profile) < 0:
             raise MismatchError(
-                f"the backend refuses the profile {wanted}: {errors_said()}", expected="sizes that fit the graph"
+                f"the backend refuses the profile {sizes}: {errors_said()}", expected="sizes that fit the graph"
             )
 
 
@@ -297,8 +297,8 @@ def make_monitor(module: Any, job: BuildJob) -> trt.IProgressMonitor:
                 job.progress(job.name, phase_name, min(1.0, (step + 1) / self.steps[phase_name]))
             return not job.cancel.is_set()
 
-    made: trt.IProgressMonitor = Monitor()
-    return made
+    monitor: trt.IProgressMonitor = Monitor()
+    return monitor
 
 
 def write_plan(

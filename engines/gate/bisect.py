@@ -134,11 +134,11 @@ def _places(onnx: Any, bundle: Bundle, part: Component, model: Any, case: Case) 
         graph = _write(bundle, part, shown.SerializeToString(), Path(folder))
         session = open_session(graph, run=RunOptions(), optimization="disabled")
         types = {o.name: _FLOATS.get(o.type) for o in session.get_outputs()}
-        wanted = [(i, n) for i, n in nodes if types[n.output[0]] is not None]
+        fetched = [(i, n) for i, n in nodes if types[n.output[0]] is not None]
         places = []
         # Not all at once: every intermediate of a full-size model does not fit into memory.
-        for start in range(0, len(wanted), FETCHED):
-            some = wanted[start : start + FETCHED]
+        for start in range(0, len(fetched), FETCHED):
+            some = fetched[start : start + FETCHED]
             values = session.run([n.output[0] for _, n in some], dict(case.inputs))
             for (index, node), value in zip(some, values, strict=True):
                 shape = tuple(int(n) for n in value.shape)
@@ -167,8 +167,8 @@ def _error(
         )
         inputs = {s.name: case.inputs[s.name] for s in part.inputs}
         expected = engine_function(plain)(inputs, case.dims)
-        found = make(cut, component)(inputs, case.dims)
-        return max(compare(found[name], value).rel_l2 for name, value in expected.items())
+        outputs = make(cut, component)(inputs, case.dims)
+        return max(compare(outputs[name], value).rel_l2 for name, value in expected.items())
 
 
 def _cut(onnx: Any, bundle: Bundle, component: str, model: Any, ends: list[_Place], folder: Path) -> Bundle:

@@ -99,8 +99,8 @@ def _runner(name: str, evaluate: Evaluate, case: Case, outputs: Sequence[str]) -
             return metadata
 
         def infer_impl(self, feed_dict: Mapping[str, Any]) -> Any:
-            found = evaluate(feed_dict, case.dims)
+            results = evaluate(feed_dict, case.dims)
             self.inference_time = 0.0
-            return OrderedDict((n, found[n]) for n in outputs)
+            return OrderedDict((n, results[n]) for n in outputs)
 
     return Runner(name=name)

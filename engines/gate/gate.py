@@ -43,7 +43,7 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GateRow:
+class Verdict:
     """The verdict on one output of one case; `reason` is empty when it passed."""
 
     component: str
@@ -65,14 +65,14 @@ class GateReport:
     component: str
     subject: str
     dtype: str
-    rows: tuple[GateRow, ...]
+    rows: tuple[Verdict, ...]
 
     @property
     def passed(self) -> bool:
         return all(row.passed for row in self.rows)
 
     @property
-    def worst(self) -> GateRow:
+    def worst(self) -> Verdict:
         return max(self.rows, key=lambda r: (not r.passed, not r.report.finite, r.report.rel_l2 / max(r.limit, 1e-30)))
 
     def to_json(self) -> dict[str, Any]:
@@ -100,11 +100,11 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def compare(found: NDArray[Any], expected: NDArray[Any]) -> Report:
+def compare(output: NDArray[Any], expected: NDArray[Any]) -> Report:
     """Measure one array against another, in float64. PSNR's peak is 255 for uint8, else the largest magnitude."""
-    if found.shape != expected.shape:
-        raise GateError(f"an output has the shape {found.shape}", expected=f"{expected.shape}, as torch's")
-    one, other = found.astype(np.float64), expected.astype(np.float64)
+    if output.shape != expected.shape:
+        raise GateError(f"an output has the shape {output.shape}", expected=f"{expected.shape}, as torch's")
+    one, other = output.astype(np.float64), expected.astype(np.float64)
     finite = bool(np.isfinite(one).all())
     if not finite:
         return Report(max_abs=math.inf, rel_l2=math.inf, psnr=-math.inf, finite=False)
@@ -134,19 +134,19 @@ def limit_for(dtype: str, torch_error: Mapping[str, float]) -> float:
     return max(FACTOR * own, FLOAT32_FLOOR)
 
 
-def judge(case: Case, tensor: str, found: NDArray[Any], dtype: str) -> GateRow:
+def judge(case: Case, tensor: str, output: NDArray[Any], dtype: str) -> Verdict:
     """Compare one output with torch's and say, in words, what is wrong with it.
 
     Images pass at 50 dB (in float32 no pixel may be off by more than 2 levels), or at torch's own error times 1.5.
     """
     expected = case.outputs[tensor]
     limit = limit_for(dtype, case.torch_error)
-    report = compare(found, expected)
+    report = compare(output, expected)
     reason = ""
     if not report.finite:
         reason = "it holds NaN or infinity"
     elif expected.dtype == np.bool_:
-        reason = "" if np.array_equal(found, expected) else "a flag differs"
+        reason = "" if np.array_equal(output, expected) else "a flag differs"
     elif expected.dtype == np.uint8:
         if report.psnr < IMAGE_PSNR_DB and not (dtype != "float32" and report.rel_l2 <= limit):
             reason = f"PSNR {report.psnr:.1f} dB, limit {IMAGE_PSNR_DB:.0f} dB"
@@ -154,7 +154,7 @@ def judge(case: Case, tensor: str, found: NDArray[Any], dtype: str) -> GateRow:
             reason = f"a pixel is off by {report.max_abs:.0f} levels, limit {IMAGE_MAX_ABS:.0f}"
     elif report.rel_l2 > limit:
         reason = f"relative error {report.rel_l2:.2e}, limit {limit:.2e}"
-    return GateRow(component=case.component, case=case.index, tensor=tensor, report=report, limit=limit, reason=reason)
+    return Verdict(component=case.component, case=case.index, tensor=tensor, report=report, limit=limit, reason=reason)
 
 
 def gate_engine(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ...bundle import Bundle
-from ...errors import CorruptError, GateError, MismatchError, MissingError
+from ...errors import CorruptError, GateError, MismatchError, MissingError, UnknownNameError
 from ..backends.ort import OrtEngine
 from ..backends.registry import OpenJob, load_backend
 from ..base import Engine
@@ -79,7 +79,7 @@ def engines_here(bundle: Bundle, component: str, store: Store) -> Iterator[Entry
     for entry in store.entries(component):
         try:
             needed = engine_key(bundle, component, load_backend(entry.key.backend))
-        except (MissingError, MismatchError):
+        except (MissingError, MismatchError, UnknownNameError):
             continue
         if all(d.field == "options" for d in differences(entry.key, needed)):
             yield entry

@@ -48,7 +48,7 @@ def _count_graph(graph: memoryview, counts: Counter[str]) -> None:
 
 
 def check_fusion(
-    component: str, stated: Mapping[str, int], found: Mapping[str, int], *, strict: bool, fused: Forms = FUSED
+    component: str, stated: Mapping[str, int], counted: Mapping[str, int], *, strict: bool, fused: Forms = FUSED
 ) -> dict[str, int]:
     """Compare the fused operators of a built graph with those that the manifest counts; returns what was found.
 
@@ -56,7 +56,7 @@ def check_fusion(
     """
     result = {}
     for name, forms in fused.items():
-        expected, got = stated.get(name, 0), sum(found.get(f, 0) for f in forms)
+        expected, got = stated.get(name, 0), sum(counted.get(f, 0) for f in forms)
         result[name] = got
         if got >= expected:
             continue

@@ -29,16 +29,16 @@ def merge_products(graph: OnnxGraph) -> int:
         if weight is not None and len(graph.shapes.get(node.inputs[0], ())) == 3:
             groups.setdefault(node.inputs[0], []).append((node, weight))
     groups = {
-        name: found for name, found in groups.items() if len(found) > 1 and _columns(found, graph) <= MOST_COLUMNS
+        name: layers for name, layers in groups.items() if len(layers) > 1 and _columns(layers, graph) <= MOST_COLUMNS
     }
-    placed = {id(found[0][0]): list(_product(name, found, graph)) for name, found in groups.items()}
-    dropped = {id(node) for found in groups.values() for node, _ in found}
+    placed = {id(layers[0][0]): list(_product(name, layers, graph)) for name, layers in groups.items()}
+    dropped = {id(node) for layers in groups.values() for node, _ in layers}
     graph.nodes = [m for n in graph.nodes for m in placed.get(id(n), [] if id(n) in dropped else [n])]
-    return sum(len(found) - 1 for found in groups.values())
+    return sum(len(layers) - 1 for layers in groups.values())
 
 
-def _columns(found: Sequence[tuple[Node, str]], graph: OnnxGraph) -> int:
-    return sum(graph.constants[weight][0] for _, weight in found)
+def _columns(layers: Sequence[tuple[Node, str]], graph: OnnxGraph) -> int:
+    return sum(graph.constants[weight][0] for _, weight in layers)
 
 
 def _weight(node: Node, makers: Mapping[str, Node], graph: OnnxGraph) -> str | None:
@@ -54,13 +54,14 @@ def _weight(node: Node, makers: Mapping[str, Node], graph: OnnxGraph) -> str | N
     return turned.inputs[0] if len(graph.constants.get(turned.inputs[0], ())) == 2 else None
 
 
-def _product(name: str, found: Sequence[tuple[Node, str]], graph: OnnxGraph) -> Iterator[Node]:
-    prefix, weights = f"{name}_times_", [w for _, w in found]
+def _product(name: str, layers: Sequence[tuple[Node, str]], graph: OnnxGraph) -> Iterator[Node]:
+    # [x W1^T, x W2^T, ...] = x [W1; W2; ...]^T
+    prefix, weights = f"{name}_times_", [w for _, w in layers]
     yield Node(operator="Concat", inputs=weights, outputs=[prefix + "rows"], attributes={"axis": 0})
     yield Node(operator="Transpose", inputs=[prefix + "rows"], outputs=[prefix + "weight"], attributes={"perm": [1, 0]})
     yield Node(operator="MatMul", inputs=[name, prefix + "weight"], outputs=[prefix + "all"])
     sizes = graph.add_integers(prefix + "sizes", [graph.constants[w][0] for w in weights])
-    outputs = [node.outputs[0] for node, _ in found]
+    outputs = [node.outputs[0] for node, _ in layers]
     yield Node(operator="Split", inputs=[prefix + "all", sizes], outputs=outputs, attributes={"axis": 2})
 
 
@@ -96,11 +97,12 @@ def _is_projection(node: Node, after: Node, graph: OnnxGraph) -> bool:
 
 
 def _projection(name: str, pairs: Sequence[tuple[Node, Node]], graph: OnnxGraph) -> Iterator[Node]:
+    # [x W1^T + b1, x W2^T + b2, ...] = x [W1; W2; ...]^T + [b1, b2, ...]
     prefix = f"{name}_projected_"
     gemms = [gemm for gemm, _ in pairs]
     axis: dict[str, float | int | list[int]] = {"axis": 0}
-    for at, what in ((1, "weight"), (2, "bias")):
-        yield Node(operator="Concat", inputs=[g.inputs[at] for g in gemms], outputs=[prefix + what], attributes=axis)
+    for index, what in ((1, "weight"), (2, "bias")):
+        yield Node(operator="Concat", inputs=[g.inputs[index] for g in gemms], outputs=[prefix + what], attributes=axis)
     inputs = [name, prefix + "weight", prefix + "bias"]
     yield Node(operator="Gemm", inputs=inputs, outputs=[prefix + "all"], attributes={"transB": 1})
     axes = graph.add_integers("projected_axes", [2, 3])
@@ -119,10 +121,10 @@ def split_gates(graph: OnnxGraph) -> int:
     placed: dict[int, list[Node]] = {}
     dropped: set[int] = set()
     for node in graph.nodes:
-        found = _gate(node, makers, users, graph)
-        if found is None:
+        parts = _gate(node, makers, users, graph)
+        if parts is None:
             continue
-        product, weight, total, bias = found
+        product, weight, total, bias = parts
         placed[id(node)] = list(_halves(node, product.inputs[0], weight, bias))
         dropped |= {id(product), id(total), id(node)}
     graph.nodes = [m for n in graph.nodes for m in placed.get(id(n), [] if id(n) in dropped else [n])]
@@ -149,6 +151,7 @@ def _gate(
 
 
 def _halves(node: Node, source: str, weight: str, bias: str) -> Iterator[Node]:
+    # split(x [W1; W2]^T + [b1, b2]) = (x W1^T + b1, x W2^T + b2)
     halves: dict[str, float | int | list[int]] = {"axis": 0, "num_outputs": 2}
     names = [f"{output}_half" for output in node.outputs]
     yield Node(operator="Split", inputs=[weight], outputs=[n + "_rows" for n in names], attributes=halves)

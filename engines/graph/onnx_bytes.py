@@ -32,10 +32,10 @@ class Node:
         """The message: as it was read, or made from the fields of a new node."""
         if self.raw is not None:
             return self.raw
-        made = b"".join(string(1, i) for i in self.inputs) + b"".join(string(2, o) for o in self.outputs)
-        made += string(3, f"{self.outputs[0]}/{self.operator}") + string(4, self.operator)
-        made += b"".join(block(5, _attribute_bytes(n, v)) for n, v in self.attributes.items())
-        return made + (string(7, self.domain) if self.domain else b"")
+        message = b"".join(string(1, i) for i in self.inputs) + b"".join(string(2, o) for o in self.outputs)
+        message += string(3, f"{self.outputs[0]}/{self.operator}") + string(4, self.operator)
+        message += b"".join(block(5, _attribute_bytes(n, v)) for n, v in self.attributes.items())
+        return message + (string(7, self.domain) if self.domain else b"")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -74,93 +74,93 @@ class OnnxGraph:
         """The serialised model, with the nodes as they are now."""
         graph = b"".join(block(_GRAPH_NODE, n.to_bytes()) for n in self.nodes)
         graph += b"".join(copied(*f) for f in self._graph)
-        made = b"".join(copied(*f) for f in self._model) + block(_MODEL_GRAPH, graph)
+        model = b"".join(copied(*f) for f in self._model) + block(_MODEL_GRAPH, graph)
         for domain, version in self.opsets.items():
-            made += block(_MODEL_OPSET, (string(1, domain) if domain else b"") + number(2, version))
-        return made
+            model += block(_MODEL_OPSET, (string(1, domain) if domain else b"") + number(2, version))
+        return model
 
 
 def read_graph(model: bytes | memoryview) -> OnnxGraph:
     """Take a serialised model apart. Raises `CorruptError` for bytes that are no protocol buffer."""
     graph = OnnxGraph(nodes=[], shapes={}, types={}, constants={}, outputs=(), opsets={}, _model=[], _graph=[])
-    for at, kind, value in fields_of(memoryview(model)):
-        if at == _MODEL_GRAPH and kind == 2:
+    for tag, wire, value in fields_of(memoryview(model)):
+        if tag == _MODEL_GRAPH and wire == 2:
             _read_graph(value, graph)
-        elif at == _MODEL_OPSET and kind == 2:
-            found = {n: v for n, _, v in fields_of(value)}
-            graph.opsets[_text(found.get(1))] = integer(found[2]) if 2 in found else 0
+        elif tag == _MODEL_OPSET and wire == 2:
+            opset = {n: v for n, _, v in fields_of(value)}
+            graph.opsets[_text(opset.get(1))] = integer(opset[2]) if 2 in opset else 0
         else:
-            graph._model.append((at, kind, bytes(value)))
+            graph._model.append((tag, wire, bytes(value)))
     return graph
 
 
 def _read_graph(message: memoryview, graph: OnnxGraph) -> None:
     outputs = []
-    for at, kind, value in fields_of(message):
-        if at == _GRAPH_NODE and kind == 2:
+    for tag, wire, value in fields_of(message):
+        if tag == _GRAPH_NODE and wire == 2:
             graph.nodes.append(_read_node(value))
             continue
-        graph._graph.append((at, kind, bytes(value)))
-        if at == _GRAPH_INITIALIZER:
+        graph._graph.append((tag, wire, bytes(value)))
+        if tag == _GRAPH_INITIALIZER:
             name, dims, element = _read_tensor(value)
             graph.constants[name] = dims
             graph.types[name] = element
-        elif at in (_GRAPH_INPUT, _GRAPH_OUTPUT, _GRAPH_VALUE):
+        elif tag in (_GRAPH_INPUT, _GRAPH_OUTPUT, _GRAPH_VALUE):
             name, shape, element = _read_value(value)
             graph.types[name] = element
             if shape is not None:
                 graph.shapes[name] = shape
-            if at == _GRAPH_OUTPUT:
+            if tag == _GRAPH_OUTPUT:
                 outputs.append(name)
     graph.outputs = tuple(outputs)
 
 
 def _read_node(message: memoryview) -> Node:
     node = Node(operator="", inputs=[], outputs=[], raw=bytes(message))
-    for at, kind, value in fields_of(message):
-        if kind != 2:
+    for tag, wire, value in fields_of(message):
+        if wire != 2:
             continue
-        if at == 1:
+        if tag == 1:
             node.inputs.append(_text(value))
-        elif at == 2:
+        elif tag == 2:
             node.outputs.append(_text(value))
-        elif at == 4:
+        elif tag == 4:
             node.operator = _text(value)
-        elif at == 5:
+        elif tag == 5:
             name, content = _read_attribute(value)
             if content is not None:
                 node.attributes[name] = content
-        elif at == 7:
+        elif tag == 7:
             node.domain = _text(value)
     return node
 
 
 def _read_attribute(message: memoryview) -> tuple[str, float | int | list[int] | None]:
     """Name and value; `None` for one that is neither float, integer nor integers."""
-    name, found = "", None
+    name, scalar = "", None
     integers: list[int] = []
-    for at, kind, value in fields_of(message):
-        if at == 1:
+    for tag, wire, value in fields_of(message):
+        if tag == 1:
             name = _text(value)
-        elif at == 2 and kind == 5:
-            (found,) = struct.unpack("<f", value)
-        elif at == 3 and kind == 0:
-            found = integer(value)
-        elif at == 8:
-            integers += list(_packed(value)) if kind == 2 else [integer(value)]
-    return name, integers or found
+        elif tag == 2 and wire == 5:
+            (scalar,) = struct.unpack("<f", value)
+        elif tag == 3 and wire == 0:
+            scalar = integer(value)
+        elif tag == 8:
+            integers += list(_packed(value)) if wire == 2 else [integer(value)]
+    return name, integers or scalar
 
 
 def _read_tensor(message: memoryview) -> tuple[str, tuple[int, ...], int]:
     """TensorProto: its name, its shape and the type of its elements."""
     name, element = "", 0
     dims: list[int] = []
-    for at, kind, value in fields_of(message):
-        if at == 1:
-            dims += list(_packed(value)) if kind == 2 else [integer(value)]
-        elif at == 2:
+    for tag, wire, value in fields_of(message):
+        if tag == 1:
+            dims += list(_packed(value)) if wire == 2 else [integer(value)]
+        elif tag == 2:
             element = integer(value)
-        elif at == 8:
+        elif tag == 8:
             name = _text(value)
     return name, tuple(dims), element
 
@@ -168,13 +168,13 @@ def _read_tensor(message: memoryview) -> tuple[str, tuple[int, ...], int]:
 def _read_value(message: memoryview) -> tuple[str, tuple[int | str | None, ...] | None, int]:
     """ValueInfoProto: its name, its shape when it is a tensor of known rank, and the type of its elements."""
     name, shape, element = "", None, 0
-    for at, _, value in fields_of(message):
-        if at == 1:
+    for tag, _, value in fields_of(message):
+        if tag == 1:
             name = _text(value)
-        elif at == 2:
+        elif tag == 2:
             for tensor in _inner(value, 1):
-                for field_number, kind, inner in fields_of(tensor):
-                    if field_number == 1 and kind == 0:
+                for tag, wire, inner in fields_of(tensor):
+                    if tag == 1 and wire == 0:
                         element = integer(inner)
                 for dims in _inner(tensor, 2):
                     shape = tuple(_dim(d) for d in _inner(dims, 1))
@@ -182,64 +182,64 @@ def _read_value(message: memoryview) -> tuple[str, tuple[int | str | None, ...] 
 
 
 def _dim(message: memoryview) -> int | str | None:
-    for at, _, value in fields_of(message):
-        if at == 1:
+    for tag, _, value in fields_of(message):
+        if tag == 1:
             return integer(value)
-        if at == 2:
+        if tag == 2:
             return _text(value)
     return None
 
 
-def _inner(message: memoryview, wanted: int) -> Iterator[memoryview]:
-    return (value for at, kind, value in fields_of(message) if at == wanted and kind == 2)
+def _inner(message: memoryview, field_tag: int) -> Iterator[memoryview]:
+    return (value for tag, wire, value in fields_of(message) if tag == field_tag and wire == 2)
 
 
 def fields_of(message: memoryview) -> Iterator[tuple[int, int, memoryview]]:
     """Number, wire type and value of every field; a number is its bytes. Raises `CorruptError`."""
-    at = 0
-    while at < len(message):
-        tag, at = varint(message, at)
-        kind, began = tag & 7, at
-        if kind == 0:
-            _, at = varint(message, at)
-        elif kind in (1, 5):
-            at += 8 if kind == 1 else 4
-        elif kind == 2:
-            length, began = varint(message, at)
-            at = began + length
+    offset = 0
+    while offset < len(message):
+        tag, offset = varint(message, offset)
+        wire, began = tag & 7, offset
+        if wire == 0:
+            _, offset = varint(message, offset)
+        elif wire in (1, 5):
+            offset += 8 if wire == 1 else 4
+        elif wire == 2:
+            length, began = varint(message, offset)
+            offset = began + length
         else:
-            raise CorruptError(f"an ONNX model has a field of wire type {kind}", remedy=_REMEDY)
-        if at > len(message):
+            raise CorruptError(f"an ONNX model has a field of wire type {wire}", remedy=_REMEDY)
+        if offset > len(message):
             raise CorruptError("an ONNX model ends in the middle of a field", remedy=_REMEDY)
-        yield tag >> 3, kind, message[began:at]
+        yield tag >> 3, wire, message[began:offset]
 
 
-def varint(message: memoryview, at: int) -> tuple[int, int]:
+def varint(message: memoryview, offset: int) -> tuple[int, int]:
     """The number that begins here, and where it ends."""
     value = 0
     for shift in range(0, 70, 7):
-        if at >= len(message):
+        if offset >= len(message):
             break
-        byte = message[at]
-        at += 1
+        byte = message[offset]
+        offset += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            return value, at
+            return value, offset
     raise CorruptError("an ONNX model ends in the middle of a number", remedy=_REMEDY)
 
 
 def integer(value: memoryview) -> int:
     """A signed 64-bit number from its bytes."""
-    found, _ = varint(value, 0)
-    return found - (1 << 64) if found >> 63 else found
+    unsigned, _ = varint(value, 0)
+    return unsigned - (1 << 64) if unsigned >> 63 else unsigned
 
 
 def _packed(value: memoryview) -> Iterator[int]:
-    at = 0
-    while at < len(value):
-        began = at
-        _, at = varint(value, at)
-        yield integer(value[began:at])
+    offset = 0
+    while offset < len(value):
+        began = offset
+        _, offset = varint(value, offset)
+        yield integer(value[began:offset])
 
 
 def _text(value: memoryview | None) -> str:
@@ -248,40 +248,40 @@ def _text(value: memoryview | None) -> str:
 
 def varint_bytes(value: int) -> bytes:
     value &= (1 << 64) - 1
-    made = bytearray()
+    encoded = bytearray()
     while value > 0x7F:
-        made.append(value & 0x7F | 0x80)
+        encoded.append(value & 0x7F | 0x80)
         value >>= 7
-    made.append(value)
-    return bytes(made)
+    encoded.append(value)
+    return bytes(encoded)
 
 
-def block(at: int, value: bytes) -> bytes:
+def block(tag: int, value: bytes) -> bytes:
     """A length-delimited field."""
-    return varint_bytes(at << 3 | 2) + varint_bytes(len(value)) + value
+    return varint_bytes(tag << 3 | 2) + varint_bytes(len(value)) + value
 
 
-def string(at: int, value: str) -> bytes:
-    return block(at, value.encode())
+def string(tag: int, value: str) -> bytes:
+    return block(tag, value.encode())
 
 
-def number(at: int, value: int) -> bytes:
-    return varint_bytes(at << 3) + varint_bytes(value)
+def number(tag: int, value: int) -> bytes:
+    return varint_bytes(tag << 3) + varint_bytes(value)
 
 
-def copied(at: int, kind: int, value: bytes) -> bytes:
+def copied(tag: int, wire: int, value: bytes) -> bytes:
     """A field as it was; the value of a number is its own bytes."""
-    head = varint_bytes(at << 3 | kind)
-    return head + (varint_bytes(len(value)) if kind == 2 else b"") + value
+    head = varint_bytes(tag << 3 | wire)
+    return head + (varint_bytes(len(value)) if wire == 2 else b"") + value
 
 
 def _attribute_bytes(name: str, value: float | int | list[int]) -> bytes:
-    made = string(1, name)
+    message = string(1, name)
     if isinstance(value, float):
-        return made + b"\x15" + struct.pack("<f", value) + number(20, 1)
+        return message + b"\x15" + struct.pack("<f", value) + number(20, 1)
     if isinstance(value, int):
-        return made + number(3, value) + number(20, 2)
-    return made + b"".join(number(8, v) for v in value) + number(20, 7)
+        return message + number(3, value) + number(20, 2)
+    return message + b"".join(number(8, v) for v in value) + number(20, 7)
 
 
 def _tensor_bytes(name: str, data_type: int, dims: Sequence[int], raw: bytes) -> bytes:

@@ -57,7 +57,7 @@ def fuse_attention(graph: OnnxGraph, dims: Mapping[str, int] | None = None) -> i
     `MultiHeadAttention`. That knows no mask of this kind, for which ONNX's own is taken up to `SMALL` scores.
     """
     makers, users = makers_of(graph.nodes), users_of(graph.nodes)
-    made: dict[int, Node] = {}
+    fused: dict[int, Node] = {}
     dropped: set[int] = set()
     for node in graph.nodes:
         sources = _attention_sources(node, makers, graph)
@@ -78,11 +78,12 @@ def fuse_attention(graph: OnnxGraph, dims: Mapping[str, int] | None = None) -> i
         small = scores is not None and scores <= (SMALL if masked else FEW_SCORES)
         if masked and not small:
             continue
+        # reshape(transpose(attention(Q, K, V))) = attention of q, k, v [B, S, heads * D], of which these are the heads
         names = ("q_num_heads", "kv_num_heads") if small else ("num_heads",)
         attributes: dict[str, float | int | list[int]] = dict.fromkeys(names, heads)
         if "scale" in node.attributes:
             attributes["scale"] = node.attributes["scale"]
-        made[id(last)] = Node(
+        fused[id(last)] = Node(
             operator="Attention" if small else "MultiHeadAttention",
             domain="" if small else CONTRIB,
             inputs=sources,
@@ -90,10 +91,10 @@ def fuse_attention(graph: OnnxGraph, dims: Mapping[str, int] | None = None) -> i
             attributes=attributes,
         )
         dropped |= {id(node), id(after)}
-    if made:
-        graph.nodes = [made.get(id(n), n) for n in graph.nodes if id(n) not in dropped]
+    if fused:
+        graph.nodes = [fused.get(id(n), n) for n in graph.nodes if id(n) not in dropped]
         graph.opsets[CONTRIB] = 1
-    return len(made)
+    return len(fused)
 
 
 def _attention_sources(node: Node, makers: Mapping[str, Node], graph: OnnxGraph) -> list[str] | None:
@@ -102,7 +103,7 @@ def _attention_sources(node: Node, makers: Mapping[str, Node], graph: OnnxGraph)
         return None
     if len(node.inputs) not in (3, 4) or node.attributes.get("is_causal") or node.attributes.get("softcap"):
         return None
-    found = []
+    sources = []
     for name in node.inputs[:3]:
         transpose = makers.get(name)
         reshape = makers.get(transpose.inputs[0]) if transpose is not None else None
@@ -113,16 +114,16 @@ def _attention_sources(node: Node, makers: Mapping[str, Node], graph: OnnxGraph)
         shape, whole = graph.shapes[name], graph.shapes.get(reshape.inputs[0], ())
         if reshape.operator != "Reshape" or len(whole) != 3 or whole[2] != _product(shape[1], shape[3]):
             return None
-        found.append(reshape.inputs[0])
-    return found + node.inputs[3:]
+        sources.append(reshape.inputs[0])
+    return sources + node.inputs[3:]
 
 
 def _only_user(name: str, users: Mapping[str, list[Node]], graph: OnnxGraph, operator: str) -> Node | None:
     """The one node that reads a tensor, if it is of this kind and the tensor is no output of the model."""
-    found = users.get(name, [])
-    if len(found) != 1 or name in graph.outputs or found[0].operator != operator:
+    readers = users.get(name, [])
+    if len(readers) != 1 or name in graph.outputs or readers[0].operator != operator:
         return None
-    return found[0]
+    return readers[0]
 
 
 def replace_group_norms(graph: OnnxGraph, dims: Mapping[str, int] | None = None) -> int:
@@ -134,9 +135,9 @@ def replace_group_norms(graph: OnnxGraph, dims: Mapping[str, int] | None = None)
     count = 0
     for node in graph.nodes:
         size = count_elements(graph.shapes.get(node.inputs[0]) or (None,), dims) if dims and node.inputs else None
-        made = _group_norm(node, graph, f"groupnorm_{count}_", small=size is not None and size <= SMALL)
-        nodes += made or [node]
-        count += bool(made)
+        replacement = _group_norm(node, graph, f"groupnorm_{count}_", small=size is not None and size <= SMALL)
+        nodes += replacement or [node]
+        count += bool(replacement)
     graph.nodes = nodes
     return count
 
@@ -159,29 +160,32 @@ def _group_norm(node: Node, graph: OnnxGraph, prefix: str, *, small: bool) -> li
     joined = graph.add_integers(f"groupnorm_joined_{channels[0]}_{rank}", [0, channels[0], -1, *rest])
     ones, zeros = (_filled(graph, groups, value) for value in (1.0, 0.0))
 
-    def made(operator: str, inputs: list[str], output: str, **attributes: float) -> Node:
+    def new(operator: str, inputs: list[str], output: str, **attributes: float) -> Node:
         return Node(operator=operator, inputs=inputs, outputs=[output], attributes=dict(attributes))
 
+    # (x - mean) / sqrt(var + eps), with mean and variance of a group: of an instance of [B, groups, rest]
     result = [
-        made("Reshape", [x, split], prefix + "groups"),
-        made("InstanceNormalization", [prefix + "groups", ones, zeros], prefix + "normal", epsilon=epsilon),
-        made("Reshape", [prefix + "normal", joined], prefix + "joined"),
+        new("Reshape", [x, split], prefix + "groups"),
+        new("InstanceNormalization", [prefix + "groups", ones, zeros], prefix + "normal", epsilon=epsilon),
+        new("Reshape", [prefix + "normal", joined], prefix + "joined"),
     ]
     output = node.outputs[0] if known else prefix + "moved"
     if small:
+        # (normal - 0) / sqrt(1 + 0) * scale + bias
         mean, variance = (_filled(graph, channels[0], value) for value in (0.0, 1.0))
-        result.append(made("BatchNormalization", [prefix + "joined", scale, bias, mean, variance], output, epsilon=0.0))
+        result.append(new("BatchNormalization", [prefix + "joined", scale, bias, mean, variance], output, epsilon=0.0))
     else:
+        # normal * scale + bias
         affine = graph.add_integers(f"groupnorm_affine_{rank}", [-1] + [1] * (rank - 2))
         result += [
-            made("Reshape", [scale, affine], prefix + "scale"),
-            made("Reshape", [bias, affine], prefix + "bias"),
-            made("Mul", [prefix + "joined", prefix + "scale"], prefix + "scaled"),
-            made("Add", [prefix + "scaled", prefix + "bias"], output),
+            new("Reshape", [scale, affine], prefix + "scale"),
+            new("Reshape", [bias, affine], prefix + "bias"),
+            new("Mul", [prefix + "joined", prefix + "scale"], prefix + "scaled"),
+            new("Add", [prefix + "scaled", prefix + "bias"], output),
         ]
     if not known:
-        result.append(made("Shape", [x], prefix + "shape"))
-        result.append(made("Reshape", [prefix + "moved", prefix + "shape"], node.outputs[0]))
+        result.append(new("Shape", [x], prefix + "shape"))
+        result.append(new("Reshape", [prefix + "moved", prefix + "shape"], node.outputs[0]))
     return result
 
 
@@ -204,11 +208,11 @@ def fix_reshapes(graph: OnnxGraph) -> int:
         if node.operator != "Reshape" or node.domain not in ONNX or node.inputs[1] in graph.constants:
             nodes.append(node)
             continue
-        wanted = graph.shapes.get(node.outputs[0])
-        target = _constant_target(graph.shapes.get(node.inputs[0]), wanted)
+        shape = graph.shapes.get(node.outputs[0])
+        target = _constant_target(graph.shapes.get(node.inputs[0]), shape)
         name = None if target is None else graph.add_integers("reshape_to_" + "_".join(map(str, target)), target)
-        if name is None and wanted is not None and len(wanted) == 4 and None not in wanted:
-            name = _shape_of(maps.get((wanted[0], wanted[3], wanted[1], wanted[2])), nodes, graph)
+        if name is None and shape is not None and len(shape) == 4 and None not in shape:
+            name = _shape_of(maps.get((shape[0], shape[3], shape[1], shape[2])), nodes, graph)
         if name is None:
             nodes.append(node)
             continue
@@ -218,32 +222,33 @@ def fix_reshapes(graph: OnnxGraph) -> int:
     return count
 
 
-def _shape_of(found: str | None, nodes: list[Node], graph: OnnxGraph) -> str | None:
+def _shape_of(feature_map: str | None, nodes: list[Node], graph: OnnxGraph) -> str | None:
     """The shape [B, H, W, C] of a feature map [B, C, H, W], which Reshape gives to tokens; `None` for no map."""
-    if found is None:
+    if feature_map is None:
         return None
-    name = f"{found}_channels_last"
+    name = f"{feature_map}_channels_last"
     if not any(name in n.outputs for n in nodes):
         order = graph.add_integers("channels_last", [0, 2, 3, 1])
-        nodes.append(Node(operator="Shape", inputs=[found], outputs=[f"{found}_shape"]))
-        nodes.append(Node(operator="Gather", inputs=[f"{found}_shape", order], outputs=[name]))
+        nodes.append(Node(operator="Shape", inputs=[feature_map], outputs=[f"{feature_map}_shape"]))
+        nodes.append(Node(operator="Gather", inputs=[f"{feature_map}_shape", order], outputs=[name]))
     return name
 
 
 def _constant_target(
-    found: tuple[int | str | None, ...] | None, wanted: tuple[int | str | None, ...] | None
+    source: tuple[int | str | None, ...] | None, shape: tuple[int | str | None, ...] | None
 ) -> list[int] | None:
     """A shape for Reshape in numbers, 0 and at most one -1; `None` when there is none."""
-    if found is None or wanted is None:
+    if source is None or shape is None:
         return None
     target = []
-    for i, size in enumerate(wanted):
+    for i, size in enumerate(shape):
         if isinstance(size, int):
             if size < 1:
                 return None
             target.append(size)
         else:
-            target.append(0 if size is not None and i < len(found) and found[i] == size else -1)
+            # 0 is the input's own size, and the one -1 what the number of elements leaves
+            target.append(0 if size is not None and i < len(source) and source[i] == size else -1)
     return target if target.count(-1) <= 1 else None
 
 

@@ -117,17 +117,17 @@ def _single_file_parts(base: Checkpoint, file: Path, *, skip: set[str]) -> dict[
     for name, part in base.parts.items():
         if name in skip:
             continue
-        found = find_layout(name, tensors)
+        layout = find_layout(name, tensors)
         if name == "unet":
-            _check_family(part, tensors, file, found)
-        if found is None:
+            _check_family(part, tensors, file, layout)
+        if layout is None:
             hint = "Give a VAE with --vae." if name == "vae" else "Export the base with this file as --unet."
             raise MissingError(
                 f"{file.name} holds no {name.replace('_', ' ')}",
                 expected=f"every part of a checkpoint of the base's family, {base.family}",
                 remedy=hint,
             )
-        parts[name] = replace(part, files=(file,), layout=found[0], prefix=found[1])
+        parts[name] = replace(part, files=(file,), layout=layout[0], prefix=layout[1])
     return parts
 
 
@@ -143,21 +143,21 @@ def _replaced(family: Family, part: Part, path: Path) -> Part:
         raise MissingError(f"no file {str(path)!r}", expected="a .safetensors file, or a folder with config.json")
     tensors = open_tensors([path])
     refuse_others(tensors, path.name)
-    found = find_layout(part.name, tensors)
+    layout = find_layout(part.name, tensors)
     if part.name == "unet":
-        _check_family(part, tensors, path, found)
-    if found is None:
+        _check_family(part, tensors, path, layout)
+    if layout is None:
         raise CorruptError(
             f"{path.name} holds no {part.name.upper()} that is known",
             expected="diffusers' names (conv_in.weight ...) or the original ones (input_blocks.0.0.weight ...)"
             if part.name == "unet"
             else "the weights of an AutoencoderKL, by diffusers' names or the original ones",
         )
-    made = replace(part, files=(path,), layout=found[0], prefix=found[1])
-    if part.name == "vae" and found[1] + TINY_MARK in tensors:
+    replacement = replace(part, files=(path,), layout=layout[0], prefix=layout[1])
+    if part.name == "vae" and layout[1] + TINY_MARK in tensors:
         config = {"_class_name": "AutoencoderTiny", **TINY_DEFAULTS}
-        made = replace(made, class_name="AutoencoderTiny", config=config)
-    return made
+        replacement = replace(replacement, class_name="AutoencoderTiny", config=config)
+    return replacement
 
 
 def _check_vae(vae: Part, unet: Part) -> None:
@@ -175,7 +175,7 @@ def _check_vae(vae: Part, unet: Part) -> None:
             raise UnsupportedError(
                 f"the tiny autoencoder has {blocks[0]} and {blocks[1]} blocks, and upsamples "
                 f"{vae.config.get('upsampling_scaling_factor', 2)} times",
-                expected="as many blocks on both sides, and 2 times, as TAESD and TAESDXL have",
+                expected="as many blocks on both sides, and 2 times, as tiny autoencoders have",
             )
 
 
@@ -183,25 +183,25 @@ def _from_folder(family: Family, part: Part, path: Path) -> Part:
     """The part's own folder, or the folder of a whole checkpoint."""
     place = path if (path / "config.json").is_file() else path / part.name
     config = read_json(place / "config.json", remedy="Give the folder that holds the part's config.json.")
-    found = str(config.get("_class_name"))
+    class_name = str(config.get("_class_name"))
     admitted = family.parts[part.name].classes
-    if found not in admitted:
-        raise UnsupportedError(f"the {part.name} in {path.name!r} is a {found!r}", expected=" or ".join(admitted))
-    made = read_part(place, part.name, found, family, None)
+    if class_name not in admitted:
+        raise UnsupportedError(f"the {part.name} in {path.name!r} is a {class_name!r}", expected=" or ".join(admitted))
+    replacement = read_part(place, part.name, class_name, family, None)
     if part.name == "unet":
-        check_unet(made.config, family)
-        ours, theirs = (p.config.get("cross_attention_dim") for p in (part, made))
+        check_unet(replacement.config, family)
+        ours, theirs = (p.config.get("cross_attention_dim") for p in (part, replacement))
         if ours != theirs:
             raise _another_family(path, theirs, ours)
-    return made
+    return replacement
 
 
-def _check_family(part: Part, tensors: Mapping[str, Stored], file: Path, found: tuple[str, str] | None) -> None:
+def _check_family(part: Part, tensors: Mapping[str, Stored], file: Path, layout: tuple[str, str] | None) -> None:
     """Refuse a UNet of another family than the base, by the width of the text vectors that it attends to."""
-    if found is None:
+    if layout is None:
         return
-    prefix = found[1]
-    first = tensors[prefix + ("input_blocks.0.0.weight" if found[0] == "original" else "conv_in.weight")]
+    prefix = layout[1]
+    first = tensors[prefix + ("input_blocks.0.0.weight" if layout[0] == "original" else "conv_in.weight")]
     if len(first.shape) == 4 and first.shape[1] != part.config["in_channels"]:
         raise UnsupportedError(
             f"the UNet in {file.name} takes {first.shape[1]} channels",
@@ -247,15 +247,15 @@ def names_of(checkpoint: Checkpoint) -> list[str]:
     paths = [lora.path for lora in checkpoint.loras]
     paths += [Path(p) for p in (checkpoint.options.get("unet"),) if p]
     paths += [checkpoint.file] if checkpoint.file else []
-    found = []
+    names = []
     for path in paths:
         resolved = path.absolute()
-        found += [path.name, *_titles(path)]
+        names += [path.name, *_titles(path)]
         if path == checkpoint.file:
             continue
-        found += [resolved.parent.name]
-        found += [p.name for p in resolved.parents if p.name.startswith("models--")][:1]
-    return [*found, checkpoint.source if checkpoint.revision else Path(checkpoint.source).name]
+        names += [resolved.parent.name]
+        names += [p.name for p in resolved.parents if p.name.startswith("models--")][:1]
+    return [*names, checkpoint.source if checkpoint.revision else Path(checkpoint.source).name]
 
 
 def _titles(path: Path) -> list[str]:
@@ -273,9 +273,9 @@ def describe_part(part: Part, loras: Iterable[LoraFile]) -> dict[str, Any]:
     for file, path in zip(files, part.files, strict=True):
         if file["licence"] is None and path.parent == part.place:
             file["licence"] = licence_of(part.place.parent)
-    found: dict[str, Any] = {"part": part.name, "files": files}
+    facts: dict[str, Any] = {"part": part.name, "files": files}
     fused = [{**_describe_file(lora.path), "scale": lora.scale} for lora in loras]
-    return found | ({"loras": fused} if fused else {})
+    return facts | ({"loras": fused} if fused else {})
 
 
 def _describe_file(path: Path) -> dict[str, Any]:

@@ -90,7 +90,7 @@ TINY_DEFAULTS: dict[str, Any] = {
     "upsample_fn": "nearest",
     "upsampling_scaling_factor": 2,
 }
-"""`AutoencoderTiny`, whose defaults are TAESD's and TAESDXL's own configuration."""
+"""`AutoencoderTiny`, whose defaults are the published tiny autoencoders' own configuration."""
 TEXT_DEFAULTS: dict[str, Any] = {
     "eos_token_id": 49407,
     "hidden_act": "quick_gelu",

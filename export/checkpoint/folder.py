@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CorruptError, MissingError, MissingExtraError, UnsafeFileError, UnsupportedError
-from ...families import Family, all_families
+from ...families import Family, all_families, known_models
 from .weights import PICKLES
 
 NOT_EXPORTED = {
@@ -134,8 +134,8 @@ def _from_hub(name: str, *, revision: str | None, variant: str | None, offline: 
         raise MissingExtraError("huggingface_hub", "export", purpose=f"Fetching {name!r}") from error
     try:
         folder = snapshot_download(name, revision=revision, allow_patterns=list(HUB_INDEX), local_files_only=offline)
-        wanted = hub_files(read_json(Path(folder) / "model_index.json"), variant)
-        folder = snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=offline)
+        patterns = hub_files(read_json(Path(folder) / "model_index.json"), variant)
+        folder = snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=offline)
     except LocalEntryNotFoundError as error:
         hint = "Leave out --offline, or fetch it first." if offline else "Check the network, or give a folder."
         raise MissingError(f"{name!r} is not in the hub's cache and could not be fetched", remedy=hint) from error
@@ -177,13 +177,13 @@ def _from_folder(folder: Path, source: str, *, variant: str | None, revision: st
     refused = next((r for f in families if (r := f.refusal(index)) is not None), None)
     if refused is not None:
         raise UnsupportedError(
-            f"the checkpoint is {refused}", expected=_known_models(), remedy="Export the base of its family."
+            f"the checkpoint is {refused}", expected=known_models(), remedy="Export the base of its family."
         )
     parts, tokenizers = _read_parts(folder, index, families[0], variant)
-    wanted = families[0].parts
-    for name in wanted:
+    names = families[0].parts
+    for name in names:
         if name not in parts:
-            raise UnsupportedError(f"the checkpoint has no {name}", expected=f"a {pipeline} with {', '.join(wanted)}")
+            raise UnsupportedError(f"the checkpoint has no {name}", expected=f"a {pipeline} with {', '.join(names)}")
     configs = {n: p.config for n, p in parts.items()}
     model = next(f for f in families if f.recognises(configs))
     check_unet(parts["unet"].config, model)
@@ -233,15 +233,9 @@ def _refuse_class(name: str) -> None:
     if stem in NOT_EXPORTED:
         raise UnsupportedError(
             f"the checkpoint is {NOT_EXPORTED[stem]} ({name})",
-            expected=_known_models(),
+            expected=known_models(),
             remedy="It is not exported.",
         )
-
-
-def _known_models() -> str:
-    """The families in words."""
-    *others, last = [f.title for f in all_families()]
-    return f"a model of {', '.join(others)} or {last}"
 
 
 def check_unet(config: Mapping[str, Any], family: Family) -> None:
@@ -317,10 +311,10 @@ def licence_of(folder: Path) -> str | None:
     card = folder / "README.md"
     if not card.is_file():
         return None
-    found = re.search(
+    match = re.search(
         r"^license:\s*([\w.+-]+)\s*$", card.read_text(encoding="utf-8", errors="replace")[:4000], re.MULTILINE
     )
-    return found.group(1) if found else None
+    return match.group(1) if match else None
 
 
 def read_json(path: Path, *, remedy: str = "Take the whole checkpoint.") -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """LoRA files, fused into weights while these are written: W + scale * (alpha / rank) * up @ down.
 
-Three ways of naming the same thing are read: kohya's (`lora_unet_down_blocks_0_..._to_q.lora_down.weight`, for SDXL
-also over the original block names), diffusers' (`unet.down_blocks.0....to_q.lora_A.weight`, and its older forms) and
-PEFT's (`base_model.model.....lora_A.weight`). Hu et al., arXiv:2106.09685, equation 3.
+Three ways of naming the same thing are read: kohya's (`lora_unet_down_blocks_0_..._to_q.lora_down.weight`, and also
+over the original block names), diffusers' (`unet.down_blocks.0....to_q.lora_A.weight`, and its older forms) and PEFT's
+(`base_model.model.....lora_A.weight`). Hu et al., arXiv:2106.09685, equation 3.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Fusion:
 
     def files(self, kind: str) -> list[LoraFile]:
         """The LoRAs that change a component, in the order they were given."""
-        return list(dict.fromkeys(d.lora for found in self.deltas.get(kind, {}).values() for d in found))
+        return list(dict.fromkeys(d.lora for deltas in self.deltas.get(kind, {}).values() for d in deltas))
 
     def fuse(self, kind: str, key: str, stored: Stored) -> Stored:
         """A weight with its changes added in float32; the very same object where nothing changes it."""
@@ -110,7 +110,7 @@ def match_loras(loras: Sequence[LoraFile], components: Mapping[str, Component]) 
     """
     if not loras:
         return Fusion()
-    targets = {kind: _target(kind, *found) for kind, found in components.items() if not kind.startswith("vae")}
+    targets = {kind: _target(kind, *component) for kind, component in components.items() if not kind.startswith("vae")}
     deltas: dict[str, dict[str, tuple[Delta, ...]]] = {kind: {} for kind in targets}
     for lora in loras:
         for kind, module, delta in _read(lora, targets):
@@ -165,14 +165,14 @@ def _read(lora: LoraFile, targets: Mapping[str, Target]) -> Iterable[tuple[str, 
             alphas[name.removesuffix(".alpha")] = float(convert(stored, "float32", name)[0])
         else:
             strange.append(name)
-    found = {module: _resolve(module, targets) for module in pairs}
-    strange += [m for m, where in found.items() if where is None]
+    places = {module: _resolve(module, targets) for module in pairs}
+    strange += [m for m, where in places.items() if where is None]
     strange += [f"{m}.alpha" for m in alphas if m not in pairs]
     if strange or not pairs:
         _refuse(lora, strange, len(pairs))
     adapter = _Adapter.of(lora.path)
     for module, pair in pairs.items():
-        where = found[module]
+        where = places[module]
         if where is not None:
             kind, target = where
             yield kind, target, _delta(lora, module, pair, alphas.get(module), adapter, targets[kind].shapes[target])
@@ -202,7 +202,7 @@ def _resolve(module: str, targets: Mapping[str, Target]) -> tuple[str, str] | No
         if name.startswith(f"{kind}."):
             return _look_up(targets[kind], _plain(name.removeprefix(f"{kind}.")))
     name = _plain(name.removeprefix("diffusion_model."))
-    return next((found for t in targets.values() if (found := _look_up(t, name))), None)
+    return next((place for t in targets.values() if (place := _look_up(t, name))), None)
 
 
 def _kohya_prefixes() -> dict[str, str]:
@@ -280,11 +280,11 @@ def _delta(
         ) from error
     if not math.isfinite(factor):
         raise CorruptError(f"alpha of {where} is not finite", expected="a finite number")
-    made = Delta(lora=lora, name=module, down=down, up=up, factor=lora.scale * factor)
-    if shape is not None and [d for d in made.shape if d != 1] != [d for d in shape if d != 1]:
+    delta = Delta(lora=lora, name=module, down=down, up=up, factor=lora.scale * factor)
+    if shape is not None and [d for d in delta.shape if d != 1] != [d for d in shape if d != 1]:
         raise CorruptError(
-            f"{where} changes a weight of shape {made.shape}",
+            f"{where} changes a weight of shape {delta.shape}",
             expected=str(tuple(shape)),
             remedy="Take the LoRA that was made for this base.",
         )
-    return made
+    return delta

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import CorruptError, UnsupportedError
-from ...families import all_families
+from ...families import all_families, known_models
 from .weights import Stored
 
 REFUSED = {
@@ -124,7 +124,7 @@ def refuse_others(names: Iterable[str], file: str) -> None:
         return
     for beginning, model in REFUSED.items():
         if any(n.startswith(beginning) for n in listed):
-            raise UnsupportedError(f"{file} is {model}", expected="a model of SD 1.x, SD 2.x or SDXL")
+            raise UnsupportedError(f"{file} is {model}", expected=known_models())
 
 
 def scheduler_changes(names: Collection[str], file: str) -> dict[str, Any]:
@@ -167,11 +167,11 @@ def translate(
     Only a text projection is copied. Raises `CorruptError` when a UNet's file holds weights that no key asks for.
     """
     if layout == "diffusers":
-        found = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         used = {prefix + k for k in keys}
     else:
         names = {k: original_name(part, k.removeprefix("text_model."), config) for k in keys}
-        found = {k: _piece(k, tensors[prefix + n]) for k, n in names.items() if n and prefix + n in tensors}
+        own = {k: _piece(k, tensors[prefix + n]) for k, n in names.items() if n and prefix + n in tensors}
         used = {prefix + n for n in names.values() if n}
     if part == "unet":
         left = sorted(n for n in tensors if n.startswith(prefix) and n not in used)
@@ -182,7 +182,7 @@ def translate(
                 expected="weights of the base checkpoint's UNet",
                 remedy="Give a base of the same architecture, or a UNet folder with its own config.json.",
             )
-    return found
+    return own
 
 
 def _piece(key: str, stored: Stored) -> Stored:

@@ -45,7 +45,7 @@ def open_tensors(paths: Iterable[Path]) -> dict[str, Stored]:
     The safetensors library checks each file first; only then are the offsets of its header used. Raises
     `UnsafeFileError` for pickles, `CorruptError` for a file that is no valid safetensors file.
     """
-    found: dict[str, Stored] = {}
+    stored: dict[str, Stored] = {}
     for path in paths:
         if path.suffix in PICKLES:
             raise UnsafeFileError(
@@ -62,8 +62,8 @@ def open_tensors(paths: Iterable[Path]) -> dict[str, Stored]:
             raise CorruptError(
                 f"{path.name} is not a valid safetensors file ({error})", remedy="Fetch it again: it may be truncated."
             ) from error
-        found.update(_map(path, names))
-    return found
+        stored.update(_map(path, names))
+    return stored
 
 
 def _map(path: Path, names: set[str]) -> dict[str, Stored]:
@@ -115,12 +115,12 @@ def convert(stored: Stored, dtype: str, name: str) -> np.ndarray:
     if dtype == "bfloat16":
         return _f32_to_bf16(wide.astype(np.float32))
     with np.errstate(over="ignore"):
-        made = wide.astype(np.float16 if dtype == "float16" else np.float32)
-    if dtype == "float16" and not np.isfinite(made).all():
+        values = wide.astype(np.float16 if dtype == "float16" else np.float32)
+    if dtype == "float16" and not np.isfinite(values).all():
         raise UnsupportedError(
             f"tensor {name!r} does not fit float16", remedy="Export this component with --dtype bfloat16 or float32."
         )
-    return made
+    return values
 
 
 def _bf16_to_f32(raw: np.ndarray) -> np.ndarray:
@@ -162,8 +162,8 @@ def write_weights(
             remedy="Delete the graph cache, or reinstall fewstep.",
         )
     by_name = {p.name: p for p in graph.parameters}
-    found = {name: find_tensor(p, tensors) for name, p in by_name.items()}
-    missing = [by_name[n].key for n, t in found.items() if t is None]
+    sources = {name: find_tensor(p, tensors) for name, p in by_name.items()}
+    missing = [by_name[n].key for n, t in sources.items() if t is None]
     if missing:
         shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
         raise CorruptError(
@@ -175,13 +175,13 @@ def write_weights(
     with path.open("xb") as file:
         file.write(layout.header)
         for name in layout.order:
-            data = _fitting(found[name], by_name[name], patch)
+            data = _fitting(sources[name], by_name[name], patch)
             view = np.ascontiguousarray(data).view(np.uint8).data
             file.write(view)
             digest.update(view)
             if progress:
                 progress(len(view))
-            source = found[name]
+            source = sources[name]
             del data, view
             if source is not None:
                 source.release()

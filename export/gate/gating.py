@@ -132,15 +132,15 @@ def _judge_apart(bundle: Bundle) -> dict[str, Any]:
         [sys.executable, "-m", __name__, str(bundle.folder)], capture_output=True, text=True, check=False
     )
     try:
-        said = json.loads(done.stdout)
+        verdict = json.loads(done.stdout)
     except ValueError as error:
         raise GateError(
             f"the gate ended without a verdict (exit code {done.returncode}): {done.stderr.strip()[-800:]}",
             remedy="Run it on a machine with more memory, or leave it out with --no-gate.",
         ) from error
-    if "found" in said:
-        raise GateError(said["found"], expected=said["expected"], remedy=said["remedy"])
-    return dict(said)
+    if "found" in verdict:
+        raise GateError(verdict["found"], expected=verdict["expected"], remedy=verdict["remedy"])
+    return dict(verdict)
 
 
 def _run_reference(checkpoint: Checkpoint, path: Path, dtypes: Mapping[str, str], *, quick: bool) -> None:

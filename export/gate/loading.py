@@ -57,10 +57,10 @@ def _plain(checkpoint: Checkpoint, part: Part) -> nn.Module:
     if text:
         return _text_encoder(cls, part)
     if part.layout == "original":
-        made = cls.from_single_file(
+        whole = cls.from_single_file(
             str(part.files[0]), config=str(part.place), torch_dtype=torch.float32, local_files_only=True
         )
-        return made.float().eval()
+        return whole.float().eval()
     model = cls.from_config(dict(part.config))
     state = {k.removeprefix(part.prefix): v for k, v in load_file(part.files[0]).items() if k.startswith(part.prefix)}
     model.load_state_dict(state)

@@ -52,9 +52,9 @@ def make_reference(checkpoint: Checkpoint, path: Path, *, dtypes: Mapping[str, s
         errors = _own_errors(checkpoint, plan, traceable, inputs, outputs)
         if plan.dtype == "float32":
             errors = [e | b for e, b in zip(errors, _bfloat16_errors(plan, model, inputs, outputs), strict=True)]
-        for i, (given, made) in enumerate(zip(inputs, outputs, strict=True)):
+        for i, (given, output) in enumerate(zip(inputs, outputs, strict=True)):
             tensors |= {f"{plan.kind}/{i}/in/{k}": v for k, v in given.items()}
-            tensors |= {f"{plan.kind}/{i}/out/{k}": v for k, v in made.items()}
+            tensors |= {f"{plan.kind}/{i}/out/{k}": v for k, v in output.items()}
             cases[f"{plan.kind}/{i}"] = {"dims": _dims(traceable, given), "torch_error": errors[i]}
         del model, traceable  # before the next model is loaded
     part = path.with_suffix(".part")
@@ -93,9 +93,9 @@ def _own_errors(
         if sum(p.numel() for p in traceable.module.parameters()) > DOUBLE_LIMIT or plan.kind == "vae_decoder":
             return [{} for _ in inputs]
         exact = [_run_double(traceable, case) for case in inputs]
-        return [{"float32": _distance(made, true)} for made, true in zip(outputs, exact, strict=True)]
+        return [{"float32": _distance(output, true)} for output, true in zip(outputs, exact, strict=True)]
     other = _load(checkpoint, plan, plan.dtype)
-    return [{plan.dtype: _distance(_run(other, case), made)} for case, made in zip(inputs, outputs, strict=True)]
+    return [{plan.dtype: _distance(_run(other, case), output)} for case, output in zip(inputs, outputs, strict=True)]
 
 
 def _bfloat16_errors(
@@ -103,7 +103,7 @@ def _bfloat16_errors(
 ) -> list[dict[str, float]]:
     """How far torch is from the reference in bfloat16, by case; converts the model in place, for good."""
     other = _in(plan, model, "bfloat16")
-    return [{"bfloat16": _distance(_run(other, case), made)} for case, made in zip(inputs, outputs, strict=True)]
+    return [{"bfloat16": _distance(_run(other, case), output)} for case, output in zip(inputs, outputs, strict=True)]
 
 
 def _run_double(traceable: Traceable, case: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -119,25 +119,25 @@ def _run_double(traceable: Traceable, case: Mapping[str, np.ndarray]) -> dict[st
             module.dtype = torch.float32
 
 
-def _distance(found: Mapping[str, np.ndarray], true: Mapping[str, np.ndarray]) -> float:
+def _distance(output: Mapping[str, np.ndarray], true: Mapping[str, np.ndarray]) -> float:
     """The largest relative L2 error over a case's float outputs."""
     worst = 0.0
     for name, value in true.items():
         if value.dtype == np.bool_:
             continue
-        a, b = found[name].astype(np.float64), value.astype(np.float64)
+        a, b = output[name].astype(np.float64), value.astype(np.float64)
         worst = max(worst, float(np.linalg.norm(a - b)) / max(float(np.linalg.norm(b)), 1e-30))
     return worst
 
 
 def _dims(traceable: Traceable, case: Mapping[str, np.ndarray]) -> dict[str, int]:
-    found: dict[str, int] = {}
+    dims: dict[str, int] = {}
     for spec in traceable.inputs:
         for dimension, size in zip(spec.shape, case[spec.name].shape, strict=True):
             if isinstance(dimension, str):
                 name, _, factor = dimension.partition("*")
-                found[name] = size // int(factor or 1)
-    return found
+                dims[name] = size // int(factor or 1)
+    return dims
 
 
 def _cases(
@@ -203,11 +203,11 @@ def _unet_cases(
             "encoder_hidden_states": np.repeat(hidden, rows, 0)
             * (1 + 0.1 * np.arange(rows, dtype=np.float32)).reshape(-1, 1, 1),
         }
-        for told in plan.family.conditions(plan.config):
-            if told.example is not None:
-                case[told.name] = np.tile(np.array(told.example, np.float32), (rows, 1))
-            elif told.name not in case:
-                case[told.name] = rng.standard_normal(shapes[told.name]).astype(np.float32)
+        for condition in plan.family.conditions(plan.config):
+            if condition.example is not None:
+                case[condition.name] = np.tile(np.array(condition.example, np.float32), (rows, 1))
+            elif condition.name not in case:
+                case[condition.name] = rng.standard_normal(shapes[condition.name]).astype(np.float32)
         yield {k: np.ascontiguousarray(v, np.float32) for k, v in case.items()}
 
 

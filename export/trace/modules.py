@@ -35,10 +35,10 @@ class UNet(nn.Module):
         self.groups = {c.name: c.group for c in conditions}
         self.forward = _with_arguments(self._forward, ("sample", "timestep", *self.groups))
 
-    def _forward(self, sample: torch.Tensor, timestep: torch.Tensor, **told: torch.Tensor) -> torch.Tensor:
+    def _forward(self, sample: torch.Tensor, timestep: torch.Tensor, **conditions: torch.Tensor) -> torch.Tensor:
         dtype = self.model.conv_in.weight.dtype
         arguments: dict[str, Any] = {}
-        for name, value in told.items():
+        for name, value in conditions.items():
             group = self.groups[name]
             if group is None:
                 arguments[name] = value.to(dtype)
@@ -61,7 +61,7 @@ def _with_arguments(function: Callable[..., torch.Tensor], names: Sequence[str])
 class UpcastAttention:
     """Attention in float32 inside a model of lower precision, for UNets whose configuration says `upcast_attention`.
 
-    diffusers' fused attention leaves that word out of account; SD 2.1 in float16 overflows without it.
+    diffusers' fused attention leaves that word out of account; trained weights overflow float16 without it.
     """
 
     def __call__(
@@ -87,7 +87,7 @@ class TextStates(nn.Module):
     """`input_ids [P, L]` -> the hidden states the UNet attends to, and the pooled vector where the family uses one.
 
     `clip_skip int64 [1]` counts layers back from the family's own, as diffusers' argument of that name does: 0 is the
-    last layer through the final norm (SD 1.x and 2.x, `layer` 0), or the second last as it is (SDXL, `layer` 2).
+    last layer through the final norm (`layer` 0), or an earlier one as it is (`layer` 2: the second last).
     The pooled vector does not depend on it.
     """
 
@@ -193,12 +193,12 @@ def _construct(kind: str, config: Mapping[str, Any]) -> nn.Module:
     if kind in {"vae_decoder", "vae_encoder"}:
         cls: Any = AutoencoderTiny if is_tiny(config) else AutoencoderKL
         return cls.from_config(plain).eval()
-    made = CLIPTextConfig(
+    config_object = CLIPTextConfig(
         **{k: v for k, v in plain.items() if k not in {"architectures", "torch_dtype", "dtype", "transformers_version"}}
     )
     projected = config["_class"] == "CLIPTextModelWithProjection"
     cls = CLIPTextModelWithProjection if projected else CLIPTextModel
-    return cls._from_config(made, dtype=torch.get_default_dtype(), attn_implementation="sdpa").eval()
+    return cls._from_config(config_object, dtype=torch.get_default_dtype(), attn_implementation="sdpa").eval()
 
 
 def wrap(kind: str, model: nn.Module, config: Mapping[str, Any], dtype: str, family: Family) -> Traceable:

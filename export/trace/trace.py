@@ -1,8 +1,8 @@
 """Tracing a component's configuration into an ONNX graph that holds no weights.
 
-The modules are built on fake tensors, so that even SDXL's UNet takes no more memory than its graph. Every parameter
-keeps its checkpoint name; `layout.py` says where its bytes will lie in the bundle's safetensors file, and the graph's
-initialisers point there.
+The modules are built on fake tensors, so that even the largest UNet takes no more memory than its graph. Every
+parameter keeps its checkpoint name; `layout.py` says where its bytes will lie in the bundle's safetensors file, and the
+graph's initialisers point there.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def trace_component(kind: str, config: Mapping[str, Any], dtype: str, family: Fa
     """Trace one component of a checkpoint.
 
     `config` is the component's own configuration; two keys of ours may be added to a text encoder's: `_class` and
-    `_layer`. Takes seconds for small models and one to two minutes for SDXL's UNet. `UnsupportedError` for a
+    `_layer`. Takes seconds for small models and one to two minutes for a UNet of 2.6 billion. `UnsupportedError` for a
     configuration of which no model can be made, or none that can be traced.
     """
     with _quiet(), _refusing(kind):
@@ -70,9 +70,9 @@ def _refusing(kind: str) -> Iterator[None]:
             if isinstance(cause, KeyboardInterrupt) or "KeyboardInterrupt" in str(cause):
                 raise KeyboardInterrupt from error
         *_, first = _causes(error)
-        said = (str(first).strip().splitlines() or [type(first).__name__])[0]
+        sentence = (str(first).strip().splitlines() or [type(first).__name__])[0]
         raise UnsupportedError(
-            f"no graph can be made of the {kind}'s configuration: {said[:200]}",
+            f"no graph can be made of the {kind}'s configuration: {sentence[:200]}",
             expected="a config.json that diffusers or transformers reads",
             remedy="Take the whole checkpoint; if it is as published, report it with its config.json.",
         ) from error
@@ -80,10 +80,10 @@ def _refusing(kind: str) -> Iterator[None]:
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
     """An error and what it was raised for, the first of them last."""
-    found: BaseException | None = error
-    while found is not None:
-        yield found
-        found = found.__cause__ or found.__context__
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def _example(traceable: Traceable) -> dict[str, torch.Tensor]:

@@ -1,8 +1,8 @@
 """What every device offers: a `Device` that makes `Slots`, and what all slots do alike.
 
 A slot has its own latent, program, position, conditioning and guidance. A tick evaluates the UNet once for the slots
-it is given (two rows a slot where guidance asks for it) and moves each slot on by one row of its own program. Slots
-join and leave between ticks.
+it is given (two rows a slot where guidance asks for it) and moves each slot on by one position in its own program.
+Slots join and leave between ticks.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Sampling:
     """One image on its way: its program and how far it is, and what the UNet is told of it.
 
     guidance: the factor of the prompt's row against the negative's, where the conditioning has both. blend: what an
-    inpainting request keeps of its picture. position: evaluations made, the row of the program that comes next.
+    inpainting request keeps of its picture. position: evaluations made, and so the one of the program that comes next.
     """
 
     program: Program
@@ -142,7 +142,7 @@ class Slots(ABC):
     def tick(
         self, slots: Sequence[int], previews: Mapping[int, Float32] | None = None, *, rows: int | None = None
     ) -> None:
-        """Advance these slots by one row each. `previews` maps slots to float32 [C, h, w] that receive their x0.
+        """Advance these slots by one evaluation each. `previews` maps slots to float32 [C, h, w] that receive their x0.
 
         `rows` is the least number of UNet rows an evaluation has: what the slots leave over is padding, computed and
         dropped, for engines that admit some sizes only or run some faster.
@@ -214,7 +214,7 @@ class Slots(ABC):
 
     @abstractmethod
     def _evaluate(self, slots: list[int], tokens: int, rows: int, previews: Mapping[int, Float32]) -> None:
-        """One evaluation of slots that share it, and their own rows applied; positions move on afterwards."""
+        """One evaluation of slots that share it, each moved on by its own program; positions are counted afterwards."""
 
     @abstractmethod
     def _run(self, slots: list[int], tokens: int, evaluations: int, decoder: Engine) -> Decoded:
@@ -222,7 +222,7 @@ class Slots(ABC):
 
     @abstractmethod
     def _finish(self, slot: int, program: Program, into: Float32) -> None:
-        """Write the state in diffusers' coordinates after the program's last row."""
+        """Write the state in diffusers' coordinates after the program's last evaluation."""
 
     @abstractmethod
     def _state(self, slot: int) -> Float32:

@@ -66,8 +66,8 @@ class TapeGraph:
     def replay(self) -> None:
         with torch.no_grad():
             for step in self._steps:
-                made = step.function(*step.arguments, **step.options)
-                for old, new in zip(step.outputs, _tensors(made), strict=True):
+                results = step.function(*step.arguments, **step.options)
+                for old, new in zip(step.outputs, _tensors(results), strict=True):
                     if old.data_ptr() != new.data_ptr():  # neither a view nor an operation in place
                         old.copy_(new)
 
@@ -90,12 +90,12 @@ class _Tape(TorchDispatchMode):  # type: ignore[misc]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        told = torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
+        reads = torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
         if func is torch.ops.aten.index.Tensor:  # by numbers its shape is known; by flags it is not
-            told = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-        if told or func is torch.ops.aten.lift_fresh.default:
+            reads = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+        if reads or func is torch.ops.aten.lift_fresh.default:
             raise CaptureError(
-                f"{func} {'reads a tensor on the host' if told else 'takes data from the host'} while it is captured",
+                f"{func} {'reads a tensor on the host' if reads else 'takes data from the host'} while it is captured",
                 expected="operations on device memory alone",
             )
         out = func(*args, **(kwargs or {}))

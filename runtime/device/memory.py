@@ -42,11 +42,11 @@ def guard_memory(device: torch.device, doing: str) -> Iterator[None]:
 
 
 def out_of_memory(doing: str, free: int, total: int) -> OutOfMemoryError:
-    found = f"the device's memory does not suffice for {doing}"
+    message = f"the device's memory does not suffice for {doing}"
     if total:
-        found += f": {free / 2**30:.1f} of {total / 2**30:.1f} GiB are free"
+        message += f": {free / 2**30:.1f} of {total / 2**30:.1f} GiB are free"
     return OutOfMemoryError(
-        found,
+        message,
         expected="less at once",
         remedy="Ask for fewer images or a smaller size at once; `fewstep memory BUNDLE` says what fits.",
     )

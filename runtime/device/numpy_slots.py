@@ -14,7 +14,7 @@ from ...engines.machine import available_memory
 from ...errors import OutOfMemoryError
 from ...schedules import Program
 from ..arrays import Float32, Shape
-from ..conditioning import told_inputs, write_row
+from ..conditioning import conditioning_inputs, write_row
 from .base import MOST_HISTORY, MOST_ROWS, Decoded, Sampling, Slots, TickTimes, unet_dims
 from .numpy_update import SlotState
 
@@ -167,7 +167,7 @@ class _Rows:
         self.sample: Float32 = binding.inputs["sample"]
         self.timestep: Float32 = binding.inputs["timestep"]
         self.out: Float32 = binding.outputs["out"]
-        self._buffers = [(name, binding.inputs[name]) for name in told_inputs(engine.inputs)]
+        self._buffers = [(name, binding.inputs[name]) for name in conditioning_inputs(engine.inputs)]
         self._written: list[dict[str, Any]] = [{} for _ in range(rows)]
 
     def tell(self, row: int, arrays: Mapping[str, Float32]) -> None:

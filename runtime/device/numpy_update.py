@@ -1,4 +1,4 @@
-"""The update of a slot's state by one row of its program, in place, in NumPy.
+"""The update of a slot's state by one evaluation's coefficients of its program, in place, in NumPy.
 
 Nothing is allocated after construction but the small coefficient table of a program seen for the first time.
 Coefficients are compiled in float64 and applied in float32.
@@ -24,14 +24,14 @@ Scalar = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class _Coefficients:
-    """One row as the kernel wants it: without terms that do nothing (None), and with what no row reads back folded
-    into the factors of x and out.
+    """One position's coefficients as the kernel wants them: without terms that do nothing (None), and with what nothing
+    later reads folded into the factors of x and out.
 
-    keep: (slot, factor of x or None, factor of out), the quantity to store, or None where no row reads it.
-    adds: whether it is stored times its own factor in this row, so that the row adds it as it is; the factors of
-        later rows make up for that.
+    keep: (slot, factor of x or None, factor of out), the quantity to store, or None where nothing reads it.
+    adds: whether it is stored times its own factor at this position, which so adds it as it is; the factors of
+        later positions make up for that.
     x, out: factors of the state and of the network's output. terms: (slot, factor) of the history.
-    c, c_prev: factors of this draw and of the one before. holds: whether the next row reads this draw again.
+    c, c_prev: factors of this draw and of the one before. holds: whether the next position reads this draw again.
     """
 
     scale: Scalar | None
@@ -54,8 +54,8 @@ def _unless(value: float, idle: float) -> Scalar | None:
     return None if value == idle else _scalar(value)
 
 
-def _compile_rows(program: Program) -> list[_Coefficients]:
-    rows = []
+def _compile(program: Program) -> list[_Coefficients]:
+    table = []
     stored_as = np.ones(program.history)
     for i in range(program.evaluations):
         slot, p, q = int(program.write[i]), float(program.h_x[i]), float(program.h_out[i])
@@ -71,7 +71,7 @@ def _compile_rows(program: Program) -> list[_Coefficients]:
             if adds:
                 x, out = float(program.a[i]), 0.0
         following = i + 1 < program.evaluations and bool(program.c_prev[i + 1])
-        rows.append(
+        table.append(
             _Coefficients(
                 scale=_unless(float(program.input_scale[i]), 1.0),
                 keep=keep,
@@ -85,11 +85,11 @@ def _compile_rows(program: Program) -> list[_Coefficients]:
                 preview=(_unless(float(program.x0_x[i]), 0.0), _scalar(float(program.x0_out[i]))),
             )
         )
-    return rows
+    return table
 
 
 def _is_read_later(program: Program, i: int) -> bool:
-    """Whether a row after i reads the slot that row i writes before it is written anew."""
+    """Whether a position after i reads the ring slot that i writes, before it is written anew."""
     slot = program.write[i]
     for later in range(i + 1, program.evaluations):
         if program.write[later] == slot:
@@ -103,8 +103,9 @@ class SlotState:
     """The sampling state of S slots, each walking its own program.
 
     latent: float32 [S, *shape], the network's input before scaling.
-    history: float32 [S, K, *shape], the kept quantities, each up to a factor that the rows know.
-    noise: float32 [S, *shape], the unit draw for the coming row; the caller fills it where `program.draws[row]`.
+    history: float32 [S, K, *shape], the kept quantities, each up to a factor that the tables know.
+    noise: float32 [S, *shape], the unit draw for the coming position; the caller fills it where
+    `program.draws[position]`.
     """
 
     def __init__(self, slots: int, shape: tuple[int, ...], history: int) -> None:
@@ -134,8 +135,8 @@ class SlotState:
     def bytes(self) -> int:
         return sum(a.nbytes for a in (self.latent, self.history, self.noise, self._held))
 
-    def rows(self, slot: int, program: Program) -> list[_Coefficients]:
-        """The slot's table for `program`, compiled when the slot first sees it."""
+    def table(self, slot: int, program: Program) -> list[_Coefficients]:
+        """The slot's coefficients for `program`, one entry a position, compiled when the slot first sees it."""
         known, table = self._tables[slot]
         if known is program:
             return table
@@ -145,15 +146,15 @@ class SlotState:
                 expected=f"at most the {self.history.shape[1]} this state was made with",
                 remedy="Make SlotState with a larger history.",
             )
-        table = _compile_rows(program)
+        table = _compile(program)
         self._tables[slot] = (program, table)
         return table
 
     def model_input(self, slot: int, program: Program, i: int, out: npt.NDArray[Any]) -> None:
-        """Write the network's input of row i into `out`, a float32 or float16 view of the engine's buffer."""
+        """Write the network's input at position i into `out`, a float32 or float16 view of the engine's buffer."""
         known, table = self._tables[slot]
         if known is not program:
-            table = self.rows(slot, program)
+            table = self.table(slot, program)
         scale = table[i].scale
         if scale is None:
             out[...] = self._latents[slot]
@@ -164,19 +165,19 @@ class SlotState:
         self,
         slots: Sequence[int],
         programs: Sequence[Program],
-        rows: Sequence[int],
+        positions: Sequence[int],
         outputs: Sequence[npt.NDArray[Any]] | npt.NDArray[Any],
     ) -> None:
-        """Apply row rows[j] of programs[j] to slot slots[j], given outputs[j] of the network (float32 or float16)."""
-        for slot, program, i, output in zip(slots, programs, rows, outputs, strict=True):
+        """Move slots[j] on from positions[j] of programs[j], given outputs[j] of the network (float32 or float16)."""
+        for slot, program, i, output in zip(slots, programs, positions, outputs, strict=True):
             known, table = self._tables[slot]
             if known is not program:
-                table = self.rows(slot, program)
+                table = self.table(slot, program)
             self._advance(slot, table[i], output)
 
     def preview(self, slot: int, program: Program, i: int, output: npt.NDArray[Any], into: Float32) -> None:
-        """Write x0 as row i sees it into `into`. Call it before `advance`, which moves the state on."""
-        x_factor, out_factor = self.rows(slot, program)[i].preview
+        """Write x0 as the output at position i implies it into `into`; before `advance`, which moves the state on."""
+        x_factor, out_factor = self.table(slot, program)[i].preview
         output = self._as_float32(output)
         np.multiply(output, out_factor, out=into)  # x0 = x0_x x + x0_out out
         if x_factor is not None:
@@ -196,33 +197,33 @@ class SlotState:
         np.copyto(self._converted, output)
         return self._converted
 
-    def _advance(self, slot: int, row: _Coefficients, output: npt.NDArray[Any]) -> None:
+    def _advance(self, slot: int, step: _Coefficients, output: npt.NDArray[Any]) -> None:
         x, scratch, history = self._latents[slot], self._scratch, self._histories[slot]
         multiply, add = np.multiply, np.add
         if output.dtype != np.float32:
             output = self._as_float32(output)
-        if row.keep is not None:
-            ring, p, q = row.keep
+        if step.keep is not None:
+            ring, p, q = step.keep
             kept = history[ring]
             multiply(output, q, kept)  # H[write] = h_x x + h_out out
             if p is not None:
                 multiply(x, p, scratch)
                 add(kept, scratch, kept)
-        if row.x is not None:
-            multiply(x, row.x, x)  # x' = a x ...
-        if row.out is not None:
-            multiply(output, row.out, scratch)
+        if step.x is not None:
+            multiply(x, step.x, x)  # x' = a x ...
+        if step.out is not None:
+            multiply(output, step.out, scratch)
             add(x, scratch, x)  # + b[write] H[write], where nothing later reads H[write]: its part in out
-        if row.adds:
+        if step.adds:
             add(x, kept, x)  # + b[write] H[write], stored with its factor
-        for ring, factor in row.terms:
+        for ring, factor in step.terms:
             multiply(history[ring], factor, scratch)
             add(x, scratch, x)  # + b[k] H[k]
-        if row.c is not None:
-            multiply(self._noises[slot], row.c, scratch)
+        if step.c is not None:
+            multiply(self._noises[slot], step.c, scratch)
             add(x, scratch, x)  # + c n_i
-        if row.c_prev is not None:
-            multiply(self._helds[slot], row.c_prev, scratch)
+        if step.c_prev is not None:
+            multiply(self._helds[slot], step.c_prev, scratch)
             add(x, scratch, x)  # + c_prev n_{i-1}
-        if row.holds:
+        if step.holds:
             np.copyto(self._helds[slot], self._noises[slot])

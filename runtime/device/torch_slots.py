@@ -1,8 +1,9 @@
 """Slots on a torch device: all that a tick needs lies in device memory that never moves, the host writes small tables.
 
 A tick is one list of tensor operations: gather the rows of the slots by index tables, evaluate the UNet, add each
-slot's rows by their weights (guidance is a weight), apply each slot's own row of its own program. It reads nothing on
-the host, so it can be captured: alone for shared batches, or n times and with the VAE behind it for a whole request.
+slot's rows by their weights (guidance is a weight), move each slot on by the coefficients at its own position in its
+own program. It reads nothing on the host, so it can be captured: alone for shared batches, or n times and with the VAE
+behind it for a whole request.
 
 The same class runs on CPU tensors, which is how the tests compare it with the NumPy slots; it is not run on a GPU.
 """
@@ -171,7 +172,7 @@ class TorchSlots(Slots):
             with torch.no_grad(), guard_memory(self.device, f"a {kind}"):
                 body()
             return
-        held = (batch.binding, *owners)
+        owners = (batch.binding, *owners)
         key = GraphKey(
             kind=kind,
             shape=self.shape,
@@ -179,7 +180,7 @@ class TorchSlots(Slots):
             rows=batch.rows,
             tokens=batch.tokens,
             evaluations=evaluations,
-            engines=(id(self._engine), *(id(o) for o in held)),
+            engines=(id(self._engine), *(id(o) for o in owners)),
             previews=previews,
             blends=blends,
         )
@@ -188,7 +189,8 @@ class TorchSlots(Slots):
         self._clock.suspend()
         try:
             with torch.no_grad(), guard_memory(self.device, f"a {kind}"):
-                self.graphs.run(key, body, owners=(self._engine, *held), buffers=buffers, restore=self._values.tensors)
+                state = self._values.tensors
+                self.graphs.run(key, body, owners=(self._engine, *owners), buffers=buffers, restore=state)
         finally:
             self._clock.resume(evaluations)
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ...engines import Binding, TensorSpec
-from ..conditioning import TOKENS, Conditioning, told_inputs
+from ..conditioning import TOKENS, Conditioning, conditioning_inputs
 from .base import Sampling
 from .memory import as_tensor, upload
 
@@ -100,7 +100,7 @@ class ConditioningTables:
         self._tokens, self._written = dims[TOKENS], dict[int, Conditioning]()
         self._tables = {
             name: torch.zeros((slots, PARTS, *spec.resolve({**dims, "rows": 1})[1:]), device=device)
-            for name, spec in told_inputs(inputs).items()
+            for name, spec in conditioning_inputs(inputs).items()
         }
         self._repeated = {n for n, s in inputs.items() if s.shape[1:2] == (TOKENS,)}
 

@@ -1,6 +1,6 @@
-"""The update of slots by rows of their programs, in torch, for a device.
+"""The update of slots by their programs, in torch, for a device.
 
-Every slot's row lies in tables on the device, so one call serves slots with different samplers, step counts and
+Every slot's coefficients lie in tables on the device, so one call serves slots with different samplers, step counts and
 histories, with no host synchronisation and no Python loop over slots: it can be captured in a CUDA graph, and another
 program is another table. It has been run on CPU tensors against the NumPy kernels, not on a GPU.
 """
@@ -26,10 +26,10 @@ class TorchSlotState:
     """The sampling state of S slots on a device.
 
     latent, noise: float32 [S, *shape]; history: float32 [S, K, *shape], on `device`. Programs of up to
-    `longest_program` rows are loaded into slots; `position` int64 [S] says at which row each is, and only `advance`
-    moves it. With `max_draws`, `draws` float32 [S, D, *shape] holds all the noise of each slot's program, and each row
-    takes its own; without, the caller fills `noise[slot]` where the coming row draws. What inpainting keeps of a
-    picture: mask float32 [S, 1, h, w], kept_latent, kept_noise float32 [S, *shape].
+    `longest_program` evaluations are loaded into slots; `position` int64 [S] says which evaluation of its own each is
+    at, and only `advance` moves it. With `max_draws`, `draws` float32 [S, D, *shape] holds all the noise of each slot's
+    program, and each position takes its own; without, the caller fills `noise[slot]` where the coming one draws. What
+    inpainting keeps of a picture: mask float32 [S, 1, h, w], kept_latent, kept_noise float32 [S, *shape].
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class TorchSlotState:
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """What a row reads or moves on: latents, history, noise held, and where each slot is."""
+        """What an update reads or moves on: latents, history, noise held, and where each slot is."""
         return self.latent, self.history, self.noise, self._held, self.position
 
     @property
@@ -103,26 +103,26 @@ class TorchSlotState:
         self._draw_at[slot] = 0
 
     def load(self, slot: int, program: Program, blend: Blend | None = None) -> None:
-        """Write a program's rows, and what is blended in after them, into the slot's tables; it is at its first row."""
-        rows = program.evaluations
-        if rows > self.longest_program or program.history > self.history_slots:
+        """Write a program, and what is blended in after each update, into the slot's tables; it is at position 0."""
+        length = program.evaluations
+        if length > self.longest_program or program.history > self.history_slots:
             raise ArgumentError(
-                f"program {program.sampler!r} with {rows} rows and {program.history} history slots",
+                f"program {program.sampler!r} with {length} evaluations and {program.history} history slots",
                 expected=f"at most {self.longest_program} and {self.history_slots}",
                 remedy="Make TorchSlotState with a larger longest_program or history.",
             )
         holds = np.append(program.c_prev[1:] != 0.0, False).astype(np.float64)
-        factors = np.zeros((rows, 2)) if blend is None else blend.factors
+        factors = np.zeros((length, 2)) if blend is None else blend.factors
         columns = [*(getattr(program, name) for name in _OF_PROGRAM), holds, *factors.T]
-        upload(self._scalars[slot, :rows], _float32(np.stack(columns, axis=1)))
+        upload(self._scalars[slot, :length], _float32(np.stack(columns, axis=1)))
         if blend is not None:
             upload(self._mask[slot], blend.mask)
             upload(self._kept_latent[slot], blend.kept_latent)
             upload(self._kept_noise[slot], blend.kept_noise)
         self._b[slot].zero_()
-        upload(self._b[slot, :rows, : program.history], _float32(program.b))
-        upload(self._write[slot, :rows], program.write)
-        upload(self._timesteps[slot, :rows], _float32(program.timesteps))
+        upload(self._b[slot, :length, : program.history], _float32(program.b))
+        upload(self._write[slot, :length], program.write)
+        upload(self._timesteps[slot, :length], _float32(program.timesteps))
         self._finish[slot] = float(program.state_scale[-1])
         if self.draws is not None:
             count = int(np.count_nonzero(program.draws))
@@ -133,7 +133,7 @@ class TorchSlotState:
                     remedy="Make TorchSlotState with a larger max_draws.",
                 )
             latest = np.maximum(np.cumsum(program.draws) - 1, 0)
-            upload(self._draw_at[slot, :rows], latest.astype(np.int64))
+            upload(self._draw_at[slot, :length], latest.astype(np.int64))
         self.position[slot] = 0
 
     def finish(self, slots: torch.Tensor) -> torch.Tensor:
@@ -141,7 +141,7 @@ class TorchSlotState:
         return self._finish[slots].reshape(-1, *(1,) * len(self.shape)) * self.latent[slots]
 
     def timesteps(self, slots: torch.Tensor) -> torch.Tensor:
-        """float32 [A]: what the network is fed for these slots' rows. slots: int64 [A] on the device."""
+        """float32 [A]: what the network is fed at these slots' positions. slots: int64 [A] on the device."""
         return self._timesteps[slots, self.position[slots]]
 
     def model_input(self, slots: torch.Tensor, out: torch.Tensor) -> None:
@@ -149,37 +149,37 @@ class TorchSlotState:
         out.copy_(self._column(slots, "input_scale") * self.latent[slots])
 
     def preview(self, slots: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
-        """float32 [A, *shape]: x0 as these slots' rows see it. Call it before `advance`."""
+        """float32 [A, *shape]: x0 as these slots' outputs imply it. Call it before `advance`."""
         # x0 = x0_x x + x0_out out
         return self._column(slots, "x0_x") * self.latent[slots] + self._column(slots, "x0_out") * outputs.float()
 
     def advance(self, slots: torch.Tensor, outputs: torch.Tensor, *, blends: bool = False) -> None:
-        """Apply each slot's own row, given outputs [A, *shape] of the network, and move on to its next row.
+        """Apply the coefficients at each slot's own position, given outputs [A, *shape] of the network, and move on.
 
         slots: int64 [A] on the device, no slot twice. blends: whether any of them keeps something of a picture.
         """
-        rows = self.position[slots]
-        x, held = self.latent[slots], self._held[slots]
-        noise = self.noise[slots] if self.draws is None else self.draws[slots, self._draw_at[slots, rows]]
+        position = self.position[slots]
+        x, previous = self.latent[slots], self._held[slots]
+        noise = self.noise[slots] if self.draws is None else self.draws[slots, self._draw_at[slots, position]]
         # H[write] = h_x x + h_out out
         kept = self._column(slots, "h_x") * x + self._column(slots, "h_out") * outputs.float()
-        self.history[slots, self._write[slots, rows]] = kept
-        b = self._b[slots, rows]
+        self.history[slots, self._write[slots, position]] = kept
+        b = self._b[slots, position]
         weights = b.reshape(*b.shape, *(1,) * len(self.shape))
         past = torch.where(weights == 0.0, torch.zeros_like(kept)[:, None], self.history[slots])
         # x' = a x + sum_k b[k] H[k] + c n_i + c_prev n_{i-1}
         x = self._column(slots, "a") * x + (weights * past).sum(dim=1)
-        x = x + self._column(slots, "c") * noise + self._column(slots, "c_prev") * held
+        x = x + self._column(slots, "c") * noise + self._column(slots, "c_prev") * previous
         if blends:
             # m x' + f_z (1 - m) z + f_n (1 - m) n
             x = self._mask[slots] * x + self._column(slots, "kept_latent") * self._kept_latent[slots]
             x = x + self._column(slots, "kept_noise") * self._kept_noise[slots]
         self.latent[slots] = x
-        self._held[slots] = torch.where(self._column(slots, "holds") != 0.0, noise, held)
-        self.position[slots] = torch.clamp(rows + 1, max=self.longest_program - 1)
+        self._held[slots] = torch.where(self._column(slots, "holds") != 0.0, noise, previous)
+        self.position[slots] = torch.clamp(position + 1, max=self.longest_program - 1)
 
     def _column(self, slots: torch.Tensor, name: str) -> torch.Tensor:
-        """One coefficient of each slot's row, [A, 1, 1, ...]."""
+        """One coefficient at each slot's position, [A, 1, 1, ...]."""
         values = self._scalars[slots, self.position[slots], _COLUMN[name]]
         return values.reshape(-1, *(1,) * len(self.shape))
 

@@ -56,10 +56,10 @@ class TorchCpuGenerator:
     def at(cls, seed: int, words: npt.NDArray[np.uint32], position: int, kept: float | None) -> TorchCpuGenerator:
         """The generator in the middle of its stream: the twister's 624 words, how many of them are used, and the
         normal that is kept for the next call."""
-        made = cls(seed)
-        made._bits.state = {"bit_generator": "MT19937", "state": {"key": words, "pos": position}}
-        made._spare = kept
-        return made
+        generator = cls(seed)
+        generator._bits.state = {"bit_generator": "MT19937", "state": {"key": words, "pos": position}}
+        generator._spare = kept
+        return generator
 
     def position(self) -> tuple[npt.NDArray[np.uint32], int, float | None]:
         """What `at` takes beside the seed."""
@@ -203,8 +203,8 @@ def request_noise(
     first_draws: bool = False,
 ) -> RequestNoise:
     """A generator an image, or with `shared` the first one for all; `generators`, if given, instead of the seeds'."""
-    found = [make_generator(s, device) for s in seeds] if generators is None else list(generators)
+    sources = [make_generator(s, device) for s in seeds] if generators is None else list(generators)
     if shared:
-        stream = SharedStream(found[0], len(seeds))
+        stream = SharedStream(sources[0], len(seeds))
         return RequestNoise(tuple(stream.member(i) for i in range(len(seeds))), stream)
-    return RequestNoise(tuple(found), None, first_draws)
+    return RequestNoise(tuple(sources), None, first_draws)

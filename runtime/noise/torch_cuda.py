@@ -68,9 +68,9 @@ class TorchCudaGenerator:
         threads = min(-(-count // _BLOCK) * _BLOCK, self.threads)
         passes = (count - 1) // (threads * _PER_CALL) + 1
         used = min(4, -(-count // threads))
-        made = np.concatenate([self._normals(threads, i)[:used].reshape(-1) for i in range(passes)])
+        normals = np.concatenate([self._normals(threads, i)[:used].reshape(-1) for i in range(passes)])
         self.offset += passes * _PER_CALL
-        return made[:count].reshape(shape)
+        return normals[:count].reshape(shape)
 
     def _normals(self, threads: int, call: int) -> Float32:
         """What each thread's `call`-th quadruple gives, float32 [4, threads]."""
@@ -79,10 +79,10 @@ class TorchCudaGenerator:
         counter[0], counter[1] = at & _WORD, at >> 32
         counter[2] = np.arange(threads, dtype=np.uint32)
         bits = philox(counter, (self.seed & _WORD, self.seed >> 32))
-        made = np.empty((4, threads), np.float32)
+        normals = np.empty((4, threads), np.float32)
         for half in (0, 2):
-            made[half], made[half + 1] = _box_muller(bits[half], bits[half + 1])
-        return made
+            normals[half], normals[half + 1] = _box_muller(bits[half], bits[half + 1])
+        return normals
 
 
 def _box_muller(x: UInt32, y: UInt32) -> tuple[Float32, Float32]:

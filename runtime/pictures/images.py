@@ -62,10 +62,10 @@ def _existing_file(source: str | os.PathLike[str]) -> Path:
     """The path, if there is a file of at most `MOST_BYTES`."""
     path = Path(source)
     try:
-        found = path.is_file()
+        exists = path.is_file()
     except (OSError, ValueError):
-        found = False
-    if not found:
+        exists = False
+    if not exists:
         raise MissingError(f"no file {str(source)[:200]!r}", expected="a picture")
     if path.stat().st_size > MOST_BYTES:
         raise ArgumentError(f"{path.name} has {path.stat().st_size} bytes", expected=f"at most {MOST_BYTES}")
@@ -126,13 +126,13 @@ def read_parameters(path: str | os.PathLike[str]) -> dict[str, Any]:
                 )
             image.load()
             text = getattr(image, "text", {}).get(JSON_KEY)
-        found = json.loads(text) if text else None
+        parameters = json.loads(text) if text else None
     except (OSError, SyntaxError, ValueError, RecursionError, pillow.DecompressionBombError) as error:
         raise CorruptError(f"{file.name} cannot be read as a PNG of fewstep") from error
-    wanted = {"bundle": str, "prompt": str, "width": int, "height": int}
-    if not isinstance(found, dict) or not all(isinstance(found.get(k), t) for k, t in wanted.items()):
+    types = {"bundle": str, "prompt": str, "width": int, "height": int}
+    if not isinstance(parameters, dict) or not all(isinstance(parameters.get(k), t) for k, t in types.items()):
         raise CorruptError(f"{file.name} holds no parameters of fewstep", expected=f"a text chunk {JSON_KEY!r}")
-    return found
+    return parameters
 
 
 def a1111_text(p: Mapping[str, Any]) -> str:

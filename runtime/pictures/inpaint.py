@@ -17,7 +17,7 @@ class Blend:
     """What a slot keeps of its picture. mask float32 [1, h, w]: 1 where the picture is made anew, 0 where it stays.
 
     kept_latent, kept_noise: float32 [C, h, w], the picture's latent and the slot's starting noise times 1 - mask.
-    factors: float32 [n, 2], of these two in the state after each row of the program.
+    factors: float32 [n, 2], of these two in the state after each evaluation of the program.
     """
 
     mask: Float32
@@ -26,7 +26,7 @@ class Blend:
     factors: Float32
 
     def apply(self, state: Float32, position: int, scratch: Float32) -> None:
-        """Blend the state after the program's row at `position`, float32 [C, h, w], in place."""
+        """Blend the state after the program's evaluation at `position`, float32 [C, h, w], in place."""
         latent_factor, noise_factor = self.factors[position]
         np.multiply(state, self.mask, out=state)  # m x
         np.multiply(self.kept_latent, latent_factor, out=scratch)
@@ -40,7 +40,7 @@ def make_blend(program: Program, mask: Float32, latent: Float32, noise: Float32)
     """From a mask [h, w] and latent and noise [C, h, w]: diffusers' rule for UNets of four channels.
 
     The state is the network's input, so that what the mask keeps is (z + sigma n) / sqrt(1 + sigma^2) at the noise
-    level that a row reaches; after the last row it is the result, and the picture is put back without noise.
+    level that an evaluation reaches; after the last one it is the result, and the picture is put back without noise.
     """
     keep = np.float32(1.0) - mask
     sigmas = program.sigmas[1:]
@@ -86,15 +86,15 @@ def open_mask(given: Any) -> Any:
         return given if given.mode in {"1", "L"} else given.convert("RGB")
     if not isinstance(given, np.ndarray):
         return open_image(given)
-    found = given[..., 0] if given.ndim == 3 and given.shape[-1] == 1 else given
-    if found.ndim != 2 or 0 in found.shape:
+    values = given[..., 0] if given.ndim == 3 and given.shape[-1] == 1 else given
+    if values.ndim != 2 or 0 in values.shape:
         raise ArgumentError(f"the mask is an array {given.dtype} {list(given.shape)}", expected="[H, W]")
-    if found.dtype == np.bool_:
-        return pillow.fromarray(found.astype(np.uint8) * np.uint8(255))
-    if found.dtype == np.uint8:
-        return pillow.fromarray(found)
-    if found.dtype.kind != "f" or not np.isfinite(found).all() or found.min() < 0 or found.max() > 1:
+    if values.dtype == np.bool_:
+        return pillow.fromarray(values.astype(np.uint8) * np.uint8(255))
+    if values.dtype == np.uint8:
+        return pillow.fromarray(values)
+    if values.dtype.kind != "f" or not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
         raise ArgumentError(
-            f"the mask is an array of {found.dtype}", expected="uint8, bool, or floats from 0 to 1: 1 to be made anew"
+            f"the mask is an array of {values.dtype}", expected="uint8, bool, or floats from 0 to 1: 1 to be made anew"
         )
-    return pillow.fromarray(np.round(found * 255.0).astype(np.uint8))
+    return pillow.fromarray(np.round(values * 255.0).astype(np.uint8))

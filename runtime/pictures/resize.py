@@ -95,8 +95,8 @@ def fit_pictures(
         return None
     fitted = [to_unit(fit_picture(p, width, height, call.fit), width, height) for p in pictures]
     factor, threshold = bundle.latent.factor, call.mask_threshold
-    made = [to_latent_mask(fit_picture(m, width, height, call.fit), factor, threshold) for m in masks]
-    return Pictures(pixels=np.stack(fitted), masks=np.stack(made) if made else None)
+    latent_masks = [to_latent_mask(fit_picture(m, width, height, call.fit), factor, threshold) for m in masks]
+    return Pictures(pixels=np.stack(fitted), masks=np.stack(latent_masks) if latent_masks else None)
 
 
 def fit_picture(picture: Image, width: int, height: int, fit: str) -> Image:

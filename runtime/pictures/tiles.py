@@ -45,14 +45,14 @@ def check_when(name: str, when: object) -> str | bool:
     return when
 
 
-def run_tiled(whole: Float32, run: Callable[[Float32], Float32], *, tile: int, made: int, out: Float32) -> Float32:
+def run_tiled(whole: Float32, run: Callable[[Float32], Float32], *, tile: int, tile_out: int, out: Float32) -> Float32:
     """Run tiles of `whole` [..., H, W] through `run` and put them together in `out` [..., H', W'].
 
     tile, made: a tile's side before and after. Neighbours overlap by a quarter, over which the earlier fades into the
     later linearly.
     """
-    step, overlap = int(tile * (1 - OVERLAP)), int(made * OVERLAP)
-    kept = made - overlap
+    step, overlap = int(tile * (1 - OVERLAP)), int(tile_out * OVERLAP)
+    kept = tile_out - overlap
     above: list[Float32] = []
     for i, top in enumerate(range(0, whole.shape[-2], step)):
         row: list[Float32] = []

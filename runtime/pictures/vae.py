@@ -93,7 +93,7 @@ class Vae:
             return images.transpose(0, 3, 1, 2).astype(np.float32)
 
         out = np.empty((count, 3, height * self._factor, width * self._factor), np.float32)
-        run_tiled(latents, run, tile=self._tile.cells, made=self._tile.pixels, out=out)
+        run_tiled(latents, run, tile=self._tile.cells, tile_out=self._tile.pixels, out=out)
         return np.rint(out).astype(np.uint8).transpose(0, 2, 3, 1), finite
 
     def encode(self, pictures: Float32, noise: RequestNoise, shape: tuple[int, int, int]) -> Float32:
@@ -110,7 +110,7 @@ class Vae:
             for picture in pictures:
                 if self._tile.wanted(self.tiling, height, width):
                     out = np.empty((2 * channels, height, width), np.float32)
-                    run_tiled(picture, self._moments, tile=self._tile.pixels, made=self._tile.cells, out=out)
+                    run_tiled(picture, self._moments, tile=self._tile.pixels, tile_out=self._tile.cells, out=out)
                 else:
                     out = self._moments(picture)
                 moments.append((out[:channels], np.exp(out[channels:])))

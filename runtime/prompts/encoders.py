@@ -130,24 +130,24 @@ class TextEncoders:
         """
         asked = [Prompt(text=p) if isinstance(p, str) else p for p in prompts]
         with self._lock:
-            wanted = [p for p in dict.fromkeys(asked) if p not in self._kept]
-            self.misses += len(wanted)
-            self.hits += len(asked) - len(wanted)
-            made: dict[Prompt, Embedding] = {}
+            missing = [p for p in dict.fromkeys(asked) if p not in self._kept]
+            self.misses += len(missing)
+            self.hits += len(asked) - len(missing)
+            fresh: dict[Prompt, Embedding] = {}
             try:
-                for skip in dict.fromkeys(p.clip_skip for p in wanted):
-                    together = [p for p in wanted if p.clip_skip == skip]
-                    made.update(zip(together, self._run(together, skip), strict=True))
+                for skip in dict.fromkeys(p.clip_skip for p in missing):
+                    together = [p for p in missing if p.clip_skip == skip]
+                    fresh.update(zip(together, self._run(together, skip), strict=True))
             finally:
                 if not self._keep_engines:
                     self._engines, self._bindings = [], {}
-            found = [made.get(p) or self._kept[p] for p in asked]
-            self._kept.update(made)
+            embeddings = [fresh.get(p) or self._kept[p] for p in asked]
+            self._kept.update(fresh)
             for p in asked:
                 self._kept.move_to_end(p)
             while len(self._kept) > self._keep:
                 self._kept.popitem(last=False)
-        return found
+        return embeddings
 
     def forget(self) -> None:
         """Drop the kept embeddings."""
@@ -235,12 +235,12 @@ def _of_prompt(chunks: Float32) -> Float32:
 
 def _weigh(hidden: Float32, chunks: Sequence[Chunk]) -> Float32:
     """Hidden states [N, L, D] times their tokens' weights, each chunk's mean restored, as the web UI does it."""
-    made = np.array(hidden, np.float32)
-    for states, chunk in zip(made, chunks, strict=True):
+    states_out = np.array(hidden, np.float32)
+    for states, chunk in zip(states_out, chunks, strict=True):
         if chunk.weighted:
             weights = np.ones(len(states), np.float32)
             weights[1 : 1 + len(chunk.weights)] = chunk.weights
             mean = states.mean()
             states *= weights[:, None]
             states *= mean / states.mean()
-    return made
+    return states_out

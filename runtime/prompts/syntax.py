@@ -146,10 +146,10 @@ def _weighted(parts: Sequence[TextSpan], spans: Sequence[tuple[int, int, float]]
 def _plain_parts(text: str) -> list[TextSpan]:
     """Words between two marks, at each BREAK a part of its own."""
     pieces = _BREAK.split(text)
-    made = [TextSpan(pieces[0])]
+    parts = [TextSpan(pieces[0])]
     for piece in pieces[1:]:
-        made += [TextSpan("", ends_chunk=True), TextSpan(piece)]
-    return [p for p in made if p.text or p.ends_chunk]
+        parts += [TextSpan("", ends_chunk=True), TextSpan(piece)]
+    return [p for p in parts if p.text or p.ends_chunk]
 
 
 def _closing(mark: re.Match[str]) -> tuple[str, float | None]:
@@ -164,13 +164,13 @@ def _closing(mark: re.Match[str]) -> tuple[str, float | None]:
 
 def _joined(parts: Sequence[TextSpan]) -> list[TextSpan]:
     """Neighbours of one weight as one part: they are tokenised together."""
-    made: list[TextSpan] = []
+    joined: list[TextSpan] = []
     for part in parts:
-        if made and not part.ends_chunk and not made[-1].ends_chunk and made[-1].weight == part.weight:
-            made[-1] = TextSpan(made[-1].text + part.text, part.weight)
+        if joined and not part.ends_chunk and not joined[-1].ends_chunk and joined[-1].weight == part.weight:
+            joined[-1] = TextSpan(joined[-1].text + part.text, part.weight)
         else:
-            made.append(part)
-    return made
+            joined.append(part)
+    return joined
 
 
 def lay_out(parts: Sequence[tuple[Sequence[int], TextSpan]], room: int, comma: int | None) -> list[Chunk]:

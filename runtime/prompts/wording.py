@@ -36,19 +36,19 @@ class Wording:
         return tuple(n.text if isinstance(n, Prompt) else None for n in self.negatives)
 
     def described(self) -> list[dict[str, Any]]:
-        """What a picture's parameters say of it, by image: `prompt`, `negative`, and where given those of SDXL's."""
-        made = []
+        """What a picture's parameters say of it, by image: `prompt`, `negative`, and where given a second encoder's."""
+        descriptions = []
         for positive, negative, text, other in zip(
             self.positives, self.negatives, self.texts, self.negative_texts, strict=True
         ):
-            told: dict[str, Any] = {"prompt": text, "negative": other}
+            words: dict[str, Any] = {"prompt": text, "negative": other}
             for name, one in (("prompt_2", positive), ("negative_2", negative)):
                 if isinstance(one, Prompt) and one.text_2 is not None:
-                    told[name] = one.text_2
+                    words[name] = one.text_2
             if isinstance(positive, Embedding) or isinstance(negative, Embedding):
-                told["embeddings"] = True
-            made.append(told)
-        return made
+                words["embeddings"] = True
+            descriptions.append(words)
+        return descriptions
 
     def repeated(self, times: int) -> Wording:
         return Wording(positives=self.positives * times, negatives=self.negatives * times)
@@ -108,10 +108,10 @@ def _negatives(bundle: Bundle, call: Call, like: Prompt) -> list[Prompt | Embedd
         return [None]
     texts = _texts("negative prompt", "" if call.negative is None else call.negative)
     others = _matched("negative_2", call.negative_2, len(texts))
-    made = []
+    negatives = []
     for text, other in zip(texts, others, strict=True):
-        made.append(Prompt(text=text, text_2=other, syntax=like.syntax, long=like.long, clip_skip=like.clip_skip))
-    return list(made)
+        negatives.append(Prompt(text=text, text_2=other, syntax=like.syntax, long=like.long, clip_skip=like.clip_skip))
+    return list(negatives)
 
 
 def _texts(what: str, given: Any) -> list[str]:
@@ -159,13 +159,13 @@ def as_float32(name: str, given: Any, shape: tuple[int | None, ...]) -> Float32:
     if hasattr(given, "detach"):
         given = given.detach().cpu().float().numpy()
     try:
-        found = np.asarray(given, np.float32)
+        array = np.asarray(given, np.float32)
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"{name} is {type(given).__name__}", expected="an array of floats") from error
-    fits = found.ndim == len(shape) and all(n and w in (None, n) for n, w in zip(found.shape, shape, strict=True))
+    fits = array.ndim == len(shape) and all(n and w in (None, n) for n, w in zip(array.shape, shape, strict=True))
     if not fits:
         words = ", ".join("*" if w is None else str(w) for w in shape)
-        raise ArgumentError(f"{name} has shape {list(found.shape)}", expected=f"[{words}]")
-    if not np.isfinite(found).all():
+        raise ArgumentError(f"{name} has shape {list(array.shape)}", expected=f"[{words}]")
+    if not np.isfinite(array).all():
         raise ArgumentError(f"{name} holds NaN or infinity", expected="finite numbers")
-    return found
+    return array

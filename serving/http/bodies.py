@@ -40,10 +40,10 @@ async def _capped(request: Request, limit: int) -> Any:
         yield part
 
 
-def check_content_type(request: Request, wanted: str) -> None:
-    found = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if found != wanted:
-        raise HttpError(415, "unsupported_media_type", f"the content type must be {wanted}")
+def check_content_type(request: Request, expected: str) -> None:
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != expected:
+        raise HttpError(415, "unsupported_media_type", f"the content type must be {expected}")
 
 
 async def read_form(request: Request, limit: int) -> tuple[dict[str, Any], list[bytes]]:

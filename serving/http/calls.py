@@ -62,7 +62,7 @@ def make_calls(settings: Settings, sizes: Sequence[tuple[int, int]]) -> Calls:
     return Calls(
         generation=msgspec.defstruct("ImageGeneration", shared, **named),
         edit=msgspec.defstruct("ImageEdit", edit, **named),
-        choices={name: found for name, annotation, *_ in shared if (found := _choices(annotation))},
+        choices={name: options for name, annotation, *_ in shared if (options := _choices(annotation))},
     )
 
 

@@ -76,17 +76,17 @@ _NO_CACHE = {"cache-control": "no-store", "x-accel-buffering": "no"}
 async def _or_gone(request: Request, ticket: Ticket) -> Result:
     """The ticket's result; when the client disconnects first, the ticket is cancelled and `ClientDisconnect` raised."""
     gone = asyncio.ensure_future(_disconnected(request))
-    made = asyncio.ensure_future(_result(ticket))
+    result = asyncio.ensure_future(_result(ticket))
     try:
-        await asyncio.wait({gone, made}, return_when=asyncio.FIRST_COMPLETED)
-        if not made.done():
+        await asyncio.wait({gone, result}, return_when=asyncio.FIRST_COMPLETED)
+        if not result.done():
             ticket.cancel()
             raise ClientDisconnect
-        return made.result()
+        return result.result()
     finally:
         gone.cancel()
-        if not made.done():
-            made.cancel()
+        if not result.done():
+            result.cancel()
 
 
 async def _result(ticket: Ticket) -> Result:
@@ -102,9 +102,9 @@ async def _events(ticket: Ticket, call: Any, kind: str) -> AsyncIterator[bytes]:
     """Server-sent events as OpenAI names them: previews on the way, then each image; or an error."""
     try:
         index = 0
-        wanted = call.partial_images or 0
+        partials = call.partial_images or 0
         async for step in ticket.asteps():
-            if index < wanted and step.index + 1 < step.total and _is_due(step, index, wanted):
+            if index < partials and step.index + 1 < step.total and _is_due(step, index, partials):
                 event = await asyncio.to_thread(_preview, step, call, kind, index)
                 yield _event(event)
                 index += 1
@@ -119,9 +119,9 @@ async def _events(ticket: Ticket, call: Any, kind: str) -> AsyncIterator[bytes]:
         ticket.cancel()
 
 
-def _is_due(step: Step, made: int, wanted: int) -> bool:
+def _is_due(step: Step, sent: int, partials: int) -> bool:
     """Whether the next of `wanted` previews, spread over the steps, is due."""
-    return (step.index + 1) * (wanted + 1) >= (made + 1) * step.total
+    return (step.index + 1) * (partials + 1) >= (sent + 1) * step.total
 
 
 def _preview(step: Step, call: Any, kind: str, index: int) -> dict[str, Any]:

@@ -49,22 +49,22 @@ def allowed_hosts(host: str, token: str | None) -> tuple[str, ...]:
 
 def listen(host: str, port: int) -> list[socket.socket]:
     """Sockets that listen on all addresses of a host, on a free port for port 0; `ArgumentError` if that cannot be."""
-    made: list[socket.socket] = []
+    sockets: list[socket.socket] = []
     try:
         for family, _, _, _, address in socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         ):
-            at = (address[0], made[0].getsockname()[1] if made else port)
-            made.append(socket.create_server(at, family=family, backlog=2048))
+            at = (address[0], sockets[0].getsockname()[1] if sockets else port)
+            sockets.append(socket.create_server(at, family=family, backlog=2048))
     except OSError as error:
-        for opened in made:
+        for opened in sockets:
             opened.close()
         raise ArgumentError(
             f"nothing can listen on {host}, port {port} ({error.strerror})",
             expected="an address of this machine and a port that is free",
             remedy="Name others with --host and --port.",
         ) from error
-    return made
+    return sockets
 
 
 def serve(app: Starlette, service: Service, listening: list[socket.socket], *, drain_s: float) -> None:

@@ -142,12 +142,12 @@ class LiveSession:
     def frames(self, *, count: int | None = None, timeout: float | None = None) -> Iterator[Frame]:
         """Frames as they are made, the newest each time; ends after `count`, after `timeout` seconds without one, or
         when the session is closed."""
-        made = 0
-        while count is None or made < count:
+        taken = 0
+        while count is None or taken < count:
             frame = self.take(timeout)
             if frame is None:
                 return
-            made += 1
+            taken += 1
             yield frame
 
     def stats(self) -> LiveStats:

@@ -155,10 +155,10 @@ class Connection:
             return True
         given = [p.removeprefix(TOKEN_PREFIX) for p in offered if p.startswith(TOKEN_PREFIX)]
         try:
-            found = urlsafe_b64decode(given[0] + "=" * (-len(given[0]) % 4)) if given else b""
+            token = urlsafe_b64decode(given[0] + "=" * (-len(given[0]) % 4)) if given else b""
         except ValueError:
             return False
-        return hmac.compare_digest(found, self._token.encode())
+        return hmac.compare_digest(token, self._token.encode())
 
     async def _serve(self, session: LiveSession) -> None:
         await self._socket.send_text(self._hello(session))
@@ -204,20 +204,20 @@ class Connection:
 
     async def _receive(self, session: LiveSession) -> None:
         while True:
-            message = await self._socket.receive()
+            event = await self._socket.receive()
             self._heard_at = time.monotonic()
-            if message["type"] == "websocket.disconnect":
-                raise WebSocketDisconnect(message.get("code") or 1005)
+            if event["type"] == "websocket.disconnect":
+                raise WebSocketDisconnect(event.get("code") or 1005)
             self._spend()
-            text, data = message.get("text"), message.get("bytes")
-            said = read_text(text) if text is not None else read_binary(data or b"")
+            text, data = event.get("text"), event.get("bytes")
+            message = read_text(text) if text is not None else read_binary(data or b"")
             try:
-                await self._obey(session, said)
+                await self._obey(session, message)
             except FewstepError as error:
                 self._errors += 1
                 if self._errors > self._limits.errors:
                     raise ProtocolError("too many messages that cannot be obeyed", code=1008) from error
-                self._say(write_error(error, number=getattr(said, "id", None)))
+                self._say(write_error(error, number=getattr(message, "id", None)))
             else:
                 self._errors = 0
 
@@ -227,27 +227,27 @@ class Connection:
             await asyncio.sleep(left_s)
         raise ProtocolError(f"nothing was said for {self._limits.idle_s:g} s", code=4408)
 
-    async def _obey(self, session: LiveSession, said: Set | Ack | Clear | Picture) -> None:
-        match said:
+    async def _obey(self, session: LiveSession, message: Set | Ack | Clear | Picture) -> None:
+        match message:
             case Ack():
-                if said.frame in self._sent:
-                    while self._sent.popleft() != said.frame:
+                if message.frame in self._sent:
+                    while self._sent.popleft() != message.frame:
                         pass
                 self._wake.set()
             case Picture():
-                self._remember(session.push(said.data), said)
+                self._remember(session.push(message.data), message)
             case Clear():
-                self._remember(session.push(None), said)
+                self._remember(session.push(None), message)
             case Set():
-                changes: dict[str, Any] = dict(said.settings)
+                changes: dict[str, Any] = dict(message.settings)
                 if isinstance(changes.get("size"), list):
                     changes["size"] = tuple(changes["size"])
-                self._remember(session.update(**changes), said)
-                self._answer, self._answered = said.id, False
+                self._remember(session.update(**changes), message)
+                self._answer, self._answered = message.id, False
                 self._wake.set()
 
-    def _remember(self, number: int, said: Set | Clear | Picture) -> None:
-        self._numbers[number] = (said.id, said.at)
+    def _remember(self, number: int, message: Set | Clear | Picture) -> None:
+        self._numbers[number] = (message.id, message.at)
         while len(self._numbers) > KEPT_NUMBERS:
             self._numbers.popitem(last=False)
 

@@ -19,6 +19,8 @@ from fewstep.engines.backends.registry import (
     makes_in_memory,
     measured_backends,
     plain_backend,
+    registered,
+    registered_backend,
 )
 from fewstep.engines.base import Binding
 from fewstep.engines.options import relevant
@@ -68,6 +70,13 @@ def fill(binding: Binding) -> None:
     draw = np.random.default_rng(1)
     for value in binding.inputs.values():
         value[...] = draw.standard_normal(value.shape)
+
+
+def test_what_had_a_backends_name_has_it_again() -> None:
+    before = registered("torch")
+    with registered_backend("torch", lambda bundle, component, run: None):  # type: ignore[arg-type, return-value]
+        assert registered("torch") is not before
+    assert registered("torch") is before
 
 
 def test_engines_and_bindings_have_every_word(engine: Engine, bundle: Bundle) -> None:

@@ -295,10 +295,10 @@ def inspector(*formats: str) -> str:
 
 
 def test_the_inspectors_precision_is_compared_with_the_asked_one() -> None:
-    half = inspector("GateRow major linear FP16 format", "Half", "GateRow major linear FP32")
+    half = inspector("Row major linear FP16 format", "Half", "GateRow major linear FP32")
     assert check_precision(half, "float16") == {"float32": 1, "float16": 2, "bfloat16": 0}
     with pytest.raises(MismatchError, match="computes in float32; expected float16"):
-        check_precision(inspector("GateRow major linear FP32", "Float"), "float16")
+        check_precision(inspector("Row major linear FP32", "Float"), "float16")
     assert check_precision('{"Layers": ["names", "only"]}', "float16") == dict.fromkeys(
         ("float32", "float16", "bfloat16"), 0
     )

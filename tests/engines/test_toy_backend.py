@@ -23,6 +23,9 @@ from fewstep.engines import (
 )
 from fewstep.engines.backends.ort import OrtEngine
 from fewstep.engines.backends.registry import Backend, BuildJob, OpenJob, register, unregister
+from fewstep.engines.gate.verify import engines_here, verify_bundle
+from fewstep.engines.inventory import list_engines
+from fewstep.engines.measured import choose_measured
 from fewstep.errors import ArgumentError, MismatchError, UnknownNameError
 
 
@@ -112,3 +115,28 @@ def test_the_command_line_offers_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert (code, "toy" in errors) == (2, True)
     with pytest.raises(UnknownNameError, match="unknown backend 'toy'"):
         choose_backend("toy")
+
+
+def test_engines_of_a_backend_that_is_not_here_are_passed_over(bundle: Bundle, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    build_engines(bundle, backend="toy", components=["unet"], store=store)
+    build_engines(bundle, backend="ort-cpu", components=["unet"], store=store)
+    assert {e.key.backend for e in engines_here(bundle, "unet", store)} == {"toy", "ort-cpu"}
+    unregister("toy")
+    assert {e.key.backend for e in engines_here(bundle, "unet", store)} == {"ort-cpu"}
+    assert not any("toy" in r.subject for r in verify_bundle(bundle, store=store, components=["unet"]))
+    assert {e.state for e in list_engines(store)} == {"ready", "other machine or version"}
+
+
+def test_it_is_timed_against_the_cpus_and_not_chosen_once_it_failed(bundle: Bundle, tmp_path: Path, toy: Toy) -> None:
+    toy.measured = True
+    store = Store(tmp_path)
+    assert choose_measured(bundle, "unet", store=store, build="never").reason == "nothing was measured"
+    choice = choose_measured(bundle, "unet", store=store)
+    assert choice.milliseconds.keys() == {"ort-cpu", "toy"}
+    assert choose_measured(bundle, "unet", store=store, build="never") == choice
+    entry = build_engines(bundle, backend="toy", components=["text_encoder"], store=store)["text_encoder"].entry
+    store.record_gate(entry, {"passed": False, "reason": "it is a toy"})
+    choice = choose_measured(bundle, "text_encoder", store=store)
+    assert choice.backend == "ort-cpu"
+    assert "toy cannot run it: the engine text_encoder.toy" in choice.reason
