@@ -226,10 +226,10 @@ def test_every_file_that_is_named_is_there() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_plan_of_the_house_names_what_is_there() -> None:
-    plans = [p for p in blocks(PLAIN) if "errors.py" in p.text]
-    assert len(plans) == 1
-    named = {w for line in plans[0].text.splitlines() for w in line.split() if re.fullmatch(r"\w+(\.py|/)", w)}
+@pytest.mark.parametrize("document", ["README.md", "architecture.md"])
+def test_the_plan_of_the_house_names_what_is_there(document: str) -> None:
+    (plan,) = [p for p in blocks(PLAIN) if "errors.py" in p.text and p.document.name == document]
+    named = {w for line in plan.text.splitlines() for w in line.split() if re.fullmatch(r"\w+(\.py|/)", w)}
     rooms = {f"{p.name}/" for p in ROOT.iterdir() if (p / "__init__.py").is_file()}
     assert rooms <= named, f"{rooms - named} are not named"
     assert [w for w in named if not (ROOT / w).exists()] == []

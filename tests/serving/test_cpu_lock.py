@@ -16,7 +16,7 @@ from fewstep.serving.policy import STRETCHES, _in_time
 from test_policy import Sim
 
 
-def test_ticks_wait_for_whoever_else_wants_a_turn() -> None:
+def test_ticks_wait_for_whoever_else_wants_the_cpu() -> None:
     cpu, order, running = CpuLock(used=True), [], []
 
     def take(kind: str) -> None:
@@ -32,14 +32,16 @@ def test_ticks_wait_for_whoever_else_wants_a_turn() -> None:
 
     with cpu.tick():
         threads = []
-        for kind in ("last", "first", "last", "first"):
+        for kind in ("tick", "before_ticks", "tick", "before_ticks"):
             threads.append(threading.Thread(target=take, args=(kind,)))
             threads[-1].start()
+            until = time.monotonic() + 10
             while waits() < len(threads):
+                assert time.monotonic() < until, f"{kind} does not wait"
                 time.sleep(0.001)
     for thread in threads:
         thread.join(10)
-    assert order == ["first", "first", "last", "last"]
+    assert order == ["before_ticks", "before_ticks", "tick", "tick"]
     with pytest.raises(RuntimeError), cpu.before_ticks():
         raise RuntimeError
     with cpu.tick():
