@@ -7,16 +7,14 @@ that it reads. Steps are part of a name where a checkpoint is made for one numbe
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .bundle import Bundle, Defaults
-from .errors import ArgumentError, CorruptError, UnknownNameError
-from .families import all_families
+from .errors import ArgumentError, UnknownNameError
 from .schedules import resolve_sampler, resolve_schedule
 
 
@@ -48,65 +46,12 @@ class Preset:
         return self.families is None or family in self.families
 
 
-def read_presets(text: str) -> tuple[Preset, ...]:
-    """The presets of a JSON list, one object each; `CorruptError` names the row and the key that is wrong."""
-    try:
-        rows = json.loads(text)
-    except ValueError as error:
-        raise CorruptError(f"the presets are not JSON ({error})", expected="a list of objects") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise CorruptError("the presets are not a list of objects", expected="one object a preset")
-    presets = tuple(_read_row(row) for row in rows)
-    if len({p.name for p in presets}) < len(presets):
-        raise CorruptError("two presets have one name", expected="a name each")
-    return presets
+def _read(row: Mapping[str, Any]) -> Preset:
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+    return Preset(**fields)
 
 
-def _read_row(row: Mapping[str, Any]) -> Preset:
-    name = str(row.get("name"))
-    for key, value in row.items():
-        if key not in _KINDS:
-            raise CorruptError(f"preset {name!r} has {key!r}", expected=f"only {', '.join(_KINDS)}")
-        if not _KINDS[key](value):
-            raise CorruptError(f"preset {name!r} states {key} = {str(value)[:60]!r}", expected="a value of its kind")
-    missing = [f.name for f in fields(Preset) if f.default is MISSING and f.default_factory is MISSING]
-    missing = [key for key in missing if key not in row]
-    if missing:
-        raise CorruptError(f"preset {name!r} lacks {missing[0]!r}", expected="it")
-    try:
-        re.compile(row["pattern"])
-    except re.error as error:
-        raise CorruptError(f"preset {name!r} has the pattern {row['pattern']!r} ({error})") from error
-    resolve_sampler(row["sampler"])
-    if row.get("schedule"):
-        resolve_schedule(row["schedule"])
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
-    return Preset(**values)
-
-
-def _text(value: object) -> bool:
-    return isinstance(value, str) and bool(value)
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-_KINDS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("name", "pattern", "source", "sampler", "schedule"), _text),
-    **dict.fromkeys(("steps", "most_steps", "side"), _count),
-    **dict.fromkeys(("guidance", "largest_guidance"), _number),
-    "fixed": lambda value: isinstance(value, bool),
-    "timesteps": lambda value: isinstance(value, list) and bool(value) and all(map(_count, value)),
-    "prediction": lambda value: value in ("epsilon", "v_prediction", "sample"),
-    "options": lambda value: isinstance(value, dict) and all(map(_number, value.values())),
-    "families": lambda value: isinstance(value, list) and all(v in (f.name for f in all_families()) for v in value),
-}
-PRESETS = read_presets(Path(__file__).with_name("presets.json").read_text(encoding="utf-8"))
+PRESETS = tuple(map(_read, json.loads(Path(__file__).with_name("presets.json").read_text(encoding="utf-8"))))
 PRESETS_BY_NAME = {p.name: p for p in PRESETS}
 
 
