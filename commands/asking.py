@@ -8,33 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .common import between, sampler_options, say, size
+from .common import add_engine_options, between, say, size
 
 SIZES = ("original_size", "target_size", "negative_original_size", "negative_target_size")
 CROPS = ("crop_top_left", "negative_crop_top_left")
-ASKED = (
-    "negative",
-    "negative_2",
-    "prompt_2",
-    "prompt_syntax",
-    "long_prompts",
-    "clip_skip",
-    "steps",
-    "sampler",
-    "schedule",
-    "guidance",
-    "compat",
-    "seed",
-    "seed_device",
-    "size",
-    *SIZES,
-    *CROPS,
-    "image",
-    "strength",
-    "fit",
-    "mask",
-)
-"""Options that are arguments of a call by the same name, where they were given."""
+MANY = ("prompt", "seed", "image", "mask")
+"""Options that may be given more than once."""
 SPARING = {"auto": "auto", "on": True, "off": False}
 
 
@@ -67,22 +46,10 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
         help="what one pass does not take: cut, as diffusers does, or in chunks (default: cut; a1111: in chunks)",
     )
     parser.add_argument("--clip-skip", type=between(0, 64), metavar="N", help="leave out the last N text layers")
-    for name in SIZES:
-        words = name.replace("_", " ")
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=size,
-            metavar="WxH",
-            help=f"the {words}, for a UNet that is told of sizes",
-        )
-    for name in CROPS:
-        words = name.replace("_", " ")
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=pair,
-            metavar="T,L",
-            help=f"the {words}, for a UNet that is told of sizes",
-        )
+    for name in (*SIZES, *CROPS):
+        kind, shown = (size, "WxH") if name in SIZES else (pair, "T,L")
+        words = f"the {name.replace('_', ' ')}, for a UNet that is told of sizes"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=shown, help=words)
 
 
 def add_picture_options(parser: argparse.ArgumentParser, *, many: bool) -> None:
@@ -110,7 +77,8 @@ def add_picture_options(parser: argparse.ArgumentParser, *, many: bool) -> None:
     )
 
 
-def add_memory_options(parser: argparse.ArgumentParser) -> None:
+def add_load_options(parser: argparse.ArgumentParser) -> None:
+    add_engine_options(parser)
     parser.add_argument("--vae-tiling", choices=SPARING, default="auto", help="large pictures in tiles (default: auto)")
     parser.add_argument("--vae-slicing", choices=SPARING, default="auto", help="one picture at a time (default: auto)")
     parser.add_argument(
@@ -118,9 +86,12 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def memory_options(options: argparse.Namespace) -> dict[str, Any]:
-    """What `fewstep.load` is told of memory."""
+def load_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What `fewstep.load` is told."""
     return {
+        "backend": options.backend,
+        "threads": options.threads,
+        "size": options.size,
         "vae_tiling": SPARING[options.vae_tiling],
         "vae_slicing": SPARING[options.vae_slicing],
         "keep_text_encoders": not options.drop_text_encoders,
@@ -128,13 +99,12 @@ def memory_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def call_options(options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of a call that were given; of lists with one entry, the entry."""
-    given = {k: v for k in ASKED if (v := getattr(options, k, None)) is not None}
-    given = {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in given.items()}
-    grey = getattr(options, "mask_threshold", None)
-    if grey is not None:
-        given["mask_threshold"] = None if grey == "none" else grey
-    return {**given, **sampler_options(options)}
+    """The arguments of a call, and of its sampler, that were given; of lists with one entry, the entry."""
+    from ..runtime.call import NAMES
+
+    given = {k: v for k in (*NAMES, "eta") if (v := getattr(options, k, None)) is not None}
+    given = {k: v[0] if isinstance(v, list) and len(v) == 1 and k in MANY else v for k, v in given.items()}
+    return given | ({"mask_threshold": None} if given.get("mask_threshold") == "none" else {})
 
 
 class _Said(logging.Handler):

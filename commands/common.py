@@ -109,11 +109,6 @@ def register_torch(backend: str) -> None:
         from .. import export  # noqa: F401
 
 
-def sampler_options(options: argparse.Namespace) -> dict[str, Any]:
-    """The options of a sampler that were given."""
-    return {k: v for k in ("eta", "timesteps", "sigmas") if (v := getattr(options, k)) is not None}
-
-
 def emit(options: argparse.Namespace, data: dict[str, Any], text: str) -> None:
     """Print data as JSON, or as text, on stdout."""
     print(json.dumps(data, ensure_ascii=False, default=str) if options.json else text)

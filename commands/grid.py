@@ -7,14 +7,14 @@ from typing import Any
 
 from ..errors import ArgumentError
 from .asking import (
-    add_memory_options,
+    add_load_options,
     add_picture_options,
     add_prompt_options,
     call_options,
-    memory_options,
+    load_options,
     warnings_shown,
 )
-from .common import BUNDLE_HELP, add_engine_options, add_image_options, bar, between, emit, open_bundle, register_torch
+from .common import BUNDLE_HELP, add_image_options, bar, between, emit, open_bundle, register_torch
 
 AXES = {
     "sampler": str,
@@ -46,8 +46,7 @@ def define(parser: argparse.ArgumentParser) -> None:
     add_image_options(parser)
     add_prompt_options(parser)
     add_picture_options(parser, many=False)
-    add_memory_options(parser)
-    add_engine_options(parser)
+    add_load_options(parser)
 
 
 def execute(options: argparse.Namespace) -> int:
@@ -65,13 +64,7 @@ def execute(options: argparse.Namespace) -> int:
     if options.prompt is None and "prompt" not in (columns[0], rows[0]):
         raise ArgumentError("no prompt was given", expected="--prompt, or an axis of prompts")
     register_torch(options.backend)
-    pipe = load(
-        open_bundle(options.bundle),
-        backend=options.backend,
-        threads=options.threads,
-        size=options.size,
-        **memory_options(options),
-    )
+    pipe = load(open_bundle(options.bundle), **load_options(options))
     shared = call_options(options)
     cells: list[list[Any]] = []
     seconds = []
@@ -79,8 +72,8 @@ def execute(options: argparse.Namespace) -> int:
         for down in rows[1]:
             cells.append([])
             for across in columns[1]:
-                given = {**shared, "prompt": options.prompt, columns[0]: across} | ({rows[0]: down} if rows[0] else {})
-                result = pipe(given.pop("prompt"), **given)
+                given = {**shared, columns[0]: across} | ({rows[0]: down} if rows[0] else {})
+                result = pipe(**given)
                 cells[-1].append(result.images[0])
                 seconds.append(result.timings["total"] / 1e3)
                 progress.update(1)

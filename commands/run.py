@@ -7,16 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 from .asking import (
-    add_memory_options,
+    add_load_options,
     add_picture_options,
     add_prompt_options,
     call_options,
-    memory_options,
+    load_options,
     warnings_shown,
 )
 from .common import (
     BUNDLE_HELP,
-    add_engine_options,
     add_image_options,
     bar,
     defaults_line,
@@ -36,7 +35,7 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=int, action="append", help="repeatable, one image each (default: a random one, printed)"
     )
-    parser.add_argument("--images", type=int, default=1, help="images a prompt, with successive seeds")
+    parser.add_argument("--images", type=int, dest="images_per_prompt", help="images a prompt, with successive seeds")
     parser.add_argument(
         "--shared-stream",
         action="store_true",
@@ -46,8 +45,7 @@ def define(parser: argparse.ArgumentParser) -> None:
     add_image_options(parser)
     add_prompt_options(parser)
     add_picture_options(parser, many=True)
-    add_memory_options(parser)
-    add_engine_options(parser)
+    add_load_options(parser)
 
 
 def execute(options: argparse.Namespace) -> int:
@@ -59,26 +57,14 @@ def execute(options: argparse.Namespace) -> int:
     bundle = open_bundle(options.bundle)
     if bundle.defaults.preset:
         say(f"preset {bundle.defaults.preset}: {defaults_line(bundle.defaults)}")
-    pipe = load(
-        bundle,
-        backend=options.backend,
-        threads=options.threads,
-        size=options.size,
-        **memory_options(options),
-    )
+    pipe = load(bundle, **load_options(options))
     with warnings_shown(), bar(None, "it", "denoise") as progress:
 
         def on_step(step: Any) -> None:
             progress.total = step.total
             progress.update(1)
 
-        result = pipe(
-            options.prompt[0] if len(options.prompt) == 1 else options.prompt,
-            images_per_prompt=options.images,
-            shared_stream=options.shared_stream,
-            on_step=on_step,
-            **call_options(options),
-        )
+        result = pipe(on_step=on_step, **call_options(options))
     named = tuple({**p, "bundle": options.bundle} for p in result.parameters)
     files = replace(result, parameters=named).save(options.output)
     data = {
