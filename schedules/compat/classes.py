@@ -22,25 +22,16 @@ from . import layouts as grids
 from .layouts import Grid, GridRequest
 from .tables import Tables
 
-CHURN = ("s_churn", "s_tmin", "s_tmax", "s_noise")
 COMMON = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 SPACED = ("timestep_spacing", "steps_offset")
 RESPACED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
-DPM = (
-    "solver_order",
-    "algorithm_type",
-    "solver_type",
-    "lower_order_final",
-    "final_sigmas_type",
-    "lambda_min_clipped",
-    "variance_type",
-    "thresholding",
-    "use_flow_sigmas",
-    "use_dynamic_shifting",
-)
+SOLVER = ("solver_order", "solver_type", "lower_order_final")
+FLOW = ("use_flow_sigmas", "use_dynamic_shifting")
 CLIPPED = ("clip_sample", "thresholding")
 ZERO_SNR = ("rescale_betas_zero_snr",)
-
+RANGE = ("sigma_min", "sigma_max", "final_sigmas_type")
+DPM = (*SOLVER, "algorithm_type", "final_sigmas_type", "lambda_min_clipped", "variance_type", "thresholding", *FLOW)
+CHURN = ("s_churn", "s_tmin", "s_tmax", "s_noise")
 
 Config = Mapping[str, Any]
 Solved = tuple[Sampler, dict[str, Any]]
@@ -158,16 +149,7 @@ CLASSES: dict[str, SchedulerClass] = {
     "EulerDiscreteScheduler": SchedulerClass(
         solver=_churned_late,
         layout=grids.k_family,
-        reads=(
-            *SPACED,
-            *RESPACED,
-            *ZERO_SNR,
-            "interpolation_type",
-            "sigma_min",
-            "sigma_max",
-            "timestep_type",
-            "final_sigmas_type",
-        ),
+        reads=(*SPACED, *RESPACED, *ZERO_SNR, *RANGE, "interpolation_type", "timestep_type"),
         step_options=CHURN,
     ),
     "EulerAncestralDiscreteScheduler": SchedulerClass(
@@ -179,10 +161,7 @@ CLASSES: dict[str, SchedulerClass] = {
         layout=grids.k_family, reads=(*SPACED, *RESPACED), predictions=_TWO
     ),
     "LMSDiscreteScheduler": SchedulerClass(
-        solver=_lms,
-        layout=grids.k_family,
-        reads=(*SPACED, *RESPACED),
-        step_options=("order",),
+        solver=_lms, layout=grids.k_family, reads=(*SPACED, *RESPACED), step_options=("order",)
     ),
     "DPMSolverSDEScheduler": SchedulerClass(
         layout=grids.k_family, reads=(*SPACED, *RESPACED), step_options=("s_noise",), predictions=_TWO
@@ -218,46 +197,20 @@ CLASSES: dict[str, SchedulerClass] = {
         reads=(*SPACED, *RESPACED, *ZERO_SNR, *DPM, "use_lu_lambdas", "euler_at_final"),
     ),
     "DPMSolverSinglestepScheduler": SchedulerClass(
-        solver=_singlestep,
-        sets=_DPM_SETS,
-        layout=grids.multistep_family,
-        reads=(*RESPACED, *DPM),
+        solver=_singlestep, sets=_DPM_SETS, layout=grids.multistep_family, reads=(*RESPACED, *DPM)
     ),
     "DEISMultistepScheduler": SchedulerClass(
         solver=_deis,
         layout=grids.multistep_family,
-        reads=(
-            *SPACED,
-            *RESPACED,
-            "solver_order",
-            "algorithm_type",
-            "solver_type",
-            "lower_order_final",
-            "thresholding",
-            "use_flow_sigmas",
-            "use_dynamic_shifting",
-        ),
+        reads=(*SPACED, *RESPACED, *SOLVER, *FLOW, "algorithm_type", "thresholding"),
     ),
     "UniPCMultistepScheduler": SchedulerClass(
         solver=_unipc,
         sets={"solver_type": "bh2"},
         layout=grids.multistep_family,
         reads=(
-            *SPACED,
-            *RESPACED,
-            *ZERO_SNR,
-            "solver_order",
-            "solver_type",
-            "lower_order_final",
-            "predict_x0",
-            "disable_corrector",
-            "solver_p",
-            "final_sigmas_type",
-            "sigma_min",
-            "sigma_max",
-            "thresholding",
-            "use_flow_sigmas",
-            "use_dynamic_shifting",
+            *(*SPACED, *RESPACED, *ZERO_SNR, *SOLVER, *RANGE, *FLOW),
+            *("predict_x0", "disable_corrector", "solver_p", "thresholding"),
         ),
     ),
     "LCMScheduler": SchedulerClass(
@@ -278,7 +231,7 @@ CLASSES: dict[str, SchedulerClass] = {
         solver=_churned_late,
         axis=EDM_PREDICTIONS,
         layout=grids.edm_family,
-        reads=("sigma_min", "sigma_max", "sigma_data", "sigma_schedule", "rho", "final_sigmas_type"),
+        reads=(*RANGE, "sigma_data", "sigma_schedule", "rho"),
         step_options=CHURN,
         predictions=_TWO,
     ),
