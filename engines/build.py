@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..bundle import Bundle
 from ..errors import CorruptError, MissingError
@@ -48,79 +48,46 @@ def build_engine(
     progress: BuildProgress | None = None,
     cancel: threading.Event | None = None,
 ) -> BuiltEngine:
-    """Make one component's engine, unless the store has it; see `build_engines`."""
+    """Make one component's engine under its key's lock, unless the store has it; see `build_engines`."""
     report = progress or (lambda component, stage, fraction: None)
     key = engine_key(bundle, component, kind, options=options, profiles=profiles if kind.uses_profiles else ())
-    built = _build(
-        bundle,
-        kind,
-        key,
-        options or BuildOptions(),
-        store,
-        force=force,
-        progress=report,
-        cancel=cancel or threading.Event(),
-    )
-    if gate and not store.read_only and not built.entry.gate and _runs_here(kind):
+    began, before = time.monotonic(), _stored(store, key)
+    entry, reason, reused = before, "already built", True
+    if entry is None or force:
+        report(component, "waiting for the lock", 0.0)
+        with store.lock(key):
+            entry, reason = _stored(store, key), "another builder made it"
+            if entry is None or (force and entry == before):
+                part = store.part(key, kind.suffix)
+                job = BuildJob(
+                    bundle=bundle,
+                    name=component,
+                    component=bundle.component(component),
+                    profiles=key.profiles,
+                    options=options or BuildOptions(),
+                    target=part,
+                    data=part.with_name(f"{os.urandom(8).hex()}.data"),
+                    store=store,
+                    progress=report,
+                    cancel=cancel or threading.Event(),
+                )
+                entry, reused = _make(kind, key, job, began), False
+                reason = "it was asked for anew" if force else "none was stored"
+    spent = time.monotonic() - began
+    if gate and not store.read_only and not entry.gate and _runs_here(kind):
         report(component, "comparing with torch", 0.0)
-        built = replace(built, entry=gate_built(bundle, built.entry, store))
-    return built
+        entry = gate_built(bundle, entry, store)
+    return BuiltEngine(component=component, backend=kind.name, entry=entry, reused=reused, reason=reason, seconds=spent)
 
 
-def _build(
-    bundle: Bundle,
-    kind: Backend,
-    key: EngineKey,
-    options: BuildOptions,
-    store: Store,
-    *,
-    force: bool,
-    progress: BuildProgress,
-    cancel: threading.Event,
-) -> BuiltEngine:
-    """Build one engine under its key's lock, unless another builder made it while this one waited."""
-    began, name = time.monotonic(), key.component
-    before = _stored(store, key)
-    if before is not None and not force:
-        return BuiltEngine(
-            component=name, backend=kind.name, entry=before, reused=True, reason="already built", seconds=0.0
-        )
-    progress(name, "waiting for the lock", 0.0)
-    with store.lock(key):
-        current = _stored(store, key)
-        if current is not None and (not force or current != before):
-            spent = time.monotonic() - began
-            return BuiltEngine(
-                component=name,
-                backend=kind.name,
-                entry=current,
-                reused=True,
-                reason="another builder made it",
-                seconds=spent,
-            )
-        part = store.part(key, kind.suffix)
-        data = part.with_name(f"{os.urandom(8).hex()}.data")
-        job = BuildJob(
-            bundle=bundle,
-            name=name,
-            component=bundle.component(name),
-            profiles=key.profiles,
-            options=options,
-            target=part,
-            data=data,
-            store=store,
-            progress=progress,
-            cancel=cancel,
-        )
-        try:
-            facts = kind.build(job)
-            spent = time.monotonic() - began
-            built = {"at": now(), "seconds": round(spent, 3), "bundle": bundle.name}
-            entry = store.commit(key, part, built=built, facts=facts, data=data if data.exists() else None)
-        finally:
-            part.unlink(missing_ok=True)
-    reason = "it was asked for anew" if force else "none was stored"
-    return BuiltEngine(component=name, backend=kind.name, entry=entry, reused=False, reason=reason, seconds=spent)
+def _make(kind: Backend, key: EngineKey, job: BuildJob, began: float) -> Entry:
+    """Build an engine and put it into the store; nothing stays of one that fails."""
+    try:
+        facts = kind.build(job)
+        built = {"at": now(), "seconds": round(time.monotonic() - began, 3), "bundle": job.bundle.name}
+        return job.store.commit(key, job.target, built=built, facts=facts, data=job.data if job.data.exists() else None)
+    finally:
+        job.target.unlink(missing_ok=True)
 
 
 def _stored(store: Store, key: EngineKey) -> Entry | None:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 from ..bundle import Bundle
 from ..errors import ArgumentError, CancelledError, MismatchError, MissingError
@@ -113,17 +114,10 @@ def open_engine(
         if build == "never" or where.read_only:
             raise
         _log.info("building %s: %s", component, error.found)
-        profiles = {component: _default_profiles(bundle, component, dims)} if kind.uses_profiles else None
-        built = build_engines(
-            bundle,
-            backend=name,
-            components=(component,),
-            profiles=profiles,
-            options=options,
-            store=where,
-            progress=progress,
-        )
-        entry = built[component].entry
+        sizes = _default_profiles(bundle, component, dims) if kind.uses_profiles else ()
+        entry = build_engine(
+            bundle, component, kind, store=where, options=options, profiles=sizes, progress=progress
+        ).entry
     check_passed(bundle, entry)
     job = OpenJob.of(bundle, entry, where, session)
     if not where.read_only:
@@ -145,24 +139,12 @@ def open_engines(
 ) -> dict[str, Engine]:
     """`open_engine` for several components, side by side: loading is mostly the backend's own work."""
     where = store or (None if makes_in_memory(backend) else default_store())
+    shared: dict[str, Any] = {"store": where, "options": options, "build": build, "progress": progress}
     # One after another: a backend that is being timed wants the machine to itself.
-    backends = {
-        n: backend_for(bundle, n, backend, store=where, options=options, build=build, progress=progress)[0]
-        for n in components
-    }
+    backends = {n: backend_for(bundle, n, backend, **shared)[0] for n in components}
 
     def one(name: str) -> Engine:
-        return open_engine(
-            bundle,
-            name,
-            backend=backends[name],
-            dims=(dims or {}).get(name),
-            options=options,
-            run=run,
-            store=where,
-            build=build,
-            progress=progress,
-        )
+        return open_engine(bundle, name, backend=backends[name], dims=(dims or {}).get(name), run=run, **shared)
 
     with ThreadPoolExecutor(max_workers=max(1, min(len(components), os.cpu_count() or 1))) as pool:
         return dict(zip(components, pool.map(one, components), strict=True))

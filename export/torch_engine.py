@@ -49,7 +49,6 @@ class TorchEngine:
         self._module: Any = module
         if options.compile:
             self._module = torch.compile(module, mode=options.compile, dynamic=False)
-        self.weights_bytes = sum(p.numel() * p.element_size() for p in module.parameters())
 
     @property
     def capture(self) -> str:

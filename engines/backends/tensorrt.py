@@ -122,13 +122,6 @@ class TensorRTEngine:
             return "own_graph"
         return "whole_request" if self._capturable else "none"
 
-    @property
-    def weights_bytes(self) -> int | None:
-        """Device memory of the weights, which all bindings share; `None` where the library does not tell (10.13)."""
-        if not hasattr(self._engine, "get_engine_stat"):
-            return None
-        return int(self._engine.get_engine_stat(self._trt.EngineStat.TOTAL_WEIGHTS_SIZE))
-
     def scratch_bytes(self, dims: Mapping[str, int]) -> int:
         """Device memory of one binding's execution context for these dimensions, its buffers apart."""
         return int(self._engine.get_device_memory_size_for_profile_v2(self._profile(dims)))

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import GateError, MissingError, MissingExtraError
-from .gate import FACTOR, Evaluate, limit_for
+from ...errors import MissingError, MissingExtraError
+from .gate import Evaluate, limit_for
 from .reference import EXPORT_AGAIN, Case
 
 
@@ -46,19 +46,6 @@ def compare_with_polygraphy(
             )
             verdicts[name] = verdicts[name] and bool(compared)
     return verdicts
-
-
-def check_with_polygraphy(
-    subjects: Mapping[str, Evaluate], cases: Sequence[Case], *, component: str, dtype: str
-) -> None:
-    """As `compare_with_polygraphy`, raising `GateError` for the first subject that does not pass."""
-    for name, passed in compare_with_polygraphy(subjects, cases, component=component, dtype=dtype).items():
-        if not passed:
-            raise GateError(
-                f"{name} of {component!r} disagrees with torch in Polygraphy's comparison",
-                expected=f"at most {FACTOR} times torch's own error in {dtype}",
-                remedy="Find the node with: fewstep verify BUNDLE --bisect",
-            )
 
 
 def _import_polygraphy() -> Any:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from fewstep.bundle import Bundle
 from fewstep.engines.backends.ort import OrtEngine
-from fewstep.engines.gate.cross_check import check_with_polygraphy, compare_with_polygraphy
+from fewstep.engines.gate.cross_check import compare_with_polygraphy
 from fewstep.engines.gate.gate import Evaluate, engine_function, gate_engine
 from fewstep.engines.gate.reference import Case
-from fewstep.errors import GateError, MissingError
+from fewstep.errors import MissingError
 from small_bundle import example
 
 pytest.importorskip("polygraphy")
@@ -59,11 +59,11 @@ def test_both_judges_agree(function: Evaluate, cases: list[Case], dtype: str, fa
     assert ours == (factor - 1 < {"float32": 1e-4, "float16": 1.5e-3}[dtype])
 
 
-def test_one_wrong_case_is_enough_and_is_an_error(function: Evaluate, cases: list[Case]) -> None:
+def test_one_wrong_case_is_enough_to_fail(function: Evaluate, cases: list[Case]) -> None:
     def evaluate(inputs: Mapping[str, np.ndarray], dims: Mapping[str, int]) -> Mapping[str, np.ndarray]:
         return scaled(function, 2.0 if dims["rows"] == 3 else 1.0)(inputs, dims)
 
-    with pytest.raises(GateError, match="the engine of 'unet' disagrees"):
-        check_with_polygraphy({"the engine": evaluate}, cases, component="unet", dtype="float32")
+    verdicts = compare_with_polygraphy({"the engine": evaluate}, cases, component="unet", dtype="float32")
+    assert verdicts == {"the engine": False}
     with pytest.raises(MissingError, match="no case"):
-        check_with_polygraphy({"the engine": evaluate}, cases, component="vae_decoder", dtype="float32")
+        compare_with_polygraphy({"the engine": evaluate}, cases, component="vae_decoder", dtype="float32")

@@ -58,7 +58,6 @@ def test_it_is_an_engine_that_a_callers_graph_can_hold() -> None:
     subject = engine()
     assert isinstance(subject, Engine)
     assert (subject.device, subject.capture, subject.backend) == ("cpu", "whole_request", "torch")
-    assert subject.weights_bytes == 4 * sum(p.numel() for p in build_model("unet", CONFIG).parameters())
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("bfloat16", 3e-2), ("float16", 4e-3)])
@@ -106,7 +105,7 @@ def test_weights_are_those_of_the_manifest_or_refused(tmp_path: Path) -> None:
 
     folder = Path(shutil.copytree(embedded_bundle("base")[0].folder, tmp_path / "bundle"))
     copied = read_bundle(folder)
-    assert open_torch_engine(copied, "unet", RunOptions()).weights_bytes > 10_000_000
+    assert isinstance(open_torch_engine(copied, "unet", RunOptions()), Engine)
     name = copied.component("unet").weights
     weights = load_file(folder / name)
     save_file({k: v for k, v in weights.items() if k != sorted(weights)[0]}, folder / name)
