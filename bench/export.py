@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from fewstep.bench.machine import describe
 
 ROOT = Path(__file__).parents[1]
 OPTIMUM = ROOT / "build" / "bench" / "optimum" / "bin" / "python"
@@ -125,10 +126,7 @@ def record(row: dict[str, Any], path: Path | None) -> None:
     same = ("model", "dtype", "tool")
     rows = [r for r in kept if any(r[k] != row[k] for k in same)] + [row]
     data = {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "load_average_after": [round(v, 2) for v in os.getloadavg()],
+        "machine": describe(0),
         "optimum": versions(),
         "rows": sorted(rows, key=lambda r: [r[k] for k in same]),
     }

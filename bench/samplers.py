@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import importlib
 import json
-import platform
 import statistics
 import sys
 import time
@@ -25,6 +24,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+from fewstep.bench.machine import describe
 from fewstep.runtime.device.numpy_update import SlotState
 from fewstep.schedules import NoiseSchedule, Program, program_from_diffusers
 from fewstep.schedules.compat.classes import CLASSES, scheduler_config
@@ -146,9 +146,8 @@ def main() -> int:
         "dtype": "float32",
         "steps": arguments.steps,
         "repeats": arguments.repeats,
-        "threads": 1,
-        "machine": platform.processor() or platform.machine(),
-        "versions": {"diffusers": diffusers.__version__, "torch": torch.__version__, "numpy": np.__version__},
+        "machine": describe(1),
+        "versions": {"diffusers": diffusers.__version__, "torch": torch.__version__},
         "rows": rows,
     }
     if not arguments.only:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from fewstep.bench.machine import describe
 
 
 def timed(command: list[str], runs: int, environment: dict[str, str], cwd: str) -> list[float]:
@@ -54,13 +55,7 @@ def main() -> int:
         over = row["p50_ms"] - bare
         print(f"{name:20} p50 {row['p50_ms']:7.1f} ms  ({spread}; over bare Python {over:+.1f})")
     if options.output:
-        data = {
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-            "runs": options.runs,
-            "figures": rows,
-        }
+        data = {"machine": describe(0), "runs": options.runs, "figures": rows}
         options.output.write_text(json.dumps(data, indent=1) + "\n")
     return 0
 

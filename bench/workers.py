@@ -15,7 +15,6 @@ from typing import Any
 from ..errors import FewstepError, MissingError, UnknownNameError
 
 PEERS = Path(__file__).with_name("peers")
-ENVIRONMENTS = Path("build/bench")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

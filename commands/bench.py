@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError, MissingError, UnknownNameError
-from .common import BACKENDS, between, emit, say, size
+from .common import BACKENDS, BUNDLE_HELP, EMBEDDED, between, emit, open_bundle, say, size
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
 
-EMBEDDED = ("student", "base")
 PROMPT = "a red circle on a blue background"
 
 
 def define(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", help="a bundle folder, or student or base: the embedded models")
+    parser.add_argument("bundle", help=BUNDLE_HELP)
     parser.add_argument(
         "--against", default="", metavar="NAMES", help="peers: diffusers,compile,optimum,openvino (default: none)"
     )
@@ -77,14 +76,11 @@ def execute(options: argparse.Namespace) -> int:
 
 def _subject(name: str, checkpoint: str | None) -> tuple[Bundle, Path | None]:
     """The bundle, and the diffusers folder its weights came from."""
-    from ..bundle import read_bundle
-
     if name in EMBEDDED and not Path(name).exists():
-        from ..export import embedded
+        from ..export.embedded import embedded_checkpoint
 
-        bundle, _ = embedded.embedded_bundle(name)
-        return bundle, Path(embedded.__file__).with_name("demo") / name
-    return read_bundle(name), None if checkpoint is None else Path(checkpoint).absolute()
+        return open_bundle(name), embedded_checkpoint(name)
+    return open_bundle(name), None if checkpoint is None else Path(checkpoint).absolute()
 
 
 def _plan(options: argparse.Namespace, bundle: Bundle, checkpoint: Path | None) -> tuple[Any, dict[str, Any]]:

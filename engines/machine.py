@@ -19,12 +19,11 @@ _ISA = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """A CUDA device: its name, compute capability (`"8.9"`), memory in bytes, and the driver's version."""
+    """A CUDA device: its name, compute capability (`"8.9"`), free memory in bytes, and the driver's version."""
 
     index: int
     name: str
     compute_capability: str
-    memory_bytes: int
     free_bytes: int
     driver: str
 
@@ -71,14 +70,12 @@ def gpu(index: int = 0) -> Gpu:
     try:
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
         major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
         return Gpu(
             index=index,
             name=str(pynvml.nvmlDeviceGetName(handle)),
             compute_capability=f"{major}.{minor}",
-            memory_bytes=int(memory.total),
-            free_bytes=int(memory.free),
+            free_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).free),
             driver=str(pynvml.nvmlSystemGetDriverVersion()),
         )
     except pynvml.NVMLError as error:

@@ -14,7 +14,7 @@ import statistics
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -66,9 +66,7 @@ def choose_measured(
     with _measuring:
         choice = _measure(bundle, component, able, store, progress or (lambda *_: None))
     part = record.with_name(f"{record.name}.{os.getpid()}.part")
-    part.write_text(
-        json.dumps({"backend": choice.backend, "reason": choice.reason, "milliseconds": dict(choice.milliseconds)})
-    )
+    part.write_text(json.dumps(asdict(choice)))
     part.replace(record)
     return choice
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -14,7 +14,6 @@ from ..schedules.compat.classes import CLASSES
 from ..schedules.names import resolve_schedule
 
 MOST_KEPT = 256
-Make = Callable[[Mapping[str, Any], Mapping[str, Any]], Program]
 
 
 def choose_program(
@@ -44,32 +43,30 @@ def choose_program(
     if compat not in (None, "diffusers"):
         raise UnknownNameError("compat", str(compat), ("diffusers",))
     if sampler is None and schedule is None and set(options) <= set(step_options(scheduler)):
-        return _kept(_own_program, scheduler, {**shared, **options})
+        return _kept(scheduler, {**shared, **options})
     sampler = str(bundle.scheduler["_class_name"]) if sampler is None else sampler
-    return _kept(_program, scheduler, {"sampler": sampler, "schedule": schedule, "compat": compat, **shared, **options})
+    return _kept(scheduler, {"sampler": sampler, "schedule": schedule, "compat": compat, **shared, **options})
 
 
-def _own_program(scheduler: Mapping[str, Any], asked: Mapping[str, Any]) -> Program:
-    return program_from_diffusers(scheduler, **asked)
-
-
-def _program(scheduler: Mapping[str, Any], asked: Mapping[str, Any]) -> Program:
-    return compile_program(noise=NoiseSchedule.from_diffusers(scheduler), **asked)
-
-
-def _kept(make: Make, scheduler: Mapping[str, Any], asked: Mapping[str, Any]) -> Program:
+def _kept(scheduler: Mapping[str, Any], asked: Mapping[str, Any]) -> Program:
     """The program, compiled once for all requests that ask for the same; what is no plain data is compiled anew."""
     try:
         text = json.dumps([scheduler, asked], default=_plain)
     except TypeError:
-        return make(scheduler, asked)
-    return _compiled(make, text)
+        return _compile(scheduler, asked)
+    return _compiled(text)
 
 
 @lru_cache(maxsize=MOST_KEPT)
-def _compiled(make: Make, text: str) -> Program:
-    scheduler, asked = json.loads(text)
-    return make(scheduler, asked)
+def _compiled(text: str) -> Program:
+    return _compile(*json.loads(text))
+
+
+def _compile(scheduler: Mapping[str, Any], asked: Mapping[str, Any]) -> Program:
+    """With a sampler in fewstep's conventions, without one as diffusers runs the checkpoint's own scheduler."""
+    if "sampler" in asked:
+        return compile_program(noise=NoiseSchedule.from_diffusers(scheduler), **asked)
+    return program_from_diffusers(scheduler, **asked)
 
 
 def _plain(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 
 class CpuLock:
@@ -19,37 +19,27 @@ class CpuLock:
         self._waiting = 0
         self._running = False
 
-    @contextmanager
-    def before_ticks(self) -> Iterator[None]:
+    def before_ticks(self) -> AbstractContextManager[None]:
         """For encoding and decoding: waits for whatever runs now."""
-        if not self.used:
-            yield
-            return
-        with self._changed:
-            self._waiting += 1
-            self._changed.wait_for(lambda: not self._running)
-            self._waiting -= 1
-            self._running = True
-        try:
-            yield
-        finally:
-            self._end()
+        return self._turn(first=True)
+
+    def tick(self) -> AbstractContextManager[None]:
+        """For ticks: waits until nothing else wants the CPU."""
+        return self._turn(first=False)
 
     @contextmanager
-    def tick(self) -> Iterator[None]:
-        """For ticks: waits until nothing else wants the CPU."""
+    def _turn(self, *, first: bool) -> Iterator[None]:
         if not self.used:
             yield
             return
         with self._changed:
-            self._changed.wait_for(lambda: not self._running and not self._waiting)
+            self._waiting += first
+            self._changed.wait_for(lambda: not self._running and (first or not self._waiting))
+            self._waiting -= first
             self._running = True
         try:
             yield
         finally:
-            self._end()
-
-    def _end(self) -> None:
-        with self._changed:
-            self._running = False
-            self._changed.notify_all()
+            with self._changed:
+                self._running = False
+                self._changed.notify_all()

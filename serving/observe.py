@@ -6,14 +6,12 @@ import threading
 from dataclasses import dataclass
 from typing import Protocol
 
-STAGES = ("queue", "text", "encode_image", "tick", "decode", "total")
-
 
 class Observer(Protocol):
     """Gets every measurement, from several threads. It must be quick and must not raise."""
 
     def observe(self, stage: str, took_ms: float) -> None:
-        """A stage (one of `STAGES`) of a request or a tick took so many milliseconds."""
+        """So many milliseconds of `queue`, `text`, `encode_image`, `tick`, `decode`, or of the request in `total`."""
 
     def tick(self, took_ms: float, *, rows: int, bucket: int, slots: int) -> None:
         """A tick advanced so many slots with `rows` UNet rows in an evaluation of `bucket` rows."""

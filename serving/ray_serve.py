@@ -25,8 +25,6 @@ from .server import Server
 if TYPE_CHECKING:
     from ray.serve import Application
 
-TAKEN = frozenset({"prompt", "deadline_s"})
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BundleReference:

@@ -12,7 +12,6 @@ from typing import Any
 
 from ..bundle import Bundle
 from ..engines.backends.registry import load_backend, makes_in_memory
-from ..engines.base import Engine
 from ..engines.parallel import ParallelEngine
 from ..errors import ArgumentError, EngineFailedError, FewstepError, QueueFullError, UnavailableError
 from ..runtime.loader import load
@@ -73,11 +72,12 @@ class Server:
         self._most_work_s, self._hung_s = _positive("most_work_s", most_work_s), _positive("hung_s", hung_s)
         self.sizes = tuple(dict.fromkeys(check_size(self.pipeline.bundle, s) for s in sizes or [self.pipeline.size]))
         self._counters = Counters(observer)
-        self._unet = _in_parallel(self.pipeline, row_threads)
-        self._cpu = CpuLock(used=self._unet.device == "cpu" and not isinstance(self._unet, ParallelEngine))
+        unet, ways = self.pipeline.engines["unet"], _ways(self.pipeline, row_threads)
+        self._parallel = ParallelEngine(unet, ways=ways) if ways > 1 else None
+        self._cpu = CpuLock(used=unet.device == "cpu" and ways == 1)
         self._pools, self._estimates = make_pools(
             self.pipeline,
-            self._unet,
+            self._parallel or unet,
             self.sizes,
             slots=self.most_slots,
             rows=_candidates(buckets, check_integer("most_rows", most_rows, 1, 1024)),
@@ -222,8 +222,8 @@ class Server:
         self._encoder.close(timeout=self._hung_s)
         self._decoder.close(timeout=self._hung_s)
         self._watch.join()
-        if isinstance(self._unet, ParallelEngine):
-            self._unet.close()
+        if self._parallel is not None:
+            self._parallel.close()
 
     def __enter__(self) -> Server:
         return self
@@ -359,13 +359,13 @@ def _turn(ticket: Ticket) -> float:
     return due if due > now else now + allowed_s
 
 
-def _in_parallel(pipeline: Pipeline, ways: int | None) -> Engine:
-    """The pipeline's UNet, with its rows in so many parts at once; by default one a core for engines of one thread."""
-    unet: Engine = pipeline.engines["unet"]
-    if ways is None:
-        alone = pipeline.threads == 1 and not makes_in_memory(unet.backend) and load_backend(unet.backend).splits_rows
-        ways = (os.cpu_count() or 1) if alone else 1
-    return unet if check_integer("row_threads", ways, 1, 1024) == 1 else ParallelEngine(unet, ways=ways)
+def _ways(pipeline: Pipeline, asked: int | None) -> int:
+    """Parts of the UNet's rows that are evaluated at once; by default one a core for engines of one thread."""
+    if asked is not None:
+        return check_integer("row_threads", asked, 1, 1024)
+    name = pipeline.engines["unet"].backend
+    alone = pipeline.threads == 1 and not makes_in_memory(name) and load_backend(name).splits_rows
+    return (os.cpu_count() or 1) if alone else 1
 
 
 def _candidates(buckets: Sequence[int] | None, most_rows: int) -> list[int]:

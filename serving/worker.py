@@ -19,10 +19,6 @@ class DueWorker:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    @property
-    def depth(self) -> int:
-        return self._jobs.qsize()
-
     def put(self, due: float, job: Job) -> None:
         self._jobs.put((due, next(self._numbers), job))
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from tokenizers import Tokenizer as FastTokenizer
 
 from ...bundle import Bundle, Tokenizer
@@ -72,11 +71,6 @@ class PromptTokenizer:
         """Tokens of one pass with begin, end and padding: as many as the encoder takes."""
         ids = [self.record.bos_id, *tokens, self.record.eos_id]
         return ids + [self.record.pad_id] * (self.record.length - len(ids))
-
-    def encode(self, prompt: str) -> tuple[list[int], bool]:
-        """Token ids of one pass, and whether the prompt was cut."""
-        tokens = self.words(prompt)
-        return self.wrap(tokens[: self.room]), len(tokens) > self.room
 
     def chunks(self, prompt: Prompt, text: str) -> tuple[list[Chunk], bool]:
         """A text in chunks of one pass each, as `prompt` wants it read, and whether it was cut."""
@@ -153,18 +147,6 @@ class TextEncoders:
         """Drop the kept embeddings."""
         with self._lock:
             self._kept.clear()
-
-    def tokenize(self, prompts: Sequence[str]) -> tuple[list[npt.NDArray[np.int64]], list[bool]]:
-        """Token ids int64 [P, L] of plain prompts by tokenizer, and whether each was cut by any of them."""
-        ids, cut = [], [False] * len(prompts)
-        for tokenizer in self._tokenizers:
-            rows = []
-            for i, prompt in enumerate(prompts):
-                row, was_cut = tokenizer.encode(prompt)
-                rows.append(row)
-                cut[i] |= was_cut
-            ids.append(np.array(rows, np.int64))
-        return ids, cut
 
     def _run(self, prompts: Sequence[Prompt], clip_skip: int) -> list[Embedding]:
         """Encode every chunk of every prompt in one pass, then put them together again."""

@@ -18,6 +18,8 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
 )
+from fewstep.runtime.prompts.encoders import PromptTokenizer
+from fewstep.runtime.prompts.syntax import Prompt
 from PIL import Image
 
 FAMILIES = ("sd1", "sd2", "sdxl", "embedded")
@@ -187,14 +189,16 @@ def test_one_generator_for_the_batch(family: dict[str, Any]) -> None:
 )
 def test_tokens_are_the_checkpoints_own(family: dict[str, Any], prompt: str) -> None:
     pipe = family["text"]
-    theirs = [
-        t(prompt, padding="max_length", max_length=77, truncation=True).input_ids
-        for t in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None))
-        if t
+    other = getattr(pipe, "tokenizer_2", None)
+    padded = [
+        t(prompt, padding="max_length", max_length=77, truncation=True).input_ids for t in (pipe.tokenizer, other) if t
     ]
-    ours, cut = family["ours"].text.tokenize([prompt])
-    assert [row[0].tolist() for row in ours] == theirs
-    assert cut[0] == any(len(t(prompt).input_ids) > 77 for t in (pipe.tokenizer,))
+    bundle = family["ours"].bundle
+    for record, expected, theirs in zip(bundle.tokenizers, padded, (pipe.tokenizer, other), strict=False):
+        tokenizer = PromptTokenizer(bundle, record)
+        (chunk,), cut = tokenizer.chunks(Prompt(text=prompt), prompt)
+        assert tokenizer.wrap(chunk.tokens) == expected
+        assert cut == (len(theirs(prompt).input_ids) > 77)
 
 
 def test_another_size_and_other_prompts_in_one_batch(family: dict[str, Any]) -> None:
