@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 import time
 import tomllib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -251,3 +252,31 @@ def test_torch_stays_where_it_belongs() -> None:
         tops = {n.split(".")[0] for n, _ in imported(ast.parse(path.read_text(encoding="utf-8")), folder)}
         heavy = tops & {"torch", "diffusers", "transformers"}
         assert not heavy or (str(place) in TORCH_FILES and heavy == {"torch"}), f"{place} imports {heavy}"
+
+
+MEANT = re.compile(r"_?(\w+_)?(device|slots|engines?|bindings?|pipelines?|backend|unet|decoder|encoder|graphs?|pool)")
+
+
+def annotated(tree: ast.AST) -> Iterator[tuple[str, ast.expr, int]]:
+    """Every name with the type beside it: arguments, variables, attributes, and functions with their results."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg) and node.annotation is not None:
+            yield node.arg, node.annotation, node.lineno
+        elif isinstance(node, ast.AnnAssign):
+            name = node.target.attr if isinstance(node.target, ast.Attribute) else ast.unparse(node.target)
+            yield name, node.annotation, node.lineno
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.returns is not None:
+            yield node.name, node.returns, node.lineno
+
+
+def test_devices_slots_bindings_and_engines_have_types() -> None:
+    seen, untyped = 0, []
+    for path in modules().values():
+        if path.relative_to(ROOT).parts[0] not in ("runtime", "serving", "engines", "export"):
+            continue
+        for name, annotation, line in annotated(ast.parse(path.read_text(encoding="utf-8"))):
+            if MEANT.fullmatch(name):
+                seen += 1
+                untyped += [f"{path.relative_to(ROOT)}:{line}: {name}"] if "Any" in ast.unparse(annotation) else []
+    assert seen > 200, "the annotations are not seen"
+    assert not untyped, "\n".join(untyped)

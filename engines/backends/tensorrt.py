@@ -245,7 +245,7 @@ class TensorRTBinding:
         _must(self._context.execute_async_v3(handle), "run the engine")
 
 
-def _buffer(torch: Any, spec: TensorSpec, dims: Mapping[str, int], device: Any) -> Any:
+def _buffer(torch: Any, spec: TensorSpec, dims: Mapping[str, int], device: str) -> Any:
     return torch.zeros(spec.resolve(dims), dtype=getattr(torch, spec.dtype), device=device)
 
 

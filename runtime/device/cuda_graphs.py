@@ -139,7 +139,7 @@ class CudaRecorder:
 
 
 class _CudaGraph:
-    def __init__(self, graph: Any, length: int) -> None:
+    def __init__(self, graph: torch.cuda.CUDAGraph, length: int) -> None:
         self._graph, self.bytes = graph, length
 
     def replay(self) -> None:
