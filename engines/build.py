@@ -14,7 +14,6 @@ from ..errors import CorruptError, MissingError
 from . import machine
 from .backends.registry import Backend, BuildJob, BuildProgress
 from .find import engine_key
-from .gate.verify import gate_built
 from .key import EngineKey
 from .options import BuildOptions
 from .profile import Profile
@@ -75,6 +74,8 @@ def build_engine(
                 reason = "it was asked for anew" if force else "none was stored"
     spent = time.monotonic() - began
     if gate and not store.read_only and not entry.gate and _runs_here(kind):
+        from .gate.verify import gate_built
+
         report(component, "comparing with torch", 0.0)
         entry = gate_built(bundle, entry, store)
     return BuiltEngine(component=component, backend=kind.name, entry=entry, reused=reused, reason=reason, seconds=spent)

@@ -10,7 +10,6 @@ from filelock import FileLock
 
 from ..bundle import MANIFEST, Bundle, read_bundle
 from ..errors import ArgumentError, MissingError
-from .export import export_bundle
 from .trace.graphs import RECIPE, cache_folder
 
 MODELS = ("base", "student")
@@ -44,5 +43,7 @@ def embedded_bundle(model: str) -> tuple[Bundle, bool]:
     with FileLock(f"{folder}.lock"):
         if (folder / MANIFEST).is_file():
             return read_bundle(folder), False
+        from .export import export_bundle
+
         reference = checkpoint / "reference.safetensors"
         return export_bundle(checkpoint, folder, name=f"embedded-{model}", reference=reference), True

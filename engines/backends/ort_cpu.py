@@ -8,7 +8,6 @@ from typing import Any
 from ...errors import UnsupportedError
 from ..base import Engine
 from ..graph.accounting import FUSED_ON_CPU, Forms
-from ..graph.rewrite import rewrite_for_cpu
 from ..profile import profiles_for
 from .ort import CPU, OrtEngine
 from .ort_build import OrtBackend
@@ -33,6 +32,8 @@ class OrtCpu(OrtBackend):
             )
 
     def rewrite(self, graph: bytes, job: BuildJob) -> tuple[bytes, dict[str, int]]:
+        from ..graph.rewrite import rewrite_for_cpu
+
         return rewrite_for_cpu(graph, profiles_for(job.bundle)[job.name][0].optimum)
 
     def fusion(self, job: BuildJob) -> tuple[Forms, bool]:

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Mapping
 
 from ...errors import MismatchError
-from .onnx_bytes import fields_of
 
 Forms = Mapping[str, tuple[str, ...]]
 """The operators of a built graph that stand for one of the exported graph."""
@@ -27,6 +26,8 @@ _log = logging.getLogger("fewstep.engines")
 
 def count_operators(model: bytes | memoryview) -> Counter[str]:
     """How many nodes of each operator a serialised ONNX model holds, sub-graphs included. Raises `CorruptError`."""
+    from .onnx_bytes import fields_of  # whoever opens an engine reads no graph
+
     counts: Counter[str] = Counter()
     for number, kind, value in fields_of(memoryview(model)):
         if number == 7 and kind == 2:
@@ -35,6 +36,8 @@ def count_operators(model: bytes | memoryview) -> Counter[str]:
 
 
 def _count_graph(graph: memoryview, counts: Counter[str]) -> None:
+    from .onnx_bytes import fields_of
+
     for number, kind, node in fields_of(graph):
         if number != 1 or kind != 2:
             continue

@@ -15,7 +15,8 @@ import onnxruntime
 import pytest
 from fewstep.bundle import Bundle
 from fewstep.engines import Engine, RunOptions, Store, build_engines
-from fewstep.engines.backends.openvino import OpenVinoEngine, rewrite_for_openvino
+from fewstep.engines.backends.openvino import OpenVinoEngine
+from fewstep.engines.backends.openvino_graph import rewrite_for_openvino
 from fewstep.engines.backends.registry import load_backend
 from fewstep.engines.graph.accounting import count_operators
 from fewstep.errors import MissingExtraError, UnsupportedError
