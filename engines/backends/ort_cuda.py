@@ -12,6 +12,7 @@ from ..base import Binding, Engine, TensorSpec
 from ..graph.accounting import FUSED, Forms
 from ..options import BuildOptions, RunOptions
 from ..profile import check_dims
+from ..streams import take_stream
 from .ort import OrtEngine, Provider
 from .ort_build import OrtBackend
 from .registry import BuildJob, OpenJob, register
@@ -32,8 +33,7 @@ def import_torch_cuda() -> Any:
 
 def make_stream(device: int) -> Any:
     """The stream on which all runs of one session are ordered; ONNX Runtime takes it when the session is made."""
-    torch = import_torch_cuda()
-    return torch.cuda.Stream(device=device)
+    return take_stream(import_torch_cuda(), device)
 
 
 class OrtCudaBinding:

@@ -9,8 +9,11 @@ tape needs nothing of the host on a GPU either. The tape is run in the tests; `C
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
+import threading
+import weakref
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -112,30 +115,55 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 class CudaRecorder:
-    """Captures CUDA graphs on a device, in one pool of memory, after two runs in which libraries choose kernels."""
+    """Captures CUDA graphs on the current stream, after two runs in which libraries choose kernels.
+
+    The graphs of one recorder share a pool of memory for as long as any of them is there. Captures of a device come one
+    at a time in a process, and nothing of fewstep synchronises a whole device: another thread's doing so would end a
+    capture in every mode (cudaStreamBeginCapture's documentation). A capture that fails is ended, its pool left, and
+    the next one gets another.
+    """
 
     WARM_UPS = 2
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: tuple[int, int] | None = None
+        self._graphs: weakref.WeakSet[_CudaGraph] = weakref.WeakSet()
 
     def capture(self, body: Body) -> CapturedGraph:
-        stream, current = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)
-        stream.wait_stream(current)
-        with torch.no_grad(), torch.cuda.stream(stream):
+        stream = torch.cuda.current_stream(self._device)
+        if stream == torch.cuda.default_stream(self._device):
+            raise CaptureError("the default stream cannot be captured", expected="a stream of one's own")
+        with torch.no_grad(), _capturing[self._device.index or 0]:
             for _ in range(self.WARM_UPS):
                 body()
-        stream.synchronize()
-        before = torch.cuda.memory_reserved(self._device)
-        graph = torch.cuda.CUDAGraph()
-        with (
-            torch.no_grad(),
-            torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
-        ):
-            body()
-        current.wait_stream(stream)
-        return _CudaGraph(graph, max(0, torch.cuda.memory_reserved(self._device) - before))
+            stream.synchronize()
+            if self._pool is None or not self._graphs:  # torch gives no pool back to whom it was emptied for
+                self._pool = torch.cuda.graph_pool_handle()
+            before = torch.cuda.memory_reserved(self._device)
+            graph = torch.cuda.CUDAGraph()
+            try:
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                body()
+                graph.capture_end()
+            except BaseException:
+                self._abandon(graph)
+                raise
+            captured = _CudaGraph(graph, max(0, torch.cuda.memory_reserved(self._device) - before))
+        self._graphs.add(captured)
+        return captured
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End what is left of a capture: the stream's own, which may throw, and the allocator's, which that leaves."""
+        with suppress(RuntimeError):
+            graph.capture_end()
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool)
+        self._pool = None
+
+
+_capturing: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
+"""By device: who captures."""
 
 
 class _CudaGraph:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ...engines import Binding, Engine
+from ...engines.streams import take_stream
 from ...schedules import Program
 from ..arrays import Float32, Shape
 from ..conditioning import TOKENS
@@ -51,7 +52,7 @@ class TorchSlots(Slots):
         super().__init__(engine, slots=slots, shape=shape, most_rows=most_rows)
         self.device = torch.device(device)
         self.graphs = graphs
-        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._stream = take_stream(torch, self.device.index or 0) if self.device.type == "cuda" else None
         self._batches: dict[tuple[int, int, int], Batch] = {}
         with self._here():
             self._values = TorchSlotState(

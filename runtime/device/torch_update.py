@@ -98,9 +98,8 @@ class TorchSlotState:
         self._mask[slot].fill_(1.0)
         if self.draws is not None:
             self.draws[slot].zero_()
-        self.position[slot] = 0
-        self._write[slot] = 0
-        self._draw_at[slot] = 0
+        for table in (self.position[slot : slot + 1], self._write[slot], self._draw_at[slot]):
+            table.zero_()  # an assignment would copy a number from the host, and wait for the stream
 
     def load(self, slot: int, program: Program, blend: Blend | None = None) -> None:
         """Write a program, and what is blended in after each update, into the slot's tables; it is at position 0."""
@@ -123,7 +122,7 @@ class TorchSlotState:
         upload(self._b[slot, :length, : program.history], _float32(program.b))
         upload(self._write[slot, :length], program.write)
         upload(self._timesteps[slot, :length], _float32(program.timesteps))
-        self._finish[slot] = float(program.state_scale[-1])
+        self._finish[slot : slot + 1].fill_(float(program.state_scale[-1]))
         if self.draws is not None:
             count = int(np.count_nonzero(program.draws))
             if count > self.max_draws:
@@ -134,7 +133,7 @@ class TorchSlotState:
                 )
             latest = np.maximum(np.cumsum(program.draws) - 1, 0)
             upload(self._draw_at[slot, :length], latest.astype(np.int64))
-        self.position[slot] = 0
+        self.position[slot : slot + 1].zero_()
 
     def finish(self, slots: torch.Tensor) -> torch.Tensor:
         """float32 [A, *shape]: the results of these slots, in diffusers' latent coordinates."""
