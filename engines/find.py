@@ -96,7 +96,7 @@ def command(bundle: Bundle, backend: str, dims: Mapping[str, int] | None = None)
     parts = [f"fewstep build {bundle.folder.name} --backend {backend}"]
     if dims and "width" in dims and "height" in dims:
         parts.append(f"--size {dims['width'] * bundle.latent.factor}x{dims['height'] * bundle.latent.factor}")
-    if dims and (count := dims.get("rows") or dims.get("batch")):
+    if dims and (count := dims.get("batch") or dims.get("rows")):
         parts.append(f"--batch {count}")
     return " ".join(parts)
 

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import CorruptError
 from .profile import Profile
 
-KEY_FORMAT = 1
+KEY_FORMAT = 2
 ANY_DEVICE = "any"
 """The device of engines that run on whatever has their compute capabilities."""
 
@@ -36,7 +36,8 @@ class EngineKey:
     """What an engine was built from, with what, for which machine and which sizes.
 
     `device` is the processor's or the GPU's name, `capability` the instruction sets or the compute capabilities,
-    `system` the operating system and architecture. `profiles` is empty for backends that take any size.
+    `system` the operating system and architecture. `profiles` is empty for backends that take any size; it is in
+    numerical order, which is the order that an engine is built with and read by: an index is all that a library has.
     """
 
     component: str
@@ -52,10 +53,13 @@ class EngineKey:
     profiles: tuple[Profile, ...] = ()
     key_format: int = KEY_FORMAT
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "profiles", tuple(sorted(self.profiles, key=lambda p: p.order)))
+
     def to_json(self) -> dict[str, Any]:
         data = {f.name: getattr(self, f.name) for f in fields(self)}
         data["options"] = dict(self.options)
-        data["profiles"] = sorted((p.to_json() for p in self.profiles), key=json.dumps)
+        data["profiles"] = [p.to_json() for p in self.profiles]
         return data
 
     @classmethod

@@ -57,6 +57,11 @@ class Profile:
     def optimum(self) -> dict[str, int]:
         return {name: span.optimum for name, span in self.spans.items()}
 
+    @property
+    def order(self) -> tuple[tuple[str, tuple[int, int, int]], ...]:
+        """What profiles are sorted by: dimensions by name, each by its numbers."""
+        return tuple((name, (s.minimum, s.optimum, s.maximum)) for name, s in sorted(self.spans.items()))
+
     def admits(self, dims: Mapping[str, int]) -> bool:
         """Whether these dimensions fit; a dimension that the profile does not know is ignored."""
         return all(name in dims and dims[name] in span for name, span in self.spans.items())

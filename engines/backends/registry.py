@@ -110,6 +110,10 @@ class Backend(ABC):
     @abstractmethod
     def open(self, job: OpenJob) -> Engine: ...
 
+    def realised(self, engine: Engine) -> Mapping[str, Any]:
+        """What an engine of this backend turned out to be, as its own library tells: for the record of its gate."""
+        return {}
+
     def suits(self) -> str | None:
         """Why `"auto"` takes it on this machine, which has a GPU; `None` where it does not."""
         return None

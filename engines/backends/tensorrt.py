@@ -12,7 +12,7 @@ import importlib
 import logging
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from ...errors import CorruptError, FewstepError, MismatchError, MissingExtraErr
 from ..base import Binding, TensorSpec
 from ..options import RunOptions
 from ..profile import Profile, check_dims, select_profile
+from .tensorrt_inspect import check_precision, count_fused_attention
 
 if TYPE_CHECKING:
     import tensorrt_rtx as trt
@@ -73,7 +74,10 @@ def errors_said() -> str:
 
 
 class TensorRTEngine:
-    """A deserialised engine; `MismatchError` when its tensors or its precision are not the manifest's."""
+    """A deserialised engine; `MismatchError` when its tensors, profiles or precision are not the manifest's.
+
+    attentions: how many its graph has. realised: what the built engine is, as its inspector tells.
+    """
 
     def __init__(
         self,
@@ -85,6 +89,7 @@ class TensorRTEngine:
         profiles: Sequence[Profile],
         run: RunOptions,
         dtype: str,
+        attentions: int = 0,
         capturable: bool = False,
         cache: Path | None = None,
     ) -> None:
@@ -107,7 +112,11 @@ class TensorRTEngine:
         # The engine dies with its runtime.
         self._runtime, self._engine = runtime, engine
         self._check_tensors()
-        self.precision = check_precision(inspect(self._trt, engine), dtype)
+        information = inspect(self._trt, engine)
+        self.realised = {
+            "precision": check_precision(information, dtype),
+            "attention": f"{count_fused_attention(information)} fused of {attentions}" if attentions else "none",
+        }
         self._config = self._make_config()
 
     @property
@@ -127,25 +136,20 @@ class TensorRTEngine:
         return int(self._engine.get_device_memory_size_for_profile_v2(self._profile(dims)))
 
     def bind(self, dims: Mapping[str, int]) -> Binding:
-        """An execution context and torch buffers; `MismatchError` when no profile admits the dimensions."""
+        """An execution context and torch buffers; `MismatchError` when no profile admits the dimensions.
+
+        The context's scratch memory is torch's, of the size that these shapes need: a context that allocates its own
+        takes what the largest profile needs.
+        """
         check_dims((*self.inputs.values(), *self.outputs.values()), dims)
-        profile = self._profile(dims)
-        strategies = self._trt.ExecutionContextAllocationStrategy
-        managed = self._capturable
+        profile, managed = self._profile(dims), self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         with self._torch.cuda.device(self._run.device):
             if self._config is not None:
-                self._config.set_execution_context_allocation_strategy(
-                    strategies.USER_MANAGED if managed else strategies.STATIC
-                )
-                context = self._engine.create_execution_context(self._config)
-            else:
-                context = self._engine.create_execution_context(
-                    strategies.USER_MANAGED if managed else strategies.STATIC
-                )
+                self._config.set_execution_context_allocation_strategy(managed)
+            context = self._engine.create_execution_context(managed if self._config is None else self._config)
             if context is None:
                 raise FewstepError(f"no execution context could be made: {errors_said()}", expected="enough GPU memory")
-            scratch = self.scratch_bytes(dims) if managed else 0
-            binding = TensorRTBinding(
+            return TensorRTBinding(
                 self._torch,
                 context,
                 self.inputs,
@@ -153,10 +157,9 @@ class TensorRTEngine:
                 dims,
                 profile=profile,
                 device=self._run.device,
-                scratch=scratch,
+                scratch=self.scratch_bytes(dims),
+                after_first=self._save_cache,
             )
-        self._save_cache()
-        return binding
 
     def _profile(self, dims: Mapping[str, int]) -> int:
         profile = select_profile(self._profiles, dims)
@@ -178,6 +181,15 @@ class TensorRTEngine:
                 expected=f"{', '.join(sorted(expected))} and {len(self._profiles)}, as its manifest says",
                 remedy="Rebuild it with: fewstep build BUNDLE --force",
             )
+        for index, profile in enumerate(self._profiles):
+            for spec in self.inputs.values():
+                own = tuple(map(_sizes, self._engine.get_tensor_profile_shape(spec.name, index)))
+                if own != profile.shapes(spec):
+                    raise MismatchError(
+                        f"profile {index} of the engine takes {spec.name!r} of the shapes {own}",
+                        expected=f"{profile.shapes(spec)}, as its manifest says",
+                        remedy="Rebuild it with: fewstep build BUNDLE --force",
+                    )
 
     def _make_config(self) -> trt.IRuntimeConfig | None:
         """The runtime configuration: TensorRT-RTX's use of CUDA graphs, and the kernels it compiled before."""
@@ -188,6 +200,10 @@ class TensorRTEngine:
             strategy = self._trt.CudaGraphStrategy
             whole = self._run.graph_strategy == "whole-graph"
             config.cuda_graph_strategy = strategy.WHOLE_GRAPH_CAPTURE if whole else strategy.DISABLED
+        if hasattr(config, "dynamic_shapes_kernel_specialization_strategy"):
+            # LAZY runs fallback kernels until others are compiled, and a recording would hold the fallbacks for good.
+            eager = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            config.dynamic_shapes_kernel_specialization_strategy = eager
         if self._cache is not None and hasattr(config, "create_runtime_cache") and hasattr(config, "set_runtime_cache"):
             cache = config.create_runtime_cache()
             stored = read_cache(self._cache)
@@ -197,7 +213,7 @@ class TensorRTEngine:
         return config
 
     def _save_cache(self) -> None:
-        """Keep the kernels that TensorRT-RTX compiled when the context was made."""
+        """Keep the kernels that TensorRT-RTX compiled for the shapes of a first evaluation."""
         if self._cache is None or self._config is None or not hasattr(self._config, "get_runtime_cache"):
             return
         cache = self._config.get_runtime_cache()
@@ -219,15 +235,14 @@ class TensorRTBinding:
         profile: int,
         device: int,
         scratch: int,
+        after_first: Callable[[], None],
     ) -> None:
         where = torch.device("cuda", device)
         self._torch, self._context, self._device = torch, context, where
         stream = torch.cuda.current_stream(where)
         _must(context.set_optimization_profile_async(profile, stream.cuda_stream), "choose the profile")
         stream.synchronize()
-        self._scratch = torch.empty(max(scratch, 1), dtype=torch.uint8, device=where) if scratch else None
-        if self._scratch is not None:
-            context.set_device_memory(self._scratch.data_ptr(), scratch)
+        self._after_first: Callable[[], None] | None = after_first
         self.inputs = {n: _buffer(torch, s, dims, where) for n, s in inputs.items()}
         self.outputs = {n: _buffer(torch, s, dims, where) for n, s in outputs.items()}
         for name, tensor in self.inputs.items():
@@ -238,15 +253,26 @@ class TensorRTBinding:
         missing = context.infer_shapes()
         if missing:
             raise MismatchError(f"the engine lacks shapes for {', '.join(missing)}", expected="every input bound")
+        if hasattr(context, "update_device_memory_size_for_shapes"):
+            scratch = context.update_device_memory_size_for_shapes()
+        self._scratch = torch.empty(max(scratch, 1), dtype=torch.uint8, device=where)
+        context.set_device_memory(self._scratch.data_ptr(), scratch)
 
     def enqueue(self, stream: int | None = None) -> None:
         """Evaluate once on the CUDA stream with this handle (`None`: torch's current one); the host does not wait."""
         handle = self._torch.cuda.current_stream(self._device).cuda_stream if stream is None else stream
         _must(self._context.execute_async_v3(handle), "run the engine")
+        if self._after_first is not None:
+            after_first, self._after_first = self._after_first, None
+            after_first()
 
 
 def _buffer(torch: Any, spec: TensorSpec, dims: Mapping[str, int], device: str) -> Any:
     return torch.zeros(spec.resolve(dims), dtype=getattr(torch, spec.dtype), device=device)
+
+
+def _sizes(shape: trt.Dims) -> tuple[int, ...]:
+    return tuple(int(shape[i]) for i in range(len(shape)))
 
 
 def _must(done: bool, what: str) -> None:
@@ -274,29 +300,6 @@ def inspect(module: Any, engine: trt.ICudaEngine) -> str:
     """The engine's layers as the inspector tells them, in JSON."""
     text = engine.create_engine_inspector().get_engine_information(module.LayerInformationFormat.JSON)
     return str(text)
-
-
-def check_precision(information: str, dtype: str) -> dict[str, int]:
-    """How many outputs of layers have each format, from the inspector's JSON.
-
-    Raises `MismatchError` when none is of the asked precision: the backend computed in another one.
-    """
-    import json
-
-    words = {"float32": ("FP32", "Float"), "float16": ("FP16", "Half"), "bfloat16": ("BF16", "BFloat16")}
-    counts = dict.fromkeys(words, 0)
-    for layer in json.loads(information).get("Layers", ()):
-        for tensor in layer.get("Outputs", ()) if isinstance(layer, dict) else ():
-            described = str(tensor.get("Format/Datatype", ""))
-            for name, spellings in words.items():
-                counts[name] += any(described.endswith(w) or f" {w} " in f" {described} " for w in spellings)
-    if sum(counts.values()) and not counts.get(dtype):
-        raise MismatchError(
-            f"the engine computes in {', '.join(n for n, c in counts.items() if c)}",
-            expected=dtype,
-            remedy="Rebuild it with: fewstep build BUNDLE --force",
-        )
-    return counts
 
 
 def read_cache(path: Path) -> bytes | None:

@@ -110,9 +110,13 @@ class TensorRT(Backend):
             profiles=job.entry.key.profiles,
             run=job.run,
             dtype=job.component.dtype,
+            attentions=job.component.operators.get("Attention", 0),
             capturable=bool(job.entry.key.options.get("capturable")),
             cache=self._runtime_cache(job),
         )
+
+    def realised(self, engine: Engine) -> Mapping[str, Any]:
+        return engine.realised if isinstance(engine, TensorRTEngine) else {}
 
     def _configure(self, module: Any, builder: trt.Builder, config: trt.IBuilderConfig, job: BuildJob) -> None:
         options = job.options

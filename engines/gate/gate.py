@@ -213,7 +213,7 @@ def engine_function(engine: Engine) -> Evaluate:
         for name, value in inputs.items():
             binding.inputs[name].copy_(torch.from_numpy(np.ascontiguousarray(value)))
         binding.enqueue()
-        torch.cuda.synchronize()
+        torch.cuda.current_stream(next(iter(binding.outputs.values())).device).synchronize()
         return {n: v.cpu().numpy() for n, v in binding.outputs.items()}
 
     return evaluate

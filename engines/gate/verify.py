@@ -16,6 +16,7 @@ from ..store import Entry, Store
 from ..weights import check_graph, check_weights
 from .gate import Evaluate, GateReport, failure, gate_engine
 from .reference import FILE, Case, read_reference
+from .sizes import cases_of_profiles
 
 
 def load_cases(bundle: Bundle) -> list[Case]:
@@ -35,15 +36,19 @@ def verify_graph(bundle: Bundle, component: str, cases: Sequence[Case]) -> GateR
 def verify_entry(
     bundle: Bundle, entry: Entry, cases: Sequence[Case], store: Store, *, run: RunOptions | None = None
 ) -> GateReport:
-    """A stored engine; the verdict goes into its manifest, and a failed engine is not opened again."""
+    """A stored engine, at sizes that it is built for; the verdict goes into its manifest, and a failed engine is not
+    opened again.
+    """
     name = entry.key.component
     part = bundle.component(name)
     kind = load_backend(entry.key.backend)
     engine = kind.open(OpenJob.of(bundle, entry, store, run))
     dtype = kind.computes or ("float16" if entry.key.options.get("float16") else part.dtype)
-    report = gate_engine(engine, cases, component=name, dtype=dtype, name=f"the engine {entry.name}", check=False)
+    own = [c for c in cases if c.component == name]
+    admitted, makers = cases_of_profiles(bundle, own, entry.key.profiles) if own else (own, [])
+    report = gate_engine(engine, admitted, component=name, dtype=dtype, name=f"the engine {entry.name}", check=False)
     if not store.read_only:
-        store.record_gate(entry, report.to_json())
+        store.record_gate(entry, {**report.to_json(), "reference": makers, "realised": dict(kind.realised(engine))})
     return report
 
 

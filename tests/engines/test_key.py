@@ -33,7 +33,7 @@ CHANGES = {
     "device": ("NVIDIA H200", "device"),
     "capability": ("12.0", "compute capability"),
     "options": ({"optimization_level": 5, "auxiliary_streams": 0}, "build options"),
-    "key_format": (2, "key format"),
+    "key_format": (3, "key format"),
 }
 
 

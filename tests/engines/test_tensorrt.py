@@ -13,8 +13,9 @@ import onnx
 import pytest
 from fewstep.bundle import Bundle
 from fewstep.engines import BuildOptions, BuiltEngine, Profile, Span, Store, build_engines, open_engine, profiles_for
-from fewstep.engines.backends.tensorrt import check_precision, import_tensorrt, read_cache, write_cache
+from fewstep.engines.backends.tensorrt import import_tensorrt, read_cache, write_cache
 from fewstep.engines.backends.tensorrt_build import check_operators
+from fewstep.engines.backends.tensorrt_inspect import check_precision, count_fused_attention
 from fewstep.engines.plan import plan_build
 from fewstep.errors import (
     ArgumentError,
@@ -288,20 +289,29 @@ def test_caches_are_checked_and_written_whole(tmp_path: Path) -> None:
         write_cache(path, b"")
 
 
-def inspector(*formats: str) -> str:
+def inspector(*formats: str, form: str = "Format/Datatype", tactic: str = "") -> str:
     """What the inspector writes with detailed verbosity: layers with the formats of their outputs."""
-    outputs = [{"Name": str(i), "Format/Datatype": f} for i, f in enumerate(formats)]
-    return json.dumps({"Layers": [{"Name": "conv", "Outputs": outputs}, "a name alone"]})
+    outputs = [{"Name": str(i), "Format": "Row major linear (kLINEAR)", form: f} for i, f in enumerate(formats)]
+    layer = {"Name": "conv", "Outputs": outputs, "TacticName": tactic}
+    return json.dumps({"Layers": [layer, "a name alone"]})
 
 
 def test_the_inspectors_precision_is_compared_with_the_asked_one() -> None:
-    half = inspector("Row major linear FP16 format", "Half", "GateRow major linear FP32")
+    half = inspector("Row major linear FP16 format", "Half", "Row major linear FP32")
     assert check_precision(half, "float16") == {"float32": 1, "float16": 2, "bfloat16": 0}
+    split = inspector("Half", "Float", "BFloat16", form="DataType")
+    assert check_precision(split, "float16") == {"float32": 1, "float16": 1, "bfloat16": 1}
     with pytest.raises(MismatchError, match="computes in float32; expected float16"):
         check_precision(inspector("Row major linear FP32", "Float"), "float16")
-    assert check_precision('{"Layers": ["names", "only"]}', "float16") == dict.fromkeys(
-        ("float32", "float16", "bfloat16"), 0
-    )
+    for silent in ('{"Layers": ["names", "only"]}', "{}", "", inspector()):
+        assert check_precision(silent, "float16") == "unknown"
+
+
+def test_fused_attention_is_counted_by_its_kernels_or_unknown() -> None:
+    assert count_fused_attention(inspector("Half", tactic="sm80_fmha_v2_flash_attention_fp16_S_q_kv")) == 1
+    assert count_fused_attention(inspector("Half", tactic="sm89_xmma_gemm_f16f16")) == 0
+    assert count_fused_attention('{"Layers": ["attention by name alone"]}') == "unknown"
+    assert count_fused_attention("") == "unknown"
 
 
 def test_the_plan_holds_the_weights(bundle: Bundle, store: Store) -> None:

@@ -1,0 +1,228 @@
+"""The whole life of TensorRT-RTX engines: the real builder, and a stand-in for its runtime and the GPU. No GPU is used.
+
+Build, gate, store, open, run, record, replay and evict, with engines of many exact profiles, against ONNX Runtime's
+pictures.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fewstep
+import numpy as np
+import pytest
+from fewstep.bundle import Bundle
+from fewstep.engines import BuildOptions, RunOptions, Store, build_engines, open_engine, profiles_for
+from fewstep.errors import FewstepError, GateError, MismatchError
+from standin_tensorrt import Library, stand_in_tensorrt
+
+pytest.importorskip("tensorrt_rtx")
+
+CAPTURABLE = BuildOptions(compute_capabilities=("8.9",), capturable=True)
+BATCHES = [1, 2, 4, 8, 16]
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Library]:
+    with stand_in_tensorrt(monkeypatch) as library:
+        yield library
+
+
+@pytest.fixture(scope="module")
+def student() -> Bundle:
+    from fewstep.export.embedded import embedded_bundle
+
+    return embedded_bundle("student")[0]
+
+
+def sizes_of(bundle: Bundle) -> list[tuple[int, int]]:
+    """Two sizes in the ratio of 512 to 1024, the larger first: an order that text and numbers see otherwise."""
+    side = bundle.latent.factor * bundle.latent.multiple * 2
+    return [(2 * side, 2 * side), (side, side)]
+
+
+def build(bundle: Bundle, store: Store, **more: Any) -> None:
+    options = {"sizes": sizes_of(bundle), "batches": BATCHES} | more
+    built = build_engines(
+        bundle, backend="tensorrt-rtx", store=store, options=CAPTURABLE, profiles=profiles_for(bundle, **options)
+    )
+    for engine in built.values():
+        gate, profiles = engine.entry.gate, engine.entry.key.profiles
+        assert gate["passed"]
+        cases = {c["case"].rpartition("/")[0] for c in gate["cases"]}
+        assert len(cases) >= len(profiles), f"{engine.component}: {len(cases)} cases for {len(profiles)} profiles"
+        assert gate["realised"]["precision"]["float32"] > 0
+
+
+@pytest.mark.parametrize("family", ["student", "sd2_bundle", "sdxl_bundle"])
+def test_a_life_from_the_graph_to_the_replay(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, family: str
+) -> None:
+    bundle: Bundle = request.getfixturevalue(family)  # exported before there is a stand-in
+    with stand_in_tensorrt(monkeypatch) as library:
+        live(bundle, library, Store(tmp_path))
+
+
+def live(bundle: Bundle, library: Library, store: Store) -> None:
+    """Every profile; every batch at both sizes, with guidance and without, against ONNX Runtime; then replays."""
+    build(bundle, store)
+    for entry in store.entries():
+        assert [p.order for p in entry.key.profiles] == sorted(p.order for p in entry.key.profiles)
+        engine = open_engine(bundle, entry.key.component, backend="tensorrt-rtx", store=store)
+        for profile in entry.key.profiles:
+            engine.bind(profile.optimum).enqueue()
+        if entry.key.component == "unet":
+            with pytest.raises(MismatchError, match="rows=3"):
+                engine.bind({**profile.optimum, "rows": 3})
+    options: dict[str, Any] = {"build": "never", "size": sizes_of(bundle)[0], "most_contexts": 32}
+    pipe = fewstep.load(bundle, backend="tensorrt-rtx", device="cuda", store=store, **options)
+    exact = fewstep.load(bundle, backend="ort-cpu", device="cpu")
+    euler = {"steps": 2, "sampler": "euler", "schedule": "trailing"}
+    for size in sizes_of(bundle):
+        for images in BATCHES:
+            call = {"seed": list(range(images)), "size": size, **euler}
+            prompts = [f"picture {i}" for i in range(images)]
+            for guidance in (1.0, 3.0):
+                got = pipe(prompts, guidance=guidance, **call).images.astype(int)
+                expected = exact(prompts, guidance=guidance, **call).images
+                assert np.abs(got - expected).max() <= 1
+    before = dict(pipe.graph_counts)
+    again = {"seed": 0, "size": sizes_of(bundle)[1], "guidance": 3.0}
+    first = pipe("a circle", **again, **euler).images
+    other = pipe("a ring", **again, **{**euler, "sampler": "dpmpp_2m"}).images
+    counts = pipe.graph_counts
+    assert counts["failures"] == 0
+    assert counts["replays"] - before["replays"] == 2, "another prompt and sampler replay what is recorded"
+    assert counts["captures"] == before["captures"]
+    assert np.abs(first.astype(int) - exact("a circle", **again, **euler).images).max() <= 1
+    assert not np.array_equal(first, other)
+    assert library.driver.device_synchronisations == 0
+    assert library.slow_runs == 0, "a fallback kernel was run, and so recorded"
+
+
+def test_a_manifest_with_profiles_in_another_order_is_refused(
+    student: Bundle, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path)
+    build_engines(
+        student,
+        backend="tensorrt-rtx",
+        store=store,
+        components=["unet"],
+        options=CAPTURABLE,
+        profiles=profiles_for(student, batches=[1, 2]),
+    )
+    (plan,) = library.plans.values()
+    plan.profiles.reverse()
+    with pytest.raises(MismatchError, match="profile 0 of the engine takes"):
+        open_engine(student, "unet", backend="tensorrt-rtx", store=store, run=RunOptions())
+
+
+def test_ticks_evict_and_capture_again(student: Bundle, library: Library, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    build(student, store, sizes=sizes_of(student)[1:], batches=[1, 2, 4])
+    exact = fewstep.load(student, backend="ort-cpu", device="cpu")
+    with fewstep.Server(
+        student, device="cuda", backend="tensorrt-rtx", store=store, build="never", graphs_kept=1,
+        sizes=[sizes_of(student)[1]], size=sizes_of(student)[1], most_slots=4, buckets=[1, 2, 4, 8],
+    ) as server:  # fmt: skip
+        tickets = [
+            server.submit("a circle", seed=i, steps=2 + i % 2, guidance=3.0 * (i % 2), size=sizes_of(student)[1])
+            for i in range(6)
+        ]
+        for i, ticket in enumerate(tickets):
+            call = {"seed": i, "steps": 2 + i % 2, "guidance": 3.0 * (i % 2), "size": sizes_of(student)[1]}
+            assert np.abs(ticket.result(60).images.astype(int) - exact("a circle", **call).images).max() <= 1
+
+
+def test_threads_share_engines_and_capture_in_turn(student: Bundle, library: Library, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    build(student, store, sizes=sizes_of(student)[1:], batches=[1])
+    pipe = fewstep.load(
+        student, backend="tensorrt-rtx", device="cuda", store=store, build="never", size=sizes_of(student)[1]
+    )
+    expected = fewstep.load(student, backend="ort-cpu", device="cpu")("a circle", seed=1, size=sizes_of(student)[1])
+    wrong: list[object] = []
+
+    def work() -> None:
+        try:
+            for _ in range(5):
+                images = pipe("a circle", seed=1, size=sizes_of(student)[1]).images.astype(int)
+                wrong.extend([images] if np.abs(images - expected.images).max() > 1 else [])
+        except FewstepError as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert wrong == []
+    assert pipe.graph_counts["failures"] == 0
+
+
+def test_an_engine_of_wrong_numbers_fails_at_its_own_size(
+    student: Bundle, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import standin_tensorrt
+
+    true = standin_tensorrt.Context.evaluate
+
+    def wrong(self: Any, inputs: Any, outputs: Any) -> None:
+        true(self, inputs, outputs)
+        if outputs[0].is_floating_point() and outputs[0].shape[0] == 4:
+            outputs[0].mul_(1.001)
+
+    monkeypatch.setattr(standin_tensorrt.Context, "evaluate", wrong)
+    profiles = profiles_for(student, sizes=sizes_of(student)[1:], batches=[1, 4], guidance=False)
+    with pytest.raises(GateError, match=r"relative error 1\.\d+e-03"):
+        build_engines(
+            student, backend="tensorrt-rtx", store=Store(tmp_path), components=["unet"],
+            options=CAPTURABLE, profiles=profiles,
+        )  # fmt: skip
+
+
+def test_without_torch_the_graph_is_the_reference(
+    student: Bundle, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fewstep.engines.backends import registry
+
+    monkeypatch.setitem(registry._in_memory, "torch", None)
+    store = Store(tmp_path)
+    build(student, store, sizes=sizes_of(student)[1:], batches=[4])
+    makers = {m for e in store.entries() for m in e.gate["reference"]}
+    assert "the exported graph on ONNX Runtime" in makers
+
+
+def test_the_inspector_s_forms(student: Bundle, library: Library, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    build_engines(student, backend="tensorrt-rtx", store=store, components=["unet"], options=CAPTURABLE)
+    told = {}
+    for library.form in ("10", "11", "names"):
+        told[library.form] = open_engine(student, "unet", backend="tensorrt-rtx", store=store).realised  # type: ignore[attr-defined]
+    count = student.component("unet").operators["Attention"]
+    assert told["10"] == told["11"]
+    assert told["10"]["attention"] == f"{count} fused of {count}"
+    assert told["names"] == {"precision": "unknown", "attention": f"unknown fused of {count}"}
+
+
+def test_scratch_memory_is_the_profiles_own_and_a_cache_is_kept_after_a_run(
+    student: Bundle, library: Library, tmp_path: Path
+) -> None:
+    store = Store(tmp_path)
+    build(student, store, sizes=sizes_of(student)[1:], batches=[1])
+    pipe = fewstep.load(
+        student, backend="tensorrt-rtx", device="cuda", store=store, build="never", size=sizes_of(student)[1]
+    )
+    pipe("a circle", seed=1, size=sizes_of(student)[1])
+    caches = {p.name: p.read_bytes()[32:] for p in store.root.glob(".runtime.*.cache")}
+    assert caches
+    assert any(c.startswith(b"kernels") for c in caches.values())
+    assert json.loads(next(c for c in caches.values() if c.startswith(b"kernels"))[8:])
+    del pipe
+    gc.collect()
