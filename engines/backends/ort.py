@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,9 @@ class Provider:
     """An execution provider of ONNX Runtime: its name there, the backend that uses it, and the package that holds it.
 
     options: what it is asked for with, given the run's options and a CUDA stream's handle. Others than the CPU's are
-    followed by that one, for shape arithmetic and for what they do not take.
+    followed by that one, for shape arithmetic and for what they do not take. computing: operators that must be on this
+    provider; a graph that has one of them elsewhere is refused. prepare: what is done with the module before its first
+    session.
     """
 
     backend: str
@@ -45,6 +48,8 @@ class Provider:
     package: str
     extra: str
     options: Callable[[RunOptions, int | None], dict[str, str]] = lambda run, stream: {}
+    computing: frozenset[str] = frozenset()
+    prepare: Callable[[ModuleType], None] = lambda onnxruntime: None
 
     def requested(self, run: RunOptions, stream: int | None = None) -> list[tuple[str, dict[str, str]]]:
         """The providers to ask for, with explicit options."""
@@ -69,6 +74,7 @@ def import_onnxruntime(provider: Provider) -> ModuleType:
         raise MissingExtraError(provider.package, provider.extra, purpose=f"the backend {provider.backend!r}")
     import onnxruntime
 
+    provider.prepare(onnxruntime)
     return onnxruntime  # type: ignore[no-any-return]
 
 
@@ -134,6 +140,8 @@ def open_session(
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(external_folder))
     for dimension, size in (dims or {}).items():
         options.add_free_dimension_override_by_name(dimension, size)
+    if provider.computing:
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if configure is not None:
         configure(options)
     source = model if isinstance(model, bytes) else str(model)
@@ -146,6 +154,7 @@ def open_session(
             remedy="Export the checkpoint again, or rebuild the engine with: fewstep build BUNDLE --force",
         ) from error
     check_provider(session, provider)
+    check_placement(session, provider)
     return session
 
 
@@ -158,6 +167,31 @@ def check_provider(session: Any, provider: Provider) -> None:
             expected=f"{provider.name} for the backend {provider.backend!r}",
             remedy="Check that the GPU, its driver and the CUDA libraries are there, or use a backend for the CPU.",
         )
+
+
+def check_placement(session: Any, provider: Provider) -> Counter[str]:
+    """The operators that ONNX Runtime put on other providers than this one, which it does without a word.
+
+    Raises `MismatchError` where they are among those that must not be, or where this version cannot tell.
+    """
+    if not provider.computing:
+        return Counter()
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        raise MismatchError(
+            f"this version of {provider.package} does not tell where it runs what",
+            expected="1.27 or newer",
+            remedy=f"Upgrade it with: pip install -U 'fewstep[{provider.extra}]'",
+        )
+    parts = session.get_provider_graph_assignment_info()
+    elsewhere = Counter(n.op_type for p in parts if p.ep_name != provider.name for n in p.get_nodes())
+    lost = sorted(provider.computing & elsewhere.keys())
+    if lost:
+        raise MismatchError(
+            f"ONNX Runtime runs {', '.join(f'{elsewhere[n]} {n}' for n in lost)} on another provider",
+            expected=f"all of them on {provider.name}",
+            remedy=f"Upgrade it with: pip install -U 'fewstep[{provider.extra}]', or use another backend.",
+        )
+    return elsewhere
 
 
 def _brief(error: Exception, model: Path | bytes) -> str:

@@ -103,6 +103,7 @@ class OrtBackend(Backend):
             "providers": providers,
             "rewritten": rewritten,
             "operators": dict(sorted(operators.items())),
+            "copies": sum(n for name, n in operators.items() if name.startswith("Memcpy")),
             "fused": check_fusion(job.name, job.component.operators, operators, strict=strict, fused=fused),
         }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 from ...errors import MissingError, MissingExtraError
@@ -141,12 +142,39 @@ def provider_options(run: RunOptions, stream: int | None) -> dict[str, str]:
     return options if stream is None else {**options, "user_compute_stream": str(stream)}
 
 
+COMPUTING = frozenset(
+    {
+        *(
+            "Attention",
+            "MultiHeadAttention",
+            "Conv",
+            "FusedConv",
+            "NhwcConv",
+            "MatMul",
+            "Gemm",
+            "FusedMatMul",
+            "Resize",
+        ),
+        *("GroupNormalization", "GroupNorm", "InstanceNormalization", "LayerNormalization", "SkipLayerNormalization"),
+        *("Softmax", "Gelu", "BiasGelu", "FastGelu", "QuickGelu", "Sigmoid", "ReduceMean", "Resize"),
+    }
+)
+"""What works on feature maps and hidden states. The others may be arithmetic on shapes, which belongs on the CPU."""
+
+
+def _find_libraries(onnxruntime: ModuleType) -> None:
+    """Load CUDA's libraries from where wheels put them, as importing torch would have done."""
+    onnxruntime.preload_dlls()
+
+
 CUDA = Provider(
     backend="ort-cuda",
     name="CUDAExecutionProvider",
     package="onnxruntime-gpu",
     extra="cuda",
     options=provider_options,
+    computing=COMPUTING,
+    prepare=_find_libraries,
 )
 
 

@@ -199,8 +199,7 @@ class TorchSlots(Slots):
         """One evaluation of a batch: nothing here depends on what the tensors hold."""
         values, clock = self._values, self._clock
         clock.mark("gather")
-        values.model_input(batch.slot_of_row, batch.sample)  # in_i = input_scale x, by row
-        batch.timestep.copy_(values.timesteps(batch.slot_of_row))
+        values.model_input(batch.slot_of_row, batch.sample, batch.timestep)  # by row
         self._conditioning[batch.tokens].gather(batch)
         clock.mark("evaluations")
         batch.binding.enqueue()  # out = unet(in_i, t_i, conditioning)

@@ -7,6 +7,7 @@ program is another table. It has been run on CPU tensors against the NumPy kerne
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from ...schedules import Program
 from ..pictures.inpaint import Blend
 from .memory import upload
 
-_OF_PROGRAM = ("input_scale", "h_x", "h_out", "a", "c", "c_prev", "x0_x", "x0_out")
+_OF_PROGRAM = ("input_scale", "timesteps", "h_x", "h_out", "a", "c", "c_prev", "x0_x", "x0_out")
 _SCALARS = (*_OF_PROGRAM, "holds", "kept_latent", "kept_noise")
 _COLUMN = {name: column for column, name in enumerate(_SCALARS)}
 
@@ -58,7 +59,6 @@ class TorchSlotState:
         self._scalars = torch.zeros((slots, longest_program, len(_SCALARS)), **make)
         self._b = torch.zeros((slots, longest_program, history), **make)
         self._write = torch.zeros((slots, longest_program), dtype=torch.int64, device=self.device)
-        self._timesteps = torch.zeros((slots, longest_program), **make)
         self._finish = torch.ones(slots, **make)
         self.max_draws = max_draws
         self.draws = torch.zeros((slots, max_draws, *shape), **make) if max_draws else None
@@ -72,7 +72,7 @@ class TorchSlotState:
     @property
     def buffers(self) -> tuple[torch.Tensor, ...]:
         """All of its memory: the state and its tables."""
-        tables = (self._scalars, self._b, self._write, self._timesteps, self._finish, self._draw_at)
+        tables = (self._scalars, self._b, self._write, self._finish, self._draw_at)
         kept = (self._mask, self._kept_latent, self._kept_noise)
         return (*self.tensors, *tables, *kept, *(() if self.draws is None else (self.draws,)))
 
@@ -121,7 +121,6 @@ class TorchSlotState:
         self._b[slot].zero_()
         upload(self._b[slot, :length, : program.history], _float32(program.b))
         upload(self._write[slot, :length], program.write)
-        upload(self._timesteps[slot, :length], _float32(program.timesteps))
         self._finish[slot : slot + 1].fill_(float(program.state_scale[-1]))
         if self.draws is not None:
             count = int(np.count_nonzero(program.draws))
@@ -139,48 +138,51 @@ class TorchSlotState:
         """float32 [A, *shape]: the results of these slots, in diffusers' latent coordinates."""
         return self._finish[slots].reshape(-1, *(1,) * len(self.shape)) * self.latent[slots]
 
-    def timesteps(self, slots: torch.Tensor) -> torch.Tensor:
-        """float32 [A]: what the network is fed at these slots' positions. slots: int64 [A] on the device."""
-        return self._timesteps[slots, self.position[slots]]
+    def model_input(self, slots: torch.Tensor, out: torch.Tensor, timestep: torch.Tensor) -> None:
+        """Write the network's input of these slots into `out` [A, *shape], and what it is fed as timestep [A].
 
-    def model_input(self, slots: torch.Tensor, out: torch.Tensor) -> None:
-        """Write the network's input of these slots into `out` [A, *shape], of the engine's own float type."""
-        out.copy_(self._column(slots, "input_scale") * self.latent[slots])
+        slots: int64 [A] on the device. Both buffers are of the engine's own float types.
+        """
+        factors = self._factors(slots)
+        out.copy_(factors("input_scale") * self.latent[slots])  # in_i = input_scale x
+        timestep.copy_(factors("timesteps").reshape(-1))
 
     def preview(self, slots: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
         """float32 [A, *shape]: x0 as these slots' outputs imply it. Call it before `advance`."""
+        factors = self._factors(slots)
         # x0 = x0_x x + x0_out out
-        return self._column(slots, "x0_x") * self.latent[slots] + self._column(slots, "x0_out") * outputs.float()
+        return factors("x0_x") * self.latent[slots] + factors("x0_out") * outputs.float()
 
     def advance(self, slots: torch.Tensor, outputs: torch.Tensor, *, blends: bool = False) -> None:
         """Apply the coefficients at each slot's own position, given outputs [A, *shape] of the network, and move on.
 
         slots: int64 [A] on the device, no slot twice. blends: whether any of them keeps something of a picture.
         """
-        position = self.position[slots]
+        position, factors = self.position[slots], self._factors(slots)
         x, previous = self.latent[slots], self._held[slots]
         noise = self.noise[slots] if self.draws is None else self.draws[slots, self._draw_at[slots, position]]
         # H[write] = h_x x + h_out out
-        kept = self._column(slots, "h_x") * x + self._column(slots, "h_out") * outputs.float()
+        kept = factors("h_x") * x + factors("h_out") * outputs.float()
         self.history[slots, self._write[slots, position]] = kept
         b = self._b[slots, position]
         weights = b.reshape(*b.shape, *(1,) * len(self.shape))
         past = torch.where(weights == 0.0, torch.zeros_like(kept)[:, None], self.history[slots])
         # x' = a x + sum_k b[k] H[k] + c n_i + c_prev n_{i-1}
-        x = self._column(slots, "a") * x + (weights * past).sum(dim=1)
-        x = x + self._column(slots, "c") * noise + self._column(slots, "c_prev") * previous
+        x = factors("a") * x + (weights * past).sum(dim=1)
+        x = x + factors("c") * noise + factors("c_prev") * previous
         if blends:
             # m x' + f_z (1 - m) z + f_n (1 - m) n
-            x = self._mask[slots] * x + self._column(slots, "kept_latent") * self._kept_latent[slots]
-            x = x + self._column(slots, "kept_noise") * self._kept_noise[slots]
+            x = self._mask[slots] * x + factors("kept_latent") * self._kept_latent[slots]
+            x = x + factors("kept_noise") * self._kept_noise[slots]
         self.latent[slots] = x
-        self._held[slots] = torch.where(self._column(slots, "holds") != 0.0, noise, previous)
+        self._held[slots] = torch.where(factors("holds") != 0.0, noise, previous)
         self.position[slots] = torch.clamp(position + 1, max=self.longest_program - 1)
 
-    def _column(self, slots: torch.Tensor, name: str) -> torch.Tensor:
-        """One coefficient at each slot's position, [A, 1, 1, ...]."""
-        values = self._scalars[slots, self.position[slots], _COLUMN[name]]
-        return values.reshape(-1, *(1,) * len(self.shape))
+    def _factors(self, slots: torch.Tensor) -> Callable[[str], torch.Tensor]:
+        """The coefficients at each slot's position, gathered once: by name, [A, 1, 1, ...]."""
+        values = self._scalars[slots, self.position[slots]]
+        ones = (1,) * len(self.shape)
+        return lambda name: values[:, _COLUMN[name]].reshape(-1, *ones)
 
 
 def _float32(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

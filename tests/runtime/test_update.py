@@ -186,10 +186,9 @@ def test_the_torch_form_is_the_numpy_form() -> None:
             if chosen[slot].draws[tick]:
                 state.noise[slot] = torch.from_numpy(draws[drawn[slot], slot])
                 drawn[slot] += 1
-        inputs = torch.empty((len(active), *SHAPE))
-        state.model_input(index, inputs)
-        fed = state.timesteps(index).tolist()
-        outputs = np.stack([network(x, t) for x, t in zip(inputs.numpy(), fed, strict=True)])
+        inputs, fed = torch.empty((len(active), *SHAPE)), torch.empty(len(active))
+        state.model_input(index, inputs, fed)
+        outputs = np.stack([network(x, t) for x, t in zip(inputs.numpy(), fed.tolist(), strict=True)])
         state.advance(index, torch.from_numpy(outputs))
     for slot, program in enumerate(chosen):
         expected = alone(program, start[slot], latent[slot], draws[:, slot])
