@@ -1,359 +1,270 @@
-"""Everything that needs a GPU to be shown, in one command that can be cut off and goes on where it was.
+"""What a visit to a GPU is for, in one command: correctness first, the first figure within minutes, then the rest.
 
 python bench/gpu_check.py --folder build/gpu-check --output build/gpu-check.json
-python bench/gpu_check.py --device cpu:torch --tiny --folder build/gpu-check-tiny      (the same code, on any machine)
+python bench/gpu_check.py --device cpu:torch --tiny --folder build/gpu-check-tiny      (the same steps, on any machine)
 
-Writes random checkpoints of full size, exports them, builds with every backend that is installed, gates, and times
-eager torch, torch.compile, torch in CUDA graphs, ONNX Runtime on CUDA with and without graphs, TensorRT-RTX and
-TensorRT: whole requests and stages, peak memory, and the floor that the machine's own rates set. Each step is
-recorded in the folder when it is done; a run ends before `--slice-seconds` are over, and says to be run again.
+It runs from a checkout, with nothing installed but torch, NumPy and what it names when that is missing. Each step is a
+process of its own with a time limit, so that one that hangs or crashes ends alone. After every step the report is
+written. A step that succeeded is not done again while what it made is there and code and options are the same; one that
+failed is. No step begins that the slice's time does not admit: exit code 75 says to run it again. Exit codes: 0 all of
+the plan is done, 1 no timing worked, 3 a package is missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
+import os
+import signal
+import subprocess
 import sys
+import tempfile
 import time
-import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+ROOT = Path(__file__).resolve().parents[1]
+NEEDED = ("torch", "numpy", "diffusers", "transformers", "accelerate", "tokenizers", "safetensors", "filelock")
+NEEDED += ("platformdirs", "tqdm", "PIL")
+DISTRIBUTIONS = {"PIL": "pillow"}
+MORE_TO_DO, NOTHING_WORKED, MISSING = 75, 1, 3
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
-MARGIN_SECONDS = 180.0
-"""No step begins when less than this is left of the slice."""
+@dataclass(frozen=True)
+class CheckStep:
+    """One step of a plan: a function of `gpu_steps.py` with its arguments, what it makes, and its time limit."""
+
+    name: str
+    function: str
+    arguments: tuple[Any, ...] = ()
+    makes: str = ""
+    limit_s: float = 120.0
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model to check: its architecture, and what is asked of it as (side in pixels, steps)."""
+    """A model to check, and what is asked of it as (side in pixels, images, steps)."""
 
     name: str
     architecture: str
-    requests: tuple[tuple[int, int], ...]
-    preset: str | None = None
-
-    @property
-    def sides(self) -> tuple[int, ...]:
-        return tuple(sorted({side for side, _ in self.requests}))
+    requests: tuple[tuple[int, int, int], ...]
 
 
-FULL = (
-    Model("sd-turbo", "sd21", ((512, 1), (512, 2), (512, 4)), "sd-turbo"),
-    Model("sdxl-turbo", "sdxl", ((512, 1), (512, 4), (1024, 4)), "sdxl-turbo"),
-    Model("sd15", "sd1", ((512, 4),)),
-)
-TINY = (Model("tiny", "embedded", ((64, 1), (64, 2))),)
+SD_TURBO = Model("sd-turbo", "sd2", ((512, 1, 1), (512, 1, 2), (512, 1, 4)))
+SDXL_TURBO = Model("sdxl-turbo", "sdxl", ((512, 1, 1), (512, 1, 4), (1024, 1, 4)))
+SD15 = Model("sd15", "sd1", ((512, 1, 4), (512, 4, 4)))
+TINY = Model("tiny", "embedded", ((64, 1, 1), (64, 1, 2)))
+
+DESIGN = ("replays", "failed_capture", "threads", "stream_wrap", "evictions", "synchronisations", "seeds")
+"""Steps of correctness, on the embedded model."""
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A way to run a model: backend, options of `Pipeline`, and the module that it needs."""
+def plan_first(tiny: bool) -> list[CheckStep]:
+    """Correctness; SD-Turbo; SDXL, whose decoder is the largest loss; peers; sharing."""
+    turbo, large = (TINY, None) if tiny else (SD_TURBO, SDXL_TURBO)
+    steps = [CheckStep("machine", "machine"), CheckStep("rates", "rates")]
+    steps += [CheckStep(f"design/{name}", name) for name in DESIGN]
+    steps += made(turbo)
+    steps += [timing(turbo, v) for v in ("torch-graph", "torch-eager", "torch-eager-nchw")]
+    steps.append(CheckStep(f"{turbo.name}/profile", "profile", (turbo.name, "torch-graph", *turbo.requests[0])))
+    steps += [timing(turbo, "torch-compile-graph", 300.0)]
+    if large is not None:
+        steps += made(large)
+        steps += [timing(large, v) for v in ("torch-graph", "torch-graph-vae-float32", "torch-eager")]
+        steps.append(CheckStep(f"{large.name}/profile", "profile", (large.name, "torch-graph", *large.requests[0])))
+    steps += [timing(turbo, v, 420.0) for v in ("torch-reduce-overhead", "torch-autotune-graph")]
+    steps.append(CheckStep(f"{turbo.name}/shared", "shared", (turbo.name, "torch-graph", *turbo.requests[0])))
+    return steps
 
-    name: str
-    backend: str
-    module: str
-    options: dict[str, Any]
+
+def plan_all(tiny: bool) -> list[CheckStep]:
+    """Plan `first`, and every backend that is installed."""
+    steps = plan_first(tiny)
+    for model in (TINY,) if tiny else (SD_TURBO, SDXL_TURBO, SD15):
+        steps += [s for s in made(model) if s not in steps]
+        for backend in ("ort-cpu",) if tiny else ("ort-cuda", "tensorrt-rtx", "tensorrt"):
+            steps.append(CheckStep(f"{model.name}/build/{backend}", "build", (model.name, backend), limit_s=540.0))
+            steps.append(timing(model, backend))
+    return steps
 
 
-def variants(on_cuda: bool, quick: bool) -> list[Variant]:
-    """What is compared. On CPU tensors, recordings stand for CUDA graphs and ONNX Runtime for the built engines."""
-    eager = Variant("torch-eager", "torch", "torch", {"graphs": False})
-    graph = Variant("torch-graph", "torch", "torch", {"graphs": True})
-    if not on_cuda:
-        return [eager, graph, Variant("ort-cpu", "ort-cpu", "onnxruntime", {"graphs": False})]
-    mode = "default" if quick else "max-autotune-no-cudagraphs"
-    compiled = {"engine_options": {"compile": mode}}
-    own = {"engine_options": {"compile": "max-autotune"}}
+def made(model: Model) -> list[CheckStep]:
+    """What a model's other steps stand on."""
+    checkpoint = f"{model.name}-checkpoint" if model.architecture != "embedded" else ""
+    bundle = f"{model.name}-bundle/bundle.json"
     return [
-        eager,
-        graph,
-        Variant("torch-compile", "torch", "torch", {"graphs": False, **own}),
-        Variant("torch-compile-graph", "torch", "torch", {"graphs": True, **compiled}),
-        Variant("ort-cuda", "ort-cuda", "onnxruntime", {"graphs": False}),
-        Variant("ort-cuda-graph", "ort-cuda", "onnxruntime", {"graphs": False, "engine_options": {"cuda_graph": True}}),
-        Variant("tensorrt-rtx", "tensorrt-rtx", "tensorrt_rtx", {"graphs": True}),
-        Variant("tensorrt", "tensorrt", "tensorrt", {"graphs": True}),
+        CheckStep(f"{model.name}/checkpoint", "checkpoint", (model.name, model.architecture), checkpoint, 240.0),
+        CheckStep(f"{model.name}/bundle", "bundle", (model.name, model.architecture), bundle, 240.0),
+        CheckStep(f"{model.name}/work", "work", (model.name, model.requests)),
     ]
 
 
+def timing(model: Model, variant: str, limit_s: float = 240.0) -> CheckStep:
+    return CheckStep(f"{model.name}/time/{variant}", "timing", (model.name, variant, model.requests), limit_s=limit_s)
+
+
+PLANS = {"first": plan_first, "all": plan_all}
+
+
 class Check:
-    """The steps that are left, their order, and the file that remembers what was done."""
+    """The steps of a plan, and the file that remembers what came of them."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.folder = options, Path(options.folder)
+        self.options, self.folder = options, Path(options.folder).absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.on_cuda = options.device.startswith("cuda")
-        self.models = TINY if options.tiny else tuple(m for m in FULL if m.name in options.model)
-        self.file = self.folder / "state.json"
-        self.done: dict[str, Any] = json.loads(self.file.read_text()) if self.file.is_file() else {}
-        self.began = time.monotonic()
-
-    def steps(self) -> list[tuple[str, Callable[[], Any]]]:
-        planned: list[tuple[str, Callable[[], Any]]] = [("machine", self.machine), ("rates", self.rates)]
-        for model in self.models:
-            planned.append((f"{model.name}/checkpoint", lambda m=model: self.checkpoint(m)))
-            planned.append((f"{model.name}/bundle", lambda m=model: self.bundle(m)))
-            planned.append((f"{model.name}/work", lambda m=model: self.work(m)))
-            ways = variants(self.on_cuda, self.options.quick)
-            for backend in sorted({v.backend for v in ways} - {"torch"}):
-                planned.append((f"{model.name}/build/{backend}", lambda m=model, b=backend: self.build(m, b)))
-            for variant in ways:
-                for side, steps in model.requests:
-                    name = f"{model.name}/{side}/{steps}/{variant.name}"
-                    planned.append((name, lambda m=model, v=variant, s=side, n=steps: self.timing(m, v, s, n)))
-        return planned
+        self.steps = [s for s in PLANS[options.plan](options.tiny) if options.only in s.name]
+        self.file, self.began = self.folder / "state.json", time.monotonic()
+        same = {
+            "sources": digest_of_sources(),
+            "device": options.device,
+            "tiny": options.tiny,
+            "repeat": options.repeat,
+        }
+        known = json.loads(self.file.read_text(encoding="utf-8")) if self.file.is_file() else {}
+        self.state: dict[str, Any] = known if known.get("of") == same else {"of": same, "done": {}}
 
     def run(self) -> bool:
-        """Do the steps in order; False when the slice's time is over before the last."""
-        for name, step in self.steps():
-            known = self.done.get(name)
-            if known is not None and not (self.options.retry and "error" in known):
+        """Do what is left, in order; False when the slice's time is over before the last step."""
+        for step in self.steps:
+            if self.is_done(step):
                 continue
-            if time.monotonic() - self.began > self.options.slice_seconds - MARGIN_SECONDS and self.done:
+            left = self.options.slice_seconds - (time.monotonic() - self.began)
+            if left < min(step.limit_s, self.options.least_seconds) and self.state["done"]:
                 return False
-            print(name, file=sys.stderr, flush=True)
+            print(step.name, file=sys.stderr, flush=True)
             started = time.monotonic()
-            try:
-                outcome = step()
-            except Exception as error:  # one backend that fails must not end the check: what it said is its result
-                outcome = {"error": f"{type(error).__name__}: {error}", "where": traceback.format_exc(limit=-3)}
-            self.done[name] = {**outcome, "seconds": round(time.monotonic() - started, 3)}
-            part = self.file.with_suffix(".part")
-            part.write_text(json.dumps(self.done, indent=1))
-            part.replace(self.file)
+            outcome = self.in_a_child(step, min(step.limit_s, max(left, self.options.least_seconds)))
+            self.state["done"][step.name] = {**outcome, "seconds": round(time.monotonic() - started, 3)}
+            write_json(self.file, self.state)
+            self.write_report(complete=False)
         return True
 
-    def report(self, *, complete: bool) -> dict[str, Any]:
-        """All outcomes; each timing beside the floor of the same run."""
-        rates = self.done.get("rates", {})
-        results = {}
-        for name, outcome in self.done.items():
-            model, _, rest = name.partition("/")
-            work = self.done.get(f"{model}/work", {})
-            if "p50_ms" in outcome and "flops_per_s" in rates and work:
-                side, steps, _ = rest.split("/")
-                floor = floor_ms(work[side], int(steps), rates)
-                outcome = {
-                    **outcome,
-                    "floor_ms": floor,
-                    "times_the_floor": round(outcome["p50_ms"] / max(floor, 1e-9), 2),
-                }
-            results[name] = outcome
-        return {"complete": complete, "device": self.options.device, "results": results}
+    def is_done(self, step: CheckStep) -> bool:
+        known = self.state["done"].get(step.name)
+        there = not step.makes or (self.folder / step.makes).exists()
+        return known is not None and "error" not in known and there
 
-    def machine(self) -> dict[str, Any]:
-        import platform
-        from importlib import metadata
-
-        import torch
-
-        names = ("torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "diffusers", "numpy")
-        versions = {}
-        for name in names:
+    def in_a_child(self, step: CheckStep, limit_s: float) -> dict[str, Any]:
+        """What a step says of itself; how it ended, where it says nothing. What it wrote before stays in any case."""
+        outcome = self.folder / "outcome.json"
+        outcome.unlink(missing_ok=True)
+        asked = {"function": step.function, "arguments": step.arguments, "outcome": str(outcome)}
+        asked |= {"folder": str(self.folder), "device": self.options.device, "repeat": self.options.repeat}
+        command = [sys.executable, str(Path(__file__).with_name("gpu_steps.py")), json.dumps(asked)]
+        environment = {**os.environ, "PYTHONPATH": package_path(), "FEWSTEP_CACHE_DIR": str(self.folder / "cache")}
+        log = self.folder / "step.log"
+        with log.open("w", encoding="utf-8") as output:
+            child = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
             try:
-                versions[name] = metadata.version(name)
-            except metadata.PackageNotFoundError:
-                continue
-        machine: dict[str, Any] = {"python": platform.python_version(), "versions": versions, "at": time.strftime("%F")}
-        if self.on_cuda:
-            device = torch.cuda.get_device_properties(self.options.device)
-            capability = f"{device.major}.{device.minor}"
-            machine |= {"gpu": device.name, "capability": capability, "memory": device.total_memory}
-        return machine
+                code: int | None = child.wait(limit_s)
+            except subprocess.TimeoutExpired:
+                code = None
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+        said = json.loads(outcome.read_text(encoding="utf-8")) if outcome.is_file() else {}
+        if code is None:
+            return {**said, "error": f"it was ended after {limit_s:.0f} s"}
+        if code and "error" not in said:
+            return {**said, "error": f"it ended with code {code}", "where": log.read_text(errors="replace")[-2000:]}
+        return dict(said)
 
-    def rates(self) -> dict[str, Any]:
-        """The rates that set the floor: a large matrix product, and copies of a large array."""
-        import torch
-
-        device = torch.device(self.options.device if self.on_cuda else "cpu")
-        dtype = torch.float16 if self.on_cuda else torch.float32
-        side = 8192 if self.on_cuda else 1024
-        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        product = self.best(lambda: a @ b)
-        source = torch.empty(1 << (30 if self.on_cuda else 26), dtype=torch.uint8, device=device)
-        target = torch.empty_like(source)
-        copied = self.best(lambda: target.copy_(source))
-        return {"flops_per_s": 2 * side**3 / product, "bytes_per_s": 2 * source.numel() / copied, "dtype": str(dtype)}
-
-    def best(self, body: Callable[[], Any], times: int = 20) -> float:
-        """The shortest time in seconds."""
-        seconds = []
-        for _ in range(times):
-            self.wait()
-            began = time.perf_counter()
-            body()
-            self.wait()
-            seconds.append(time.perf_counter() - began)
-        return min(seconds)
-
-    def wait(self) -> None:
-        if self.on_cuda:
-            import torch
-
-            torch.cuda.synchronize()
-
-    def checkpoint(self, model: Model) -> dict[str, Any]:
-        if model.architecture == "embedded":
-            return {"folder": "the embedded model"}
-        from random_checkpoint import write_checkpoint
-
-        folder = self.folder / f"{model.name}-checkpoint"
-        if folder.exists():  # a slice that was cut off leaves half of one
-            import shutil
-
-            shutil.rmtree(folder)
-        return {"bytes": write_checkpoint(model.architecture, folder, "float16")}
-
-    def bundle(self, model: Model) -> dict[str, Any]:
-        from fewstep.export import export_bundle
-        from fewstep.export.embedded import embedded_checkpoint
-
-        tiny = model.architecture == "embedded"
-        source = embedded_checkpoint("base") if tiny else self.folder / f"{model.name}-checkpoint"
-        reference = source / "reference.safetensors" if tiny else None
-        bundle = export_bundle(
-            source,
-            self.folder / f"{model.name}-bundle",
-            dtype="float16" if self.on_cuda else "float32",
-            gate=tiny or not self.options.no_gate,
-            preset=model.preset,
-            quick_gate=not tiny,
-            reference=reference,
-            overwrite=True,
-        )
-        return {"gate": bundle.gate, "bytes": sum(f.stat().st_size for f in bundle.folder.rglob("*") if f.is_file())}
-
-    def build(self, model: Model, backend: str) -> dict[str, Any]:
-        """Engines for the sizes that are asked for, each gated where the bundle has a reference."""
-        from fewstep.bundle import read_bundle
-        from fewstep.engines import BuildOptions, build_engines, profiles_for
-
-        module = next(v.module for v in variants(self.on_cuda, True) if v.backend == backend)
-        if importlib.util.find_spec(module) is None:
-            return {"skipped": f"{module} is not installed"}
-        bundle = read_bundle(self.folder / f"{model.name}-bundle")
-        names = [n for n in bundle.components if n != "vae_encoder"]
-        profiles = profiles_for(bundle, sizes=[(s, s) for s in model.sides], guidance=bundle.defaults.guidance > 1)
-        options = BuildOptions(capturable=backend == "tensorrt-rtx")
-        engines = build_engines(bundle, backend=backend, components=names, profiles=profiles, options=options)
-        return {
-            n: {"seconds": round(b.seconds, 2), "bytes": b.entry.length, "gate": b.entry.gate}
-            for n, b in engines.items()
+    def write_report(self, *, complete: bool) -> dict[str, Any]:
+        """The report so far: every step of the plan, done, failed, skipped or not begun."""
+        done = self.state["done"]
+        results = {s.name: done.get(s.name, {"not begun": "there was no time yet"}) for s in self.steps}
+        add_floors(results)
+        report = {"complete": complete, "plan": self.options.plan, **self.state["of"], "results": results}
+        report["summary"] = {
+            word: sorted(n for n, r in results.items() if key in r)
+            for word, key in (("failed", "error"), ("skipped", "skipped"), ("not begun", "not begun"))
         }
-
-    def work(self, model: Model) -> dict[str, Any]:
-        """Floating-point operations of an image's evaluation of UNet and decoder, and their weights' bytes, by side."""
-        import torch
-        from fewstep.bundle import read_bundle
-        from fewstep.export.trace.modules import build_model, wrap
-        from torch.utils.flop_counter import FlopCounterMode
-
-        bundle = read_bundle(self.folder / f"{model.name}-bundle")
-        work: dict[str, Any] = {}
-        rows = 2 if bundle.defaults.guidance > 1 else 1
-        for side in model.sides:
-            cells = side // bundle.latent.factor
-            dims = {"rows": rows, "batch": 1, "height": cells, "width": cells, "tokens": bundle.tokenizers[0].length}
-            work[str(side)] = {}
-            for name in ("unet", "vae_decoder"):
-                part = bundle.component(name)
-                with torch.device("meta"):
-                    traceable = wrap(name, build_model(name, part.config), part.config, "float32", bundle.model)
-                    given = {s.name: torch.empty(s.resolve(dims), dtype=_torch(s.dtype)) for s in traceable.inputs}
-                    with FlopCounterMode(display=False) as counter, torch.no_grad():
-                        traceable.module(**given)
-                length = bundle.path(part.weights).stat().st_size
-                work[str(side)][name] = {"flops": counter.get_total_flops(), "bytes": length}
-        return work
-
-    def timing(self, model: Model, variant: Variant, side: int, steps: int) -> dict[str, Any]:
-        """Whole requests in latency mode, stages from ticks, peak memory; and how near the pictures are to eager's."""
-        import torch
-        from fewstep import export  # noqa: F401 - registers the torch backend
-        from fewstep.runtime import load
-
-        if importlib.util.find_spec(variant.module) is None:
-            return {"skipped": f"{variant.module} is not installed"}
-        if self.on_cuda:
-            torch.cuda.reset_peak_memory_stats()
-        bundle = self.folder / f"{model.name}-bundle"
-        shared = {"backend": variant.backend, "device": self.options.device, "size": (side, side), **variant.options}
-        call: dict[str, Any] = {"steps": steps, "sampler": "euler", "schedule": "trailing", "seed": 7}
-        pipe = load(bundle, mode="latency", **shared)
-        result = pipe("a red circle", **call)
-        for _ in range(3):
-            pipe("a red circle", **call)
-        taken = []
-        for _ in range(self.options.repeat):
-            began = time.perf_counter()
-            pipe("a red circle", **call)
-            taken.append(1e3 * (time.perf_counter() - began))
-        counts = pipe.graph_counts
-        ticks = load(bundle, mode="shared", **{**shared, "graphs": False})
-        for _ in range(3):
-            stages = ticks("a red circle", **call).timings
-        p50, p90, p99 = (round(float(v), 3) for v in np.percentile(taken, (50, 90, 99)))
-        figures = {"p50_ms": p50, "p90_ms": p90, "p99_ms": p99, "repeat": self.options.repeat, "graphs": counts}
-        figures["stages_ms"] = {k: round(stages[k], 3) for k in ("text", "denoise", "decode", "update", "gather")}
-        figures["stages_ms"]["evaluations"] = [round(v, 3) for v in stages["evaluations"]]
-        if self.on_cuda:
-            figures["peak_bytes"] = torch.cuda.max_memory_allocated()
-        path = self.folder / f"{model.name}-{side}-{steps}.npy"
-        if variant.name == "torch-eager":
-            np.save(path, result.images)
-        if path.is_file():
-            error = float(np.mean((np.load(path).astype(np.float64) - result.images) ** 2))
-            figures["psnr_to_eager_db"] = None if not error else round(10 * float(np.log10(255**2 / error)), 1)
-        return figures
+        if self.options.output is not None:
+            write_json(self.options.output, report)
+        return report
 
 
-def _torch(dtype: str) -> Any:
-    import torch
+def add_floors(results: dict[str, dict[str, Any]]) -> None:
+    """Beside each timing the least time that the machine's own rates allow, where both are known."""
+    rates = results.get("rates", {})
+    for name, outcome in results.items():
+        work = results.get(f"{name.partition('/')[0]}/work", {})
+        for figures in outcome.get("requests", ()):
+            stages = work.get(f"{figures['side']}x{figures['images']}")
+            if "flops_per_s" in rates and stages:
+                least = {
+                    n: max(s["flops"] / rates["flops_per_s"], s["bytes"] / rates["bytes_per_s"])
+                    for n, s in stages.items()
+                }
+                floor = 1e3 * (figures["steps"] * least["unet"] + least["vae_decoder"])
+                figures["floor_ms"] = round(floor, 3)
+                figures["times_the_floor"] = round(figures["known_prompt"]["p50_ms"] / max(floor, 1e-9), 2)
 
-    return getattr(torch, dtype)
+
+def digest_of_sources() -> str:
+    """Of the package's Python: results of other code are not these results."""
+    whole = hashlib.sha256()
+    for path in sorted(p for p in ROOT.rglob("*.py") if not {"build", ".venv", "tests"} & set(p.parts)):
+        whole.update(path.read_bytes())
+    return whole.hexdigest()[:16]
 
 
-def floor_ms(work: dict[str, Any], steps: int, rates: dict[str, float]) -> float:
-    """The least time that the machine's rates allow: of each stage its operations or its weights, whichever is more."""
+def package_path() -> str:
+    """A folder in which the checkout is the package `fewstep`, whatever it is called, and the scripts beside it."""
+    if importlib.util.find_spec("fewstep") is None:
+        folder = Path(tempfile.gettempdir()) / f"fewstep-{hashlib.sha256(str(ROOT).encode()).hexdigest()[:12]}"
+        folder.mkdir(exist_ok=True)
+        if not (folder / "fewstep").exists():
+            (folder / "fewstep").symlink_to(ROOT, target_is_directory=True)
+        own = str(folder)
+    else:
+        own = ""
+    return os.pathsep.join(p for p in (own, str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")) if p)
 
-    def least(part: dict[str, float]) -> float:
-        return max(part["flops"] / rates["flops_per_s"], part["bytes"] / rates["bytes_per_s"])
 
-    return 1e3 * (steps * least(work["unet"]) + least(work["vae_decoder"]))
+def missing_packages() -> list[str]:
+    """Distributions that the steps need and this Python has not."""
+    return [DISTRIBUTIONS.get(n, n) for n in NEEDED if importlib.util.find_spec(n) is None]
+
+
+def write_json(path: Path, data: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(data, indent=1, default=str) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", choices=PLANS, default="first", help="(default: %(default)s)")
     parser.add_argument("--device", default="cuda:0", help="cuda:<index>, or cpu:torch (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="the embedded model in place of full size")
-    parser.add_argument("--model", action="append", choices=[m.name for m in FULL], help="only this; repeatable")
+    parser.add_argument("--only", default="", metavar="WORD", help="only steps whose name holds this")
     parser.add_argument("--folder", default="build/gpu-check", help="checkpoints, bundles, and what was done")
-    parser.add_argument("--output", type=Path, help="where the JSON goes (default: stdout)")
-    parser.add_argument("--slice-seconds", type=float, default=480.0, help="stop before this (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, help="the report, written after every step (default: stdout, at the end)"
+    )
+    parser.add_argument("--slice-seconds", type=float, default=540.0, help="end before this (default: %(default)s)")
+    parser.add_argument("--least-seconds", type=float, default=30.0, help="no step begins with less than this left")
     parser.add_argument("--repeat", type=int, default=50)
-    parser.add_argument("--no-gate", action="store_true", help="do not compare full-size exports with torch")
-    parser.add_argument("--quick", action="store_true", help="torch.compile without its search")
-    parser.add_argument("--retry", action="store_true", help="do again what failed")
     options = parser.parse_args(argv)
-    options.model = options.model or [m.name for m in FULL]
+    missing = missing_packages()
+    if missing:
+        print(f"missing: {', '.join(missing)}; install them, or carry their wheels: pip install *.whl", file=sys.stderr)
+        return MISSING
     check = Check(options)
     complete = check.run()
-    text = json.dumps(check.report(complete=complete), indent=1, default=str)
+    report = check.write_report(complete=complete)
     if options.output is None:
-        print(text)
-    else:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text + "\n")
+        print(json.dumps(report, indent=1, default=str))
+    for word, names in report["summary"].items():
+        if names:
+            print(f"{word}: {', '.join(names)}", file=sys.stderr)
     if not complete:
-        print("the slice's time is over: run the same command again to go on", file=sys.stderr)
-    return 0 if complete else 75
+        return MORE_TO_DO
+    return 0 if any(r.get("requests") for r in report["results"].values()) else NOTHING_WORKED
 
 
 if __name__ == "__main__":
