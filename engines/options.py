@@ -63,7 +63,7 @@ class RunOptions:
     `device` is the CUDA device's index. `graph_strategy` is TensorRT-RTX's own use of CUDA graphs. `torch_device`,
     `torch_dtype`, `compile` and `channels_last` are the torch engine's: where it runs, in which precision (empty: the
     bundle's), the mode of `torch.compile` (empty: eager), and the layout of its convolutions (`None`: channels last on
-    CUDA).
+    CUDA). `vae_float32` keeps a VAE in float32 that it would run in bfloat16, because it overflows float16.
     """
 
     threads: int = 0
@@ -76,6 +76,7 @@ class RunOptions:
     torch_dtype: str = ""
     compile: str = ""
     channels_last: bool | None = None
+    vae_float32: bool = False
 
     def __post_init__(self) -> None:
         _one_of("spinning", self.spinning, SPINNING)

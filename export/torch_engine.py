@@ -17,6 +17,7 @@ from ..bundle import Bundle
 from ..engines.base import TensorSpec
 from ..engines.options import RunOptions
 from ..engines.profile import check_dims
+from ..engines.store import default_store
 from ..engines.weights import check_weights
 from ..errors import ArgumentError, CorruptError, MissingError
 from .trace.modules import Traceable, build_model, wrap
@@ -91,13 +92,22 @@ def _on_stream(stream: int | None, place: torch.device) -> Any:
 
 
 def open_torch_engine(bundle: Bundle, name: str, run: RunOptions) -> TorchEngine:
-    """Build a component's modules from its configuration and load the bundle's weights into them, once checked."""
+    """Build a component's modules from its configuration and load the bundle's weights into them, once checked.
+
+    On CUDA a VAE that its checkpoint says overflows float16 (`force_upcast`) runs in bfloat16 beside a UNet in half
+    precision, unless `vae_float32` is set: its range is float32's. UNets that ask for attention in float32 are given
+    torch's fused kernels, which keep the scores in it.
+    """
     component = bundle.component(name)
     if run.threads:
         torch.set_num_threads(run.threads)
-    dtype = run.torch_dtype or component.dtype
-    traceable = wrap(name, build_model(name, component.config, dtype), component.config, dtype, bundle.model)
-    check_weights(bundle, component, None)
+    on_cuda, dtype = run.torch_device == "cuda", run.torch_dtype or component.dtype
+    beside_half = bundle.component("unet").dtype != "float32" and not run.torch_dtype and not run.vae_float32
+    if on_cuda and beside_half and dtype == "float32" and component.config.get("force_upcast"):
+        dtype = "bfloat16"
+    model = build_model(name, component.config, dtype)
+    traceable = wrap(name, model, component.config, dtype, bundle.model, exact_scores=on_cuda)
+    check_weights(bundle, component, default_store())
     # What the bundle lacks its graph does not use: the last layer of a text encoder that is read before it, for one.
     result = traceable.module.load_state_dict(load_file(bundle.path(component.weights)), strict=False)
     if result.unexpected_keys:

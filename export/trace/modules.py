@@ -201,10 +201,16 @@ def _construct(kind: str, config: Mapping[str, Any]) -> nn.Module:
     return cls._from_config(config_object, dtype=torch.get_default_dtype(), attn_implementation="sdpa").eval()
 
 
-def wrap(kind: str, model: nn.Module, config: Mapping[str, Any], dtype: str, family: Family) -> Traceable:
-    """The traceable form of a component's model, whose parameters are of `dtype` already."""
+def wrap(
+    kind: str, model: nn.Module, config: Mapping[str, Any], dtype: str, family: Family, *, exact_scores: bool = False
+) -> Traceable:
+    """The traceable form of a component's model, whose parameters are of `dtype` already.
+
+    exact_scores: whether its attention will be computed by kernels that keep scores in float32 whatever the inputs are,
+    as torch's fused ones on CUDA do. A model that asks for attention in float32 has it by them, without the upcast.
+    """
     if kind == "unet":
-        if config.get("upcast_attention") and dtype != "float32":
+        if config.get("upcast_attention") and dtype != "float32" and not exact_scores:
             model.set_attn_processor(UpcastAttention())
         return _wrap_unet(model, config, family)
     if kind == "vae_decoder":
