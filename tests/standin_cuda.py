@@ -15,6 +15,7 @@ A captured graph replays the tensor operations that ran, on the tensors that the
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import threading
 import time
@@ -228,6 +229,16 @@ def stand_in_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     for name, value in replaced.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end_allocate, raising=False)
+    if importlib.util.find_spec("triton") is not None:
+        from triton.runtime.interpreter import GridExecutor
+
+        launch, interpreting = GridExecutor.__call__, threading.Lock()
+
+        def launch_alone(executor: Any, *arguments: Any, **options: Any) -> None:
+            with interpreting:  # the interpreter keeps the kernel in progress in a global
+                launch(executor, *arguments, **options)
+
+        monkeypatch.setattr(GridExecutor, "__call__", launch_alone)
     run = threading.Thread.run
 
     def run_here(thread: threading.Thread) -> None:

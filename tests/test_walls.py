@@ -46,6 +46,8 @@ TORCH_FILES = {
     "runtime/device/torch_tables.py": "the CUDA device",
     "runtime/device/cuda_graphs.py": "the CUDA device",
     "runtime/device/torch_update.py": "the CUDA device",
+    "runtime/device/triton_state.py": "the CUDA device",
+    "runtime/device/triton_update.py": "the CUDA device",
     "engines/gate/gate.py": "copies buffers of GPU engines",
     "engines/gate/sizes.py": "has torch compute without TF32 where it is there",
     "engines/backends/ort_cuda.py": "buffers of GPU engines",

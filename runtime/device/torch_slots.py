@@ -10,6 +10,7 @@ The same class runs on CPU tensors, which is how the tests compare it with the N
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
@@ -34,7 +35,8 @@ class TorchSlots(Slots):
 
     longest_program, draws: how long programs may be and how often they may draw; more is made room for when an image
     needs it, at the price of a move and of the captured graphs. graphs: where captured work is kept (`None`: all of it
-    runs eagerly). On CUDA every instance works on a stream of its own.
+    runs eagerly). fused: the update in kernels of Triton (`None`: on CUDA, where Triton is installed). On CUDA every
+    instance works on a stream of its own.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class TorchSlots(Slots):
         longest_program: int = 64,
         draws: int = 4,
         graphs: GraphCache | None = None,
+        fused: bool | None = None,
     ) -> None:
         super().__init__(engine, slots=slots, shape=shape, most_rows=most_rows)
         self.device = torch.device(device)
@@ -55,7 +58,7 @@ class TorchSlots(Slots):
         self._stream = take_stream(torch, self.device.index or 0) if self.device.type == "cuda" else None
         self._batches: dict[tuple[int, int, int], Batch] = {}
         with self._here():
-            self._values = TorchSlotState(
+            self._values = state_class(self.device, fused)(
                 slots + 1,  # one slot more than there are: padding goes there
                 shape,
                 MOST_HISTORY,
@@ -200,15 +203,11 @@ class TorchSlots(Slots):
         values, clock = self._values, self._clock
         clock.mark("gather")
         values.model_input(batch.slot_of_row, batch.sample, batch.timestep)  # by row
-        self._conditioning[batch.tokens].gather(batch)
         clock.mark("evaluations")
         batch.binding.enqueue()  # out = unet(in_i, t_i, conditioning)
-        clock.mark("guidance")
-        outputs = batch.combine()  # (1 - g) u + g c, by slot
         clock.mark("update")
-        if previews:
-            batch.x0.copy_(values.preview(batch.slots, outputs))
-        values.advance(batch.slots, outputs, blends=blends)
+        x0 = batch.x0 if previews else None
+        values.step(batch.out, batch.rows_of, batch.weights, batch.slots, x0=x0, blends=blends)
         clock.mark("")
 
     def _blends(self, slots: list[int]) -> bool:
@@ -225,8 +224,10 @@ class TorchSlots(Slots):
                 self._batches[key] = Batch(binding, len(slots), rows, tokens, self.shape, self.device)
         batch = self._batches[key]
         batch.point(slots, samplings, scrap=self.count)
+        tables = self._tables(tokens)
         for slot, sampling in zip(slots, samplings, strict=True):
-            self._tables(tokens).write(slot, sampling.conditioning)
+            tables.write(slot, sampling.conditioning)
+        tables.gather(batch, [s.conditioning for s in samplings])
         return batch
 
     def _tables(self, tokens: int) -> ConditioningTables:
@@ -251,6 +252,17 @@ class TorchSlots(Slots):
         """On this instance's stream and device."""
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
             yield
+
+
+def state_class(device: torch.device, fused: bool | None) -> type[TorchSlotState]:
+    """The state of slots: its update in kernels of Triton, or in torch's operations."""
+    if fused is None:
+        fused = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    if not fused:
+        return TorchSlotState
+    from .triton_state import TritonSlotState
+
+    return TritonSlotState
 
 
 def _power(value: int) -> int:

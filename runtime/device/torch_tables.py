@@ -21,8 +21,8 @@ class Batch:
     """One evaluation of `count` slots in `rows` rows: the engine's buffers, and index tables in memory that stays.
 
     slot_of_row, part_of_row: int64 [R]. slots: int64 [A]. rows_of: int64 [A, 2] and weights: float32 [A, 2] say
-    from which rows, and with which factors, a slot's output is made: (1 - g) u + g c. x0: float32 [A, *shape];
-    finite: bool [A].
+    from which rows, and with which factors, a slot's output is made. x0: float32 [A, *shape]; finite: bool [A]. told:
+    whose conditionings the rows hold.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class Batch:
         self.x0 = torch.zeros((count, *shape), dtype=torch.float32, device=device)
         self.finite = torch.ones(count, dtype=torch.bool, device=device)
         self._pointed: tuple[object, ...] = ()
+        self.told: list[Conditioning] = []
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -77,14 +78,7 @@ class Batch:
         upload(self.rows_of, rows_of)
         upload(self.weights, weights)
         self._pointed = pointed
-
-    def combine(self) -> torch.Tensor:
-        """float32 [A, *shape]: each slot's output, its rows added by their weights."""
-        out = self.out.float()
-        first, second = out[self.rows_of[:, 0]], out[self.rows_of[:, 1]]
-        shape = (-1, *(1,) * (out.ndim - 1))
-        # u + g (c - u) = (1 - g) u + g c
-        return self.weights[:, 0].reshape(shape) * first + self.weights[:, 1].reshape(shape) * second
+        self.told = []
 
 
 class ConditioningTables:
@@ -127,7 +121,13 @@ class ConditioningTables:
     def forget(self, slot: int) -> None:
         self._written.pop(slot, None)
 
-    def gather(self, batch: Batch) -> None:
-        """Fill the engine's rows from the tables."""
+    def gather(self, batch: Batch, told: Sequence[Conditioning]) -> None:
+        """Fill the engine's rows from the tables, where these are not the images that its rows were filled for last.
+
+        What a UNet is told of an image stays as it is from one evaluation to the next, so no tick does this.
+        """
+        if len(told) == len(batch.told) and all(a is b for a, b in zip(told, batch.told, strict=True)):
+            return
+        batch.told = list(told)
         for name, table in self._tables.items():
             batch.inputs[name].copy_(table[batch.slot_of_row, batch.part_of_row])

@@ -20,7 +20,7 @@ from .memory import upload
 
 _OF_PROGRAM = ("input_scale", "timesteps", "h_x", "h_out", "a", "c", "c_prev", "x0_x", "x0_out")
 _SCALARS = (*_OF_PROGRAM, "holds", "kept_latent", "kept_noise")
-_COLUMN = {name: column for column, name in enumerate(_SCALARS)}
+COLUMN = {name: column for column, name in enumerate(_SCALARS)}
 
 
 class TorchSlotState:
@@ -83,7 +83,7 @@ class TorchSlotState:
     def grown(self, longest_program: int, draws: int) -> TorchSlotState:
         """A state with room for longer programs, which holds what this one does."""
         slots, history = len(self.latent), self.history_slots
-        state = TorchSlotState(
+        state = type(self)(
             slots, self.shape, history, longest_program=longest_program, max_draws=draws, device=self.device
         )
         for new, old in zip(state.buffers, self.buffers, strict=True):
@@ -147,6 +147,28 @@ class TorchSlotState:
         out.copy_(factors("input_scale") * self.latent[slots])  # in_i = input_scale x
         timestep.copy_(factors("timesteps").reshape(-1))
 
+    def step(
+        self,
+        out: torch.Tensor,
+        rows_of: torch.Tensor,
+        weights: torch.Tensor,
+        slots: torch.Tensor,
+        *,
+        x0: torch.Tensor | None = None,
+        blends: bool = False,
+    ) -> None:
+        """Guidance over the network's rows `out` [R, *shape], then `advance`; x0 [A, *shape], if given, gets previews.
+
+        rows_of: int64 [A, 2] and weights: float32 [A, 2] say from which rows, with which factors, a slot's output is.
+        """
+        first, second = out[rows_of[:, 0]].float(), out[rows_of[:, 1]].float()
+        factors = (-1, *(1,) * (out.ndim - 1))
+        # u + g (c - u) = (1 - g) u + g c
+        outputs = weights[:, 0].reshape(factors) * first + weights[:, 1].reshape(factors) * second
+        if x0 is not None:
+            x0.copy_(self.preview(slots, outputs))
+        self.advance(slots, outputs, blends=blends)
+
     def preview(self, slots: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
         """float32 [A, *shape]: x0 as these slots' outputs imply it. Call it before `advance`."""
         factors = self._factors(slots)
@@ -182,7 +204,7 @@ class TorchSlotState:
         """The coefficients at each slot's position, gathered once: by name, [A, 1, 1, ...]."""
         values = self._scalars[slots, self.position[slots]]
         ones = (1,) * len(self.shape)
-        return lambda name: values[:, _COLUMN[name]].reshape(-1, *ones)
+        return lambda name: values[:, COLUMN[name]].reshape(-1, *ones)
 
 
 def _float32(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from fewstep.bundle import Bundle
 from fewstep.engines import BuildOptions, RunOptions, Store, build_engines, open_engine, profiles_for
-from fewstep.errors import FewstepError, GateError, MismatchError
+from fewstep.errors import GateError, MismatchError
 from standin_tensorrt import Library, stand_in_tensorrt
 
 pytest.importorskip("tensorrt_rtx")
@@ -69,7 +69,7 @@ def test_a_life_from_the_graph_to_the_replay(
 
 
 def live(bundle: Bundle, library: Library, store: Store) -> None:
-    """Every profile; every batch at both sizes, with guidance and without, against ONNX Runtime; then replays."""
+    """Every profile; every batch at both sizes, with guidance or without, against ONNX Runtime; then replays."""
     build(bundle, store)
     for entry in store.entries():
         assert [p.order for p in entry.key.profiles] == sorted(p.order for p in entry.key.profiles)
@@ -83,14 +83,13 @@ def live(bundle: Bundle, library: Library, store: Store) -> None:
     pipe = fewstep.load(bundle, backend="tensorrt-rtx", device="cuda", store=store, **options)
     exact = fewstep.load(bundle, backend="ort-cpu", device="cpu")
     euler = {"steps": 2, "sampler": "euler", "schedule": "trailing"}
-    for size in sizes_of(bundle):
-        for images in BATCHES:
+    for larger, size in enumerate(sizes_of(bundle)):
+        for index, images in enumerate(BATCHES):
             call = {"seed": list(range(images)), "size": size, **euler}
+            call["guidance"] = 3.0 if (index + larger) % 2 else 1.0  # each batch has both, at one size each
             prompts = [f"picture {i}" for i in range(images)]
-            for guidance in (1.0, 3.0):
-                got = pipe(prompts, guidance=guidance, **call).images.astype(int)
-                expected = exact(prompts, guidance=guidance, **call).images
-                assert np.abs(got - expected).max() <= 1
+            got, expected = pipe(prompts, **call).images.astype(int), exact(prompts, **call).images
+            assert np.abs(got - expected).max() <= 1
     before = dict(pipe.graph_counts)
     again = {"seed": 0, "size": sizes_of(bundle)[1], "guidance": 3.0}
     first = pipe("a circle", **again, **euler).images
@@ -154,7 +153,7 @@ def test_threads_share_engines_and_capture_in_turn(student: Bundle, library: Lib
             for _ in range(5):
                 images = pipe("a circle", seed=1, size=sizes_of(student)[1]).images.astype(int)
                 wrong.extend([images] if np.abs(images - expected.images).max() > 1 else [])
-        except FewstepError as error:
+        except Exception as error:
             wrong.append(error)
 
     threads = [threading.Thread(target=work) for _ in range(4)]

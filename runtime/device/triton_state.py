@@ -1,0 +1,35 @@
+"""The update of slots in three kernels a tick; see `triton_update.py`."""
+
+from __future__ import annotations
+
+import torch
+
+from .torch_update import COLUMN, TorchSlotState
+from .triton_update import advance, gather
+
+_ADVANCED = ("h_x", "h_out", "a", "c", "c_prev", "x0_x", "x0_out", "holds", "kept_latent", "kept_noise")
+
+
+class TritonSlotState(TorchSlotState):
+    """`TorchSlotState` with its arithmetic in Triton; the memory and what is loaded into it are the same."""
+
+    def model_input(self, slots: torch.Tensor, out: torch.Tensor, timestep: torch.Tensor) -> None:
+        columns = COLUMN["input_scale"], COLUMN["timesteps"]
+        gather(slots, self.position, self._scalars, self.latent, out, timestep, *columns)
+
+    def step(
+        self,
+        out: torch.Tensor,
+        rows_of: torch.Tensor,
+        weights: torch.Tensor,
+        slots: torch.Tensor,
+        *,
+        x0: torch.Tensor | None = None,
+        blends: bool = False,
+    ) -> None:
+        draws = self.noise[:, None] if self.draws is None else self.draws
+        columns = [COLUMN[n] for n in _ADVANCED]
+        tables = (self._scalars, self._b, self._write, self._draw_at)
+        state = (self.latent, self.history, draws, self._held, self._mask, self._kept_latent, self._kept_noise)
+        preview = self.latent.new_empty(0) if x0 is None else x0
+        advance(out, rows_of, weights, slots, self.position, *tables, *state, preview, columns, x0 is not None, blends)

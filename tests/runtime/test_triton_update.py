@@ -1,0 +1,106 @@
+"""The kernels of Triton, by Triton's interpreter: against the NumPy kernels, for every sampler and mixed batches.
+
+`TRITON_INTERPRET` must be set before Triton's decorators run, so that the tests' configuration sets it. No GPU is used.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("triton")
+
+import torch
+from fewstep.runtime.device.base import MOST_HISTORY
+from fewstep.runtime.device.torch_update import TorchSlotState
+from fewstep.runtime.device.triton_state import TritonSlotState
+from fewstep.runtime.pictures.inpaint import make_blend
+from fewstep.schedules import NoiseSchedule, Program, compile_program
+from fewstep.schedules.solvers.registry import SAMPLERS
+from torch.utils._python_dispatch import TorchDispatchMode
+
+NOISE = NoiseSchedule.scaled_linear()
+SHAPE = (4, 5, 7)
+GROUP = 9
+
+
+def programs(names: list[str]) -> list[Program]:
+    return [compile_program(n, steps=3 + i % 3, noise=NOISE) for i, n in enumerate(names)]
+
+
+def states(chosen: list[Program], *, blends: bool) -> tuple[TorchSlotState, TritonSlotState]:
+    """Both loaded alike, with an unused slot of NaN at the end."""
+    rng = np.random.default_rng(7)
+    made = []
+    for kind in (TorchSlotState, TritonSlotState):
+        state = kind(len(chosen) + 1, SHAPE, MOST_HISTORY, longest_program=16, max_draws=12, device="cpu")
+        state.latent.fill_(float("nan"))
+        state.history.fill_(float("nan"))
+        made.append(state)
+    for slot, program in enumerate(chosen):
+        start, latent, draws = (rng.standard_normal(s).astype(np.float32) for s in (SHAPE, SHAPE, (12, *SHAPE)))
+        mask = (rng.random(SHAPE[1:]) > 0.5).astype(np.float32)
+        for state in made:
+            state.wipe(slot)
+            state.load(slot, program, make_blend(program, mask, latent, start) if blends and slot % 2 else None)
+            state.latent[slot] = torch.from_numpy(start)
+            assert state.draws is not None
+            state.draws[slot] = torch.from_numpy(draws)
+    return made[0], made[1]  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("blends", [False, True])
+@pytest.mark.parametrize("at", range(0, len(SAMPLERS), GROUP))
+def test_a_mixed_batch_is_what_torch_s_operations_make_of_it(at: int, blends: bool, dtype: torch.dtype) -> None:
+    chosen = programs(list(SAMPLERS)[at : at + GROUP])
+    ours, theirs = states(chosen, blends=blends)[::-1]
+    rng = np.random.default_rng(3)
+    for tick in range(max(p.evaluations for p in chosen)):
+        active = [slot for slot, p in enumerate(chosen) if tick < p.evaluations]
+        guided = [slot % 3 != 0 for slot in active]
+        slot_of_row = torch.tensor([s for s, g in zip(active, guided, strict=True) for _ in range(1 + g)])
+        ends = np.cumsum([1 + g for g in guided])
+        rows_of = torch.tensor([[end - 1 - g, end - 1] for end, g in zip(ends, guided, strict=True)])
+        weights = torch.tensor([[-2.0, 3.0] if g else [0.0, 1.0] for g in guided])
+        fed = []
+        for state in (ours, theirs):
+            sample, timestep = torch.empty((len(slot_of_row), *SHAPE), dtype=dtype), torch.empty(len(slot_of_row))
+            state.model_input(slot_of_row, sample, timestep)
+            fed.append((sample, timestep))
+        assert torch.equal(fed[0][1], fed[1][1])
+        assert torch.allclose(fed[0][0].float(), fed[1][0].float(), rtol=1e-3, atol=1e-6)
+        out = torch.from_numpy(rng.standard_normal(tuple(fed[0][0].shape))).to(dtype)
+        previews = [torch.zeros((len(active), *SHAPE)) for _ in range(2)]
+        for state, x0 in zip((ours, theirs), previews, strict=True):
+            wanted = x0 if tick % 2 else None
+            state.step(out, rows_of, weights, torch.tensor(active), x0=wanted, blends=blends)
+        assert torch.allclose(previews[0], previews[1], rtol=2e-5, atol=1e-5)
+        assert torch.equal(ours.position, theirs.position)
+        for slot, program in zip(active, (chosen[s] for s in active), strict=True):
+            scale = theirs.latent[slot].abs().max()
+            assert (ours.latent[slot] - theirs.latent[slot]).abs().max() <= 3e-6 * scale, program.sampler
+    assert ours.latent[-1].isnan().all(), "a slot that takes no part is left alone"
+
+
+def test_a_tick_is_three_kernels() -> None:
+    """Beside the UNet; each is an operator of torch's, so that whatever records operators records it."""
+
+    class Count(TorchDispatchMode):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: list[str] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if not func.is_view and "new_empty" not in str(func):
+                self.names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    chosen = programs(["euler", "dpmpp_2m"])
+    _, state = states(chosen, blends=False)
+    slots, rows = torch.tensor([0, 1]), torch.tensor([[0, 0], [1, 1]])
+    sample, timestep, weights = torch.empty((2, *SHAPE)), torch.empty(2), torch.tensor([[0.0, 1.0]] * 2)
+    with Count() as seen:
+        state.model_input(slots, sample, timestep)
+        state.step(sample, rows, weights, slots)
+    assert seen.names == ["fewstep.gather.default", "fewstep.advance.default"]
