@@ -1,9 +1,12 @@
-"""The kernels of Triton, by Triton's interpreter: against the NumPy kernels, for every sampler and mixed batches.
+"""The kernels of Triton against torch's operations, which are the NumPy kernels': every sampler, mixed batches.
 
-`TRITON_INTERPRET` must be set before Triton's decorators run, so that the tests' configuration sets it. No GPU is used.
+Without a GPU Triton's interpreter runs them: `TRITON_INTERPRET`, which the tests' configuration sets before they are
+imported.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -22,6 +25,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 NOISE = NoiseSchedule.scaled_linear()
 SHAPE = (4, 5, 7)
 GROUP = 9
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def on_the_device() -> Iterator[None]:
+    """What the tests make is made there."""
+    with DEVICE:
+        yield
 
 
 def programs(names: list[str]) -> list[Program]:
@@ -33,7 +44,7 @@ def states(chosen: list[Program], *, blends: bool) -> tuple[TorchSlotState, Trit
     rng = np.random.default_rng(7)
     made = []
     for kind in (TorchSlotState, TritonSlotState):
-        state = kind(len(chosen) + 1, SHAPE, MOST_HISTORY, longest_program=16, max_draws=12, device="cpu")
+        state = kind(len(chosen) + 1, SHAPE, MOST_HISTORY, longest_program=16, max_draws=12, device=DEVICE)
         state.latent.fill_(float("nan"))
         state.history.fill_(float("nan"))
         made.append(state)
@@ -70,7 +81,7 @@ def test_a_mixed_batch_is_what_torch_s_operations_make_of_it(at: int, blends: bo
             fed.append((sample, timestep))
         assert torch.equal(fed[0][1], fed[1][1])
         assert torch.allclose(fed[0][0].float(), fed[1][0].float(), rtol=1e-3, atol=1e-6)
-        out = torch.from_numpy(rng.standard_normal(tuple(fed[0][0].shape))).to(dtype)
+        out = torch.from_numpy(rng.standard_normal(tuple(fed[0][0].shape))).to(DEVICE, dtype)
         previews = [torch.zeros((len(active), *SHAPE)) for _ in range(2)]
         for state, x0 in zip((ours, theirs), previews, strict=True):
             wanted = x0 if tick % 2 else None
