@@ -24,6 +24,8 @@ RTX_ALONE = {
     "CudaGraphStrategy",
     "CudaGraphStrategy.DISABLED",
     "CudaGraphStrategy.WHOLE_GRAPH_CAPTURE",
+    "DynamicShapesKernelSpecializationStrategy",
+    "DynamicShapesKernelSpecializationStrategy.EAGER",
     "EngineInvalidityDiagnostics",
     "EngineInvalidityDiagnostics.__members__",
     "EngineInvalidityDiagnostics.__members__.items",
@@ -33,8 +35,6 @@ RTX_ALONE = {
 """What the code reaches only when it runs TensorRT-RTX, or behind a `hasattr` that TensorRT does not pass."""
 BY_VERSION = {
     "IAttentionInputLayer",  # since 10.14; `check_operators` refuses the graphs that need it
-    "EngineStat",  # with `ICudaEngine.get_engine_stat`: not in 10.12 and 10.13
-    "EngineStat.TOTAL_WEIGHTS_SIZE",
     "IStreamWriter",  # with `Builder.build_serialized_network_to_stream`, since 10.13
     "NetworkDefinitionCreationFlag.STRONGLY_TYPED",  # until 10.16: 11 knows no other kind of network
 }
