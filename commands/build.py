@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
-from .common import BACKENDS, BUNDLE_HELP, bar, emit, open_bundle, size
+from .common import BACKENDS, BUNDLE_HELP, bar, emit, open_bundle, register_torch, size
 
 if TYPE_CHECKING:
     from ..engines import Span
@@ -57,6 +57,7 @@ def execute(options: argparse.Namespace) -> int:
     from ..engines import BuildOptions, build_engines, default_store, profiles_for
     from ..engines.plan import check_resources, plan_build
 
+    register_torch("torch")  # its numbers are the reference at sizes of which the bundle has none
     bundle = open_bundle(options.bundle)
     chosen = BuildOptions(
         optimization_level=options.optimization_level,

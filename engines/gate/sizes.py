@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -72,14 +72,11 @@ def _resized(bundle: Bundle, cases: Sequence[Case], dims: Mapping[str, int], ind
 
 def _reference(bundle: Bundle, component: str) -> tuple[Evaluate, float, str]:
     """What makes a component's outputs, its own error, and its name."""
-    try:
+    with suppress(MissingError):  # the package that makes it is not loaded, or lacks what it needs
         factory = registered("torch")
-    except MissingError:
-        factory = None
-    if factory is not None:
-        place = "cuda" if _has_cuda() else "cpu"
-        engine = factory(bundle, component, RunOptions(torch_dtype="float32", torch_device=place, channels_last=False))
-        return engine_function(engine), 0.0, EXACT
+        if factory is not None:
+            run = RunOptions(torch_dtype="float32", torch_device=_place(), channels_last=False)
+            return engine_function(factory(bundle, component, run)), 0.0, EXACT
     if importlib.util.find_spec("onnxruntime") is None:
         raise MissingError(
             f"the reference has no case of the sizes that this engine of {component!r} is built for",
@@ -96,10 +93,12 @@ def _reference(bundle: Bundle, component: str) -> tuple[Evaluate, float, str]:
     return engine_function(graph), float(measured or 0.0), GRAPH
 
 
-def _has_cuda() -> bool:
+def _place() -> str:
+    if importlib.util.find_spec("torch") is None:
+        return "cpu"
     import torch
 
-    return bool(torch.cuda.is_available())
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @contextmanager

@@ -17,8 +17,9 @@ import fewstep
 import numpy as np
 import pytest
 from fewstep.bundle import Bundle
-from fewstep.engines import BuildOptions, RunOptions, Store, build_engines, open_engine, profiles_for
-from fewstep.errors import GateError, MismatchError
+from fewstep.engines import BuildOptions, Engine, RunOptions, Store, build_engines, open_engine, profiles_for
+from fewstep.engines.backends import registry
+from fewstep.errors import GateError, MismatchError, MissingExtraError
 from standin_tensorrt import Library, stand_in_tensorrt
 
 pytest.importorskip("tensorrt_rtx")
@@ -186,12 +187,15 @@ def test_an_engine_of_wrong_numbers_fails_at_its_own_size(
         )  # fmt: skip
 
 
-def test_without_torch_the_graph_is_the_reference(
-    student: Bundle, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from fewstep.engines.backends import registry
+def lacking(*_: object) -> Engine:
+    raise MissingExtraError("diffusers", "export", purpose="The torch backend")
 
-    monkeypatch.setitem(registry._in_memory, "torch", None)
+
+@pytest.mark.parametrize("factory", [None, lacking])
+def test_without_torch_the_graph_is_the_reference(
+    student: Bundle, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factory: Any
+) -> None:
+    monkeypatch.setitem(registry._in_memory, "torch", factory)
     store = Store(tmp_path)
     build(student, store, sizes=sizes_of(student)[1:], batches=[4])
     makers = {m for e in store.entries() for m in e.gate["reference"]}
