@@ -229,3 +229,25 @@ def test_scratch_memory_is_the_profiles_own_and_a_cache_is_kept_after_a_run(
     assert json.loads(next(c for c in caches.values() if c.startswith(b"kernels"))[8:])
     del pipe
     gc.collect()
+
+
+def test_a_request_is_one_launch(student: Bundle, library: Library, tmp_path: Path) -> None:
+    """`pytest -s` prints what a request asks of the driver."""
+    store = Store(tmp_path)
+    build(student, store, sizes=sizes_of(student)[1:], batches=[1])
+    size, driver = sizes_of(student)[1], library.driver
+    pipe = fewstep.load(student, backend="tensorrt-rtx", device="cuda", store=store, build="never", size=size)
+
+    def counts() -> tuple[int, int, int]:
+        return driver.launches, driver.stream_synchronisations, library.runs
+
+    pipe("a circle", seed=1)
+    for prompt, new in (("a circle", False), ("a ring", True)):
+        before = counts()
+        pipe(prompt, seed=2)
+        launches, waits, eager = (a - b for a, b in zip(counts(), before, strict=True))
+        print(f"{'new' if new else 'known'} prompt: {launches} launch, {waits} waits, {eager} engines run eagerly")
+        assert launches == 1
+        assert waits <= 2
+        assert eager == new, "the text encoder, for a prompt that is new"
+    assert driver.device_synchronisations == 0
