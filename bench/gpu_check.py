@@ -23,12 +23,23 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-NEEDED = ("torch", "numpy", "diffusers", "transformers", "accelerate", "tokenizers", "safetensors", "filelock")
-NEEDED += ("platformdirs", "tqdm", "PIL")
+NEEDED = (
+    "packaging",
+    "torch",
+    "numpy",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "tokenizers",
+    "safetensors",
+    "filelock",
+)
+NEEDED += ("platformdirs", "tqdm", "PIL", "onnxruntime")
 DISTRIBUTIONS = {"PIL": "pillow"}
 MORE_TO_DO, NOTHING_WORKED, MISSING = 75, 1, 3
 
@@ -68,7 +79,8 @@ def plan_first(tiny: bool) -> list[CheckStep]:
     steps = [CheckStep("machine", "machine"), CheckStep("rates", "rates")]
     steps += [CheckStep(f"design/{name}", name) for name in DESIGN]
     steps += made(turbo)
-    steps += [timing(turbo, v) for v in ("torch-graph", "torch-eager", "torch-eager-nchw")]
+    variants = ("torch-graph", "torch-eager", "torch-eager-plain-norms", "torch-eager-nchw")
+    steps += [timing(turbo, v) for v in variants]
     steps.append(CheckStep(f"{turbo.name}/profile", "profile", (turbo.name, "torch-graph", *turbo.requests[0])))
     steps += [timing(turbo, "torch-compile-graph", 300.0)]
     if large is not None:
@@ -225,8 +237,31 @@ def package_path() -> str:
 
 
 def missing_packages() -> list[str]:
-    """Distributions that the steps need and this Python has not."""
-    return [DISTRIBUTIONS.get(n, n) for n in NEEDED if importlib.util.find_spec(n) is None]
+    """Distributions that the steps need and this Python has not, and those that these need in turn."""
+    missing = [DISTRIBUTIONS.get(n, n) for n in NEEDED if importlib.util.find_spec(n) is None]
+    for name in NEEDED:
+        try:
+            required = metadata.requires(DISTRIBUTIONS.get(name, name)) or []
+        except metadata.PackageNotFoundError:
+            continue
+        missing += [r for r in map(required_name, required) if r is not None and not is_installed(r)]
+    return list(dict.fromkeys(missing))
+
+
+def required_name(requirement: str) -> str | None:
+    """The distribution that a requirement names, where it is one of this Python and of no extra."""
+    from packaging.requirements import Requirement
+
+    parsed = Requirement(requirement)
+    return parsed.name if parsed.marker is None or parsed.marker.evaluate({"extra": ""}) else None
+
+
+def is_installed(distribution: str) -> bool:
+    try:
+        metadata.distribution(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def write_json(path: Path, data: Any) -> None:

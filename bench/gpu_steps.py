@@ -32,6 +32,7 @@ PROMPT = "a red circle on a blue background"
 VARIANTS: dict[str, dict[str, Any]] = {
     "torch-eager": {"backend": "torch", "graphs": False},
     "torch-eager-nchw": {"backend": "torch", "graphs": False, "engine_options": {"channels_last": False}},
+    "torch-eager-plain-norms": {"backend": "torch", "graphs": False, "engine_options": {"fused_norms": False}},
     "torch-graph": {"backend": "torch", "graphs": True},
     "torch-graph-vae-float32": {"backend": "torch", "graphs": True, "engine_options": {"vae_float32": True}},
     "torch-compile-graph": {"backend": "torch", "graphs": True, "engine_options": {"compile": "default"}},

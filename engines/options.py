@@ -61,9 +61,11 @@ class RunOptions:
     `threads` is the size of ONNX Runtime's pool (0: one per core). `spinning` says whether its threads wait busily:
     while a run lasts (`"run"`), between runs too (`"always"`), or never (`"off"`, for busy machines).
     `device` is the CUDA device's index. `graph_strategy` is TensorRT-RTX's own use of CUDA graphs. `torch_device`,
-    `torch_dtype`, `compile` and `channels_last` are the torch engine's: where it runs, in which precision (empty: the
-    bundle's), the mode of `torch.compile` (empty: eager), and the layout of its convolutions (`None`: channels last on
-    CUDA). `vae_float32` keeps a VAE in float32 that it would run in bfloat16, because it overflows float16.
+    `torch_dtype`, `compile`, `channels_last` and `fused_norms` are the torch engine's: where it runs, in which
+    precision (empty: the bundle's), the mode of `torch.compile` (empty: eager), the layout of its convolutions (`None`:
+    channels last on CUDA), and whether group norms are kernels of Triton (`None`: with that layout, eagerly on CUDA,
+    where Triton is installed). `vae_float32` keeps a VAE in float32 that it would run in bfloat16, because it overflows
+    float16.
     """
 
     threads: int = 0
@@ -76,6 +78,7 @@ class RunOptions:
     torch_dtype: str = ""
     compile: str = ""
     channels_last: bool | None = None
+    fused_norms: bool | None = None
     vae_float32: bool = False
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ It has been run on the CPU, not on a GPU.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -30,7 +31,8 @@ class TorchEngine:
     """A component as torch runs it, in the precision of its parameters.
 
     Buffers are NumPy arrays on the CPU and torch tensors on CUDA. Convolutions are laid out channels last on CUDA,
-    where half precision needs it for its fast kernels. Thread-safe: the module is only read.
+    where half precision needs it for its fast kernels, with group norms that keep that layout. Thread-safe: the module
+    is only read.
     """
 
     backend = "torch"
@@ -45,6 +47,10 @@ class TorchEngine:
         self.outputs: Mapping[str, TensorSpec] = {s.name: s for s in traceable.outputs}
         last = self.device == "cuda" if options.channels_last is None else options.channels_last
         layout = {"memory_format": torch.channels_last} if last else {}
+        if fuses_norms(options, last):
+            from .fused.group_norm import fuse_group_norms
+
+            fuse_group_norms(traceable.module)
         module = traceable.module.eval().requires_grad_(False).to(self.place, **layout)
         self._owns_graph = self.device == "cuda" and options.compile in OWN_GRAPHS
         self._module: Any = module
@@ -79,6 +85,14 @@ class TorchBinding:
             out = self._module(**self._given)
             for target, value in zip(self._made.values(), out if isinstance(out, tuple) else (out,), strict=True):
                 target.copy_(value)
+
+
+def fuses_norms(options: RunOptions, channels_last: bool) -> bool:
+    """Whether group norms are to be kernels of Triton; torch.compile makes its own of them."""
+    if options.fused_norms is not None:
+        return options.fused_norms
+    eager_on_cuda = options.torch_device == "cuda" and not options.compile
+    return eager_on_cuda and channels_last and importlib.util.find_spec("triton") is not None
 
 
 def _zeros(spec: TensorSpec, dims: Mapping[str, int], place: torch.device) -> torch.Tensor:

@@ -42,7 +42,7 @@ def test_plan_first_says_what_became_of_every_step(tmp_path: Path) -> None:
     for name, why in SKIPPED.items():
         assert results[name]["skipped"].startswith(why)
     timings = {n: r["requests"] for n, r in results.items() if r.get("requests")}
-    assert set(timings) == {f"tiny/time/torch-{n}" for n in ("graph", "eager", "eager-nchw")}
+    assert set(timings) == {f"tiny/time/torch-{n}" for n in ("graph", "eager", "eager-plain-norms", "eager-nchw")}
     for name, requests in timings.items():
         assert [r["steps"] for r in requests] == [1, 2]
         for figures in requests:
@@ -98,14 +98,18 @@ def test_a_step_that_hangs_or_crashes_ends_alone(tmp_path: Path, monkeypatch: py
 
 
 def test_what_is_missing_is_said_first(tmp_path: Path) -> None:
+    """What the steps import, and what that requires in turn."""
     hidden = tmp_path / "hidden"
     hidden.mkdir()
-    lines = ["import importlib.util as u", "f = u.find_spec"]
+    lines = ["import importlib.util as u, importlib.metadata as m", "f, d = u.find_spec, m.distribution"]
     lines.append("u.find_spec = lambda n, *a: None if n == 'diffusers' else f(n, *a)")
+    lines.append(
+        "m.distribution = lambda n: (_ for _ in ()).throw(m.PackageNotFoundError(n)) if n == 'psutil' else d(n)"
+    )
     (hidden / "sitecustomize.py").write_text("\n".join(lines))
     report, words = run(tmp_path, code=3, PYTHONPATH=str(hidden))
     assert report is None
-    assert "missing: diffusers" in words
+    assert "missing: diffusers, psutil;" in words
 
 
 def test_it_runs_from_a_checkout_of_any_name(tmp_path: Path) -> None:

@@ -67,3 +67,33 @@ def test_attention_is_upcast_where_scores_are_written_out(tmp_path: Path, monkey
     assert processors(RunOptions()) == {UpcastAttention}
     with stand_in_cuda(monkeypatch):
         assert UpcastAttention not in processors(CUDA)
+
+
+def test_group_norms_keep_the_layout_where_convolutions_have_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    bundle = exported(make_sd2, tmp_path, "unet")
+    dims = {"rows": 2, "height": 8, "width": 8, "tokens": 77}
+
+    def norms(run: RunOptions) -> set[str]:
+        modules = open_torch_engine(bundle, "unet", run)._module.modules()
+        return {type(m).__name__ for m in modules if "GroupNorm" in type(m).__name__}
+
+    def evaluated(run: RunOptions) -> torch.Tensor:
+        binding = open_torch_engine(bundle, "unet", run).bind(dims)
+        for index, array in enumerate(binding.inputs.values()):
+            array.normal_(generator=torch.Generator().manual_seed(index))
+        binding.enqueue()
+        return binding.outputs["out"].clone()
+
+    last = replace(CUDA, channels_last=True)
+    with stand_in_cuda(monkeypatch):
+        assert norms(RunOptions(torch_device="cuda")) == norms(last) == {"FusedGroupNorm"}
+        for plain in (CUDA, replace(last, fused_norms=False), replace(last, compile="default"), RunOptions()):
+            assert norms(plain) == {"GroupNorm"}
+        exact = replace(last, torch_dtype="float32")
+        fused, plain_out = evaluated(exact), evaluated(replace(exact, fused_norms=False))
+        half = evaluated(last)
+    assert float((fused - plain_out).abs().max() / plain_out.abs().max()) < 2e-5
+    assert float((half - plain_out).abs().max() / plain_out.abs().max()) < 2e-2
