@@ -16,6 +16,7 @@ from ..profile import check_dims
 from ..streams import take_stream
 from .ort import OrtEngine, Provider
 from .ort_build import OrtBackend
+from .ort_cuda_graph import rewrite_for_cuda
 from .registry import BuildJob, OpenJob, register
 
 _graph_ids = itertools.count(1)
@@ -181,7 +182,7 @@ CUDA = Provider(
 class OrtCuda(OrtBackend):
     """See the module."""
 
-    provider, rewriting, device, rank = CUDA, 1, "cuda", 3
+    provider, rewriting, device, rank = CUDA, 2, "cuda", 3
 
     def suits(self) -> str | None:
         return "a GPU, and ONNX Runtime was installed with CUDA"
@@ -189,6 +190,9 @@ class OrtCuda(OrtBackend):
     def target(self, options: BuildOptions | None) -> tuple[str, str]:
         gpu = machine.gpu()
         return gpu.name, gpu.compute_capability
+
+    def rewrite(self, graph: bytes, job: BuildJob) -> tuple[bytes, dict[str, int]]:
+        return rewrite_for_cuda(graph)
 
     def fusion(self, job: BuildJob) -> tuple[Forms, bool]:
         return FUSED, True
