@@ -20,6 +20,7 @@ from ...errors import CorruptError, FewstepError, MismatchError, MissingExtraErr
 from ..base import Binding, TensorSpec
 from ..options import RunOptions
 from ..profile import Profile, check_dims, select_profile
+from ..scratch import Scratch
 from .tensorrt_inspect import check_precision, count_fused_attention
 
 if TYPE_CHECKING:
@@ -138,8 +139,8 @@ class TensorRTEngine:
     def bind(self, dims: Mapping[str, int]) -> Binding:
         """An execution context and torch buffers; `MismatchError` when no profile admits the dimensions.
 
-        The context's scratch memory is torch's, of the size that these shapes need: a context that allocates its own
-        takes what the largest profile needs.
+        The context's scratch memory is torch's, of the size that these shapes need, and shared with every other binding
+        on its stream: a context that allocates its own takes what the largest profile needs.
         """
         check_dims((*self.inputs.values(), *self.outputs.values()), dims)
         profile, managed = self._profile(dims), self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -255,12 +256,15 @@ class TensorRTBinding:
             raise MismatchError(f"the engine lacks shapes for {', '.join(missing)}", expected="every input bound")
         if hasattr(context, "update_device_memory_size_for_shapes"):
             scratch = context.update_device_memory_size_for_shapes()
-        self._scratch = torch.empty(max(scratch, 1), dtype=torch.uint8, device=where)
-        context.set_device_memory(self._scratch.data_ptr(), scratch)
+        self._scratch, self._settled = Scratch(torch, where, scratch), -1
+        self._scratch.expect(stream.cuda_stream)
 
     def enqueue(self, stream: int | None = None) -> None:
         """Evaluate once on the CUDA stream with this handle (`None`: torch's current one); the host does not wait."""
         handle = self._torch.cuda.current_stream(self._device).cuda_stream if stream is None else stream
+        if handle != self._settled:
+            block, self._settled = self._scratch.on(handle), handle
+            self._context.set_device_memory(block.data_ptr(), self._scratch.length)
         _must(self._context.execute_async_v3(handle), "run the engine")
         if self._after_first is not None:
             after_first, self._after_first = self._after_first, None
