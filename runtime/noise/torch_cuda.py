@@ -23,6 +23,8 @@ _ROUNDS = 10
 _WORD = 0xFFFFFFFF
 _BLOCK = 256
 _PER_CALL = 4
+_IN_CACHE = 4096
+"""Threads whose words are mixed at once: six arrays of 64 bits fit a core's cache."""
 _2POW32_INV = np.float32(2.0**-32)
 _2POW32_INV_2PI = np.float32(2.0**-32 * 6.2831855)
 THREADS = 108 * 8 * _BLOCK
@@ -33,16 +35,21 @@ up to 1880 x 1880 pixels) are the same on every GPU that runs as many; an RTX 30
 def philox(counter: UInt32, key: tuple[int, int]) -> UInt32:
     """Philox4x32-10 of counters uint32 [4, n] under a key of two 32-bit words: uint32 [4, n]."""
     c0, c1, c2, c3 = (counter[i].astype(np.uint64) for i in range(4))
+    first, second = np.empty_like(c0), np.empty_like(c0)
     k0, k1 = key
     low, shift = np.uint64(_WORD), np.uint64(32)
     for _ in range(_ROUNDS):
-        first, second = _MULTIPLIERS[0] * c0, _MULTIPLIERS[1] * c2
-        c0, c1, c2, c3 = (
-            (second >> shift) ^ c1 ^ np.uint64(k0),
-            second & low,
-            (first >> shift) ^ c3 ^ np.uint64(k1),
-            first & low,
-        )
+        np.multiply(c0, _MULTIPLIERS[0], out=first)
+        np.multiply(c2, _MULTIPLIERS[1], out=second)
+        # (hi(M1 c2) ^ c1 ^ k0, lo(M1 c2), hi(M0 c0) ^ c3 ^ k1, lo(M0 c0))
+        np.right_shift(second, shift, out=c0)
+        np.bitwise_xor(c0, c1, out=c0)
+        np.bitwise_xor(c0, np.uint64(k0), out=c0)
+        np.bitwise_and(second, low, out=c1)
+        np.right_shift(first, shift, out=c2)
+        np.bitwise_xor(c2, c3, out=c2)
+        np.bitwise_xor(c2, np.uint64(k1), out=c2)
+        np.bitwise_and(first, low, out=c3)
         k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
     return np.stack([c0, c1, c2, c3]).astype(np.uint32)
 
@@ -68,21 +75,23 @@ class TorchCudaGenerator:
         threads = min(-(-count // _BLOCK) * _BLOCK, self.threads)
         passes = (count - 1) // (threads * _PER_CALL) + 1
         used = min(4, -(-count // threads))
-        normals = np.concatenate([self._normals(threads, i)[:used].reshape(-1) for i in range(passes)])
+        normals = np.concatenate([self._normals(threads, i, used).reshape(-1) for i in range(passes)])
         self.offset += passes * _PER_CALL
         return normals[:count].reshape(shape)
 
-    def _normals(self, threads: int, call: int) -> Float32:
-        """What each thread's `call`-th quadruple gives, float32 [4, threads]."""
-        counter = np.zeros((4, threads), np.uint32)
+    def _normals(self, threads: int, call: int, used: int) -> Float32:
+        """The first `used` of the four that each thread's `call`-th turn gives, float32 [used, threads]."""
         at = self.offset // _PER_CALL + call
-        counter[0], counter[1] = at & _WORD, at >> 32
-        counter[2] = np.arange(threads, dtype=np.uint32)
-        bits = philox(counter, (self.seed & _WORD, self.seed >> 32))
-        normals = np.empty((4, threads), np.float32)
-        for half in (0, 2):
-            normals[half], normals[half + 1] = _box_muller(bits[half], bits[half + 1])
-        return normals
+        normals = np.empty((-(-used // 2) * 2, threads), np.float32)
+        for begin in range(0, threads, _IN_CACHE):
+            part = slice(begin, min(begin + _IN_CACHE, threads))
+            counter = np.zeros((4, part.stop - begin), np.uint32)
+            counter[0], counter[1] = at & _WORD, at >> 32
+            counter[2] = np.arange(begin, part.stop, dtype=np.uint32)
+            bits = philox(counter, (self.seed & _WORD, self.seed >> 32))
+            for half in range(0, len(normals), 2):
+                normals[half, part], normals[half + 1, part] = _box_muller(bits[half], bits[half + 1])
+        return normals[:used]
 
 
 def _box_muller(x: UInt32, y: UInt32) -> tuple[Float32, Float32]:
