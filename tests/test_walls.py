@@ -41,7 +41,9 @@ TORCH_ROOMS = {"export", "bench"}
 TORCH_FILES = {
     "runtime/device/clock.py": "the CUDA device",
     "runtime/device/memory.py": "the CUDA device",
+    "runtime/device/torch_decoder.py": "the CUDA device",
     "runtime/device/torch_device.py": "the CUDA device",
+    "runtime/device/torch_records.py": "the CUDA device",
     "runtime/device/torch_slots.py": "the CUDA device",
     "runtime/device/torch_tables.py": "the CUDA device",
     "runtime/device/cuda_graphs.py": "the CUDA device",

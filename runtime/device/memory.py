@@ -27,6 +27,22 @@ def upload(target: torch.Tensor, values: npt.NDArray[Any]) -> None:
         target.copy_(source)
 
 
+def send(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy a tensor of the host, which stays as it is until the copy is done, to the device; nobody waits."""
+    target.copy_(source, non_blocking=True)
+
+
+def on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Memory on the host for a tensor of the device to be read back to, pinned where that is CUDA's."""
+    host = torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
+    return host.pin_memory() if tensor.is_cuda else host
+
+
+def fetch(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy a tensor of the device to `on_host` memory, which holds it once the current stream has come so far."""
+    target.copy_(source, non_blocking=True)
+
+
 @contextmanager
 def guard_memory(device: torch.device, doing: str) -> Iterator[None]:
     """Turn torch's out-of-memory error, or its CPU allocator's refusal, into `OutOfMemoryError`."""

@@ -17,16 +17,16 @@ from contextlib import contextmanager, nullcontext
 import numpy as np
 import torch
 
-from ...engines import Binding, Engine
+from ...engines import Engine
 from ...engines.streams import take_stream
 from ...schedules import Program
 from ..arrays import Float32, Shape
-from ..conditioning import TOKENS
 from .base import MOST_HISTORY, MOST_ROWS, RECORDINGS, Decoded, Sampling, Slots, TickTimes, unet_dims
 from .clock import DeviceClock
 from .cuda_graphs import GraphCache, GraphKey
-from .memory import as_tensor, guard_memory, upload
-from .torch_tables import Batch, ConditioningTables
+from .memory import guard_memory
+from .torch_decoder import Decoder
+from .torch_tables import Batch, DeviceCopies
 from .torch_update import TorchSlotState
 
 
@@ -66,14 +66,14 @@ class TorchSlots(Slots):
                 max_draws=max(1, draws),
                 device=self.device,
             )
-        self._conditioning: dict[int, ConditioningTables] = {}
-        self._decoder: tuple[Engine, int, Binding] | None = None
+        self._copies = DeviceCopies(self.device)
+        self._decoder: Decoder | None = None
         self._clock = DeviceClock(self.device)
 
     @property
     def bytes(self) -> int:
-        tables = sum(c.bytes for c in self._conditioning.values()) + sum(b.bytes for b in self._batches.values())
-        return self._values.bytes + tables + (self.graphs.bytes if self.graphs else 0)
+        batches = sum(b.bytes for b in self._batches.values())
+        return self._values.bytes + self._copies.bytes + batches + (self.graphs.bytes if self.graphs else 0)
 
     @property
     def recordings(self) -> Mapping[str, int]:
@@ -90,33 +90,31 @@ class TorchSlots(Slots):
             self._stream.synchronize()
 
     def _place(self, slot: int, sampling: Sampling, start: Float32) -> None:
-        """All of an image is uploaded here, so that no later tick takes anything but index tables from the host."""
+        """All of an image is uploaded before its first evaluation, so that no later tick takes anything from the host
+        but who takes part."""
         program = sampling.program
-        draws = int(np.count_nonzero(program.draws))
+        draws = [sampling.noise.randn(self.shape) for _ in range(int(np.count_nonzero(program.draws)))]
         with self._here():
-            self._reserve(program.evaluations, draws)
-            self._values.wipe(slot)
-            self._values.load(slot, program, sampling.blend)
-            if draws and self._values.draws is not None:
-                noise = np.stack([sampling.noise.randn(self.shape) for _ in range(draws)])
-                upload(self._values.draws[slot, :draws], noise)
-            upload(self._values.latent[slot], start)
-            self._tables(sampling.tokens).write(slot, sampling.conditioning)
+            self._reserve(program.evaluations, len(draws))
+            self._values.load(slot, program, start, draws, sampling.blend)
 
     def _clear(self, slot: int) -> None:
-        for tables in self._conditioning.values():
-            tables.forget(slot)
         with self._here():
             self._values.wipe(slot)
 
     def _finish(self, slot: int, program: Program, into: Float32) -> None:
-        with self._here():
-            np.copyto(into, self._values.finish(torch.tensor([slot], device=self.device))[0].cpu().numpy())
+        self._read(slot, into)
+        into *= np.float32(program.state_scale[-1])
 
     def _state(self, slot: int) -> Float32:
-        with self._here():
-            state: Float32 = self._values.latent[slot].cpu().numpy()
+        state = np.empty(self.shape, np.float32)
+        self._read(slot, state)
         return state
+
+    def _read(self, slot: int, into: Float32) -> None:
+        with self._here():
+            self._values.flush()
+            np.copyto(into, self._values.latent[slot].cpu().numpy())
 
     def _evaluate(self, slots: list[int], tokens: int, rows: int, previews: Mapping[int, Float32]) -> None:
         with self._here():
@@ -131,33 +129,29 @@ class TorchSlots(Slots):
                     np.copyto(previews[slot], batch.x0[i].cpu().numpy())
 
     def _run(self, slots: list[int], tokens: int, evaluations: int, decoder: Engine) -> Decoded:
-        """On CUDA nobody waits before all of it is enqueued."""
+        """On CUDA nobody waits before all of it is enqueued, what is read back among it."""
         with self._here():
             batch, blends = self._batch(slots, tokens, 0), self._blends(slots)
-            binding = self._bind_decoder(decoder, len(slots))
-            latent = as_tensor(binding.inputs["latent"])
+            decoding = self._bind_decoder(decoder, len(slots))
 
             def body() -> None:
                 for _ in range(evaluations):
                     self._tick(batch, previews=False, blends=blends)
-                finished = self._values.finish(batch.slots)
-                batch.finite.copy_(torch.isfinite(finished).flatten(1).all(1))
-                latent.copy_(finished)
-                binding.enqueue()
+                decoding.run(self._values.finish(batch.slots))
 
             capturable = decoder.capture == "whole_request"
-            self._do("request", batch, evaluations, body, (binding,), blends=blends, capturable=capturable)
+            owners = (decoding.binding,)
+            self._do("request", batch, evaluations, body, owners, blends=blends, capturable=capturable)
+            tensor = decoding.image.clone()
         self.wait()
-        tensor = as_tensor(binding.outputs["image"]).clone()
-        finite = (as_tensor(binding.outputs["finite"]).cpu() & batch.finite.cpu()).numpy()
-        return Decoded(images=tensor.cpu().numpy(), latents=latent.cpu().numpy().copy(), finite=finite, tensor=tensor)
+        return decoding.taken(tensor)
 
-    def _bind_decoder(self, decoder: Engine, images: int) -> Binding:
+    def _bind_decoder(self, decoder: Engine, images: int) -> Decoder:
         """The binding of a VAE's decoder, made once: recorded work holds its buffers."""
-        if self._decoder is None or self._decoder[:2] != (decoder, images):
+        if self._decoder is None or not self._decoder.serves(decoder, images):
             with guard_memory(self.device, f"decoding {images} images"):
-                self._decoder = decoder, images, decoder.bind({"batch": images, **self._sides})
-        return self._decoder[2]
+                self._decoder = Decoder(decoder, images, self._sides)
+        return self._decoder
 
     def _do(
         self,
@@ -188,8 +182,7 @@ class TorchSlots(Slots):
             previews=previews,
             blends=blends,
         )
-        conditioning = self._conditioning[batch.tokens]
-        buffers = (*self._values.buffers, *conditioning.tensors, *batch.tensors)
+        buffers = (*self._values.buffers, *batch.tensors)
         self._clock.suspend()
         try:
             with torch.no_grad(), guard_memory(self.device, f"a {kind}"):
@@ -223,18 +216,10 @@ class TorchSlots(Slots):
                 binding = self._engine.bind(unet_dims(self.shape, rows, tokens))
                 self._batches[key] = Batch(binding, len(slots), rows, tokens, self.shape, self.device)
         batch = self._batches[key]
+        self._values.flush()
         batch.point(slots, samplings, scrap=self.count)
-        tables = self._tables(tokens)
-        for slot, sampling in zip(slots, samplings, strict=True):
-            tables.write(slot, sampling.conditioning)
-        tables.gather(batch, [s.conditioning for s in samplings])
+        batch.tell(samplings, self._copies)
         return batch
-
-    def _tables(self, tokens: int) -> ConditioningTables:
-        if tokens not in self._conditioning:
-            dims = {**self._sides, TOKENS: tokens}
-            self._conditioning[tokens] = ConditioningTables(self._engine.inputs, self.count + 1, dims, self.device)
-        return self._conditioning[tokens]
 
     def _reserve(self, evaluations: int, draws: int) -> None:
         """Make room for a longer program; every captured graph goes, since the buffers move."""

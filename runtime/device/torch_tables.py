@@ -1,28 +1,34 @@
-"""The tables of slots on a device: which row of an evaluation is whose, and what the UNet is told of each."""
+"""What an evaluation on a device is of: which row is whose, and what the UNet is told of each."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from ...engines import Binding, TensorSpec
-from ..conditioning import TOKENS, Conditioning, conditioning_inputs
+from ...engines import Binding
+from ..conditioning import OWN_INPUTS
 from .base import Sampling
 from .memory import as_tensor, upload
+from .torch_records import Records
 
 PARTS = 2
 """Rows a slot may take: the negative prompt's and the prompt's."""
+SMALL = 1024
+"""Bytes up to which arrays are known by what they hold: a size, a guidance scale."""
+MOST_SMALL = 256
 
 
 class Batch:
     """One evaluation of `count` slots in `rows` rows: the engine's buffers, and index tables in memory that stays.
 
-    slot_of_row, part_of_row: int64 [R]. slots: int64 [A]. rows_of: int64 [A, 2] and weights: float32 [A, 2] say
-    from which rows, and with which factors, a slot's output is made. x0: float32 [A, *shape]; finite: bool [A]. told:
-    whose conditionings the rows hold.
+    slot_of_row: int64 [R]. slots: int64 [A]. rows_of: int64 [A, 2] and weights: float32 [A, 2] say from which rows, and
+    with which factors, a slot's output is made. x0: float32 [A, *shape].
     """
 
     def __init__(
@@ -38,21 +44,24 @@ class Batch:
         self.inputs = {n: as_tensor(a) for n, a in binding.inputs.items()}
         self.sample, self.timestep = self.inputs["sample"], self.inputs["timestep"]
         self.out = as_tensor(binding.outputs["out"])
-        index: dict[str, Any] = {"dtype": torch.int64, "device": device}
-        self.slot_of_row = torch.zeros(rows, **index)
-        self.part_of_row = torch.zeros(rows, **index)
-        self.slots = torch.zeros(count, **index)
-        self.rows_of = torch.zeros((count, PARTS), **index)
-        self.weights = torch.zeros((count, PARTS), dtype=torch.float32, device=device)
+        fields = {
+            "slot_of_row": (np.int64, (rows,)),
+            "slots": (np.int64, (count,)),
+            "rows_of": (np.int64, (count, PARTS)),
+            "weights": (np.float32, (count, PARTS)),
+        }
+        self._tables = Records(1, fields, device)
+        self.slot_of_row, self.slots, self.rows_of, self.weights = (
+            t[0] for t in (self._tables.on_device[n] for n in fields)
+        )
         self.x0 = torch.zeros((count, *shape), dtype=torch.float32, device=device)
-        self.finite = torch.ones(count, dtype=torch.bool, device=device)
+        self._conditioned = [n for n in self.inputs if n not in OWN_INPUTS]
         self._pointed: tuple[object, ...] = ()
-        self.told: list[Conditioning] = []
+        self._told: dict[str, list[torch.Tensor]] = {}
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        tables = (self.slot_of_row, self.part_of_row, self.slots, self.rows_of, self.weights, self.x0, self.finite)
-        return (*self.inputs.values(), self.out, *tables)
+        return (*self.inputs.values(), self.out, self._tables.block, self.x0)
 
     @property
     def bytes(self) -> int:
@@ -63,71 +72,78 @@ class Batch:
         pointed = (tuple(slots), tuple((s.rows, s.guidance) for s in samplings))
         if pointed == self._pointed:
             return
-        slot_of_row, part_of_row = np.full(self.rows, scrap, np.int64), np.full(self.rows, PARTS - 1, np.int64)
-        rows_of, weights = np.zeros((self.count, PARTS), np.int64), np.zeros((self.count, PARTS), np.float32)
+        tables = self._tables.of(0)
+        tables["slot_of_row"][...] = scrap
         row = 0
         for i, (slot, sampling) in enumerate(zip(slots, samplings, strict=True)):
-            slot_of_row[row : row + sampling.rows] = slot
-            part_of_row[row : row + sampling.rows] = range(PARTS - sampling.rows, PARTS)
-            rows_of[i] = row, row + sampling.rows - 1
-            weights[i] = (1.0 - sampling.guidance, sampling.guidance) if sampling.rows == PARTS else (0.0, 1.0)
+            tables["slot_of_row"][row : row + sampling.rows] = slot
+            tables["rows_of"][i] = row, row + sampling.rows - 1
+            guided = sampling.rows == PARTS
+            tables["weights"][i] = (1.0 - sampling.guidance, sampling.guidance) if guided else (0.0, 1.0)
             row += sampling.rows
-        upload(self.slot_of_row, slot_of_row)
-        upload(self.part_of_row, part_of_row)
-        upload(self.slots, np.array(slots, np.int64))
-        upload(self.rows_of, rows_of)
-        upload(self.weights, weights)
+        tables["slots"][...] = slots
+        self._tables.flush()
         self._pointed = pointed
-        self.told = []
+
+    def tell(self, samplings: Sequence[Sampling], copies: DeviceCopies) -> None:
+        """Fill the engine's rows with what the UNet is told of these images, where they hold something else.
+
+        Shorter prompts are repeated whole to fill a longer one. What is left over is told what the last row is. No tick
+        does this: what a UNet is told of an image stays as it is from one evaluation to the next.
+        """
+        parts = [p for s in samplings for p in s.conditioning.parts]
+        parts += [parts[-1]] * (self.rows - len(parts))
+        for name in self._conditioned:
+            told = [copies.of(p[name]) for p in parts]
+            known = self._told.get(name, [])
+            if len(known) == len(told) and all(a is b for a, b in zip(known, told, strict=True)):
+                continue
+            self._told[name] = told
+            target = self.inputs[name]
+            if any(len(t) != target.shape[1] for t in told if t.ndim):
+                told = [t.repeat(target.shape[1] // len(t), *(1,) * (t.ndim - 1)) for t in told]
+            target.copy_(torch.stack(told))
 
 
-class ConditioningTables:
-    """What the UNet is told of each slot besides latent and timestep, for prompts made equally long.
+class DeviceCopies:
+    """Arrays of the host on a device, uploaded once: an embedding that is kept on the host is kept there too.
 
-    For each of its inputs one table float32 [S, 2, ...], by slot and part: the negative's row and the prompt's. Of a
-    slot without a negative both hold the prompt's.
+    Small arrays are known by what they hold, others by who they are; the copy of one goes with it.
     """
 
-    def __init__(
-        self, inputs: Mapping[str, TensorSpec], slots: int, dims: Mapping[str, int], device: torch.device
-    ) -> None:
-        self._tokens, self._written = dims[TOKENS], dict[int, Conditioning]()
-        self._tables = {
-            name: torch.zeros((slots, PARTS, *spec.resolve({**dims, "rows": 1})[1:]), device=device)
-            for name, spec in conditioning_inputs(inputs).items()
-        }
-        self._repeated = {n for n, s in inputs.items() if s.shape[1:2] == (TOKENS,)}
-
-    @property
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        return tuple(self._tables.values())
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._large: dict[int, tuple[weakref.ref[npt.NDArray[Any]], torch.Tensor]] = {}
+        self._small: OrderedDict[tuple[object, ...], torch.Tensor] = OrderedDict()
 
     @property
     def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.tensors)
+        tensors = [*(t for _, t in self._large.values()), *self._small.values()]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
-    def write(self, slot: int, conditioning: Conditioning) -> None:
-        """Upload an image's arrays, once."""
-        if self._written.get(slot) is conditioning:
-            return
-        for part, arrays in enumerate((conditioning.parts[0], conditioning.parts[-1])):
-            for name, table in self._tables.items():
-                array = arrays[name]
-                if name in self._repeated:
-                    array = np.tile(array, (self._tokens // len(array), *(1,) * (array.ndim - 1)))
-                upload(table[slot, part], array)
-        self._written[slot] = conditioning
+    def of(self, array: npt.NDArray[Any]) -> torch.Tensor:
+        """The copy of an array that nobody changes, of its shape, in float32."""
+        if array.nbytes <= SMALL:
+            return self._of_value(array)
+        key = id(array)
+        known = self._large.get(key)
+        if known is not None and known[0]() is array:
+            return known[1]
+        copy = self._uploaded(array)
+        self._large[key] = weakref.ref(array, lambda _: self._large.pop(key, None)), copy
+        return copy
 
-    def forget(self, slot: int) -> None:
-        self._written.pop(slot, None)
+    def _of_value(self, array: npt.NDArray[Any]) -> torch.Tensor:
+        key = array.shape, array.dtype.str, array.tobytes()
+        copy = self._small.get(key)
+        if copy is None:
+            copy = self._small[key] = self._uploaded(array)
+            if len(self._small) > MOST_SMALL:
+                self._small.popitem(last=False)
+        self._small.move_to_end(key)
+        return copy
 
-    def gather(self, batch: Batch, told: Sequence[Conditioning]) -> None:
-        """Fill the engine's rows from the tables, where these are not the images that its rows were filled for last.
-
-        What a UNet is told of an image stays as it is from one evaluation to the next, so no tick does this.
-        """
-        if len(told) == len(batch.told) and all(a is b for a, b in zip(told, batch.told, strict=True)):
-            return
-        batch.told = list(told)
-        for name, table in self._tables.items():
-            batch.inputs[name].copy_(table[batch.slot_of_row, batch.part_of_row])
+    def _uploaded(self, array: npt.NDArray[Any]) -> torch.Tensor:
+        copy = torch.empty(array.shape, dtype=torch.float32, device=self._device)
+        upload(copy, array)
+        return copy

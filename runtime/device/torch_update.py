@@ -7,16 +7,16 @@ program is another table. It has been run on CPU tensors against the NumPy kerne
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from ...errors import ArgumentError
 from ...schedules import Program
+from ..arrays import Float32
 from ..pictures.inpaint import Blend
-from .memory import upload
+from .torch_records import Fields, Records
 
 _OF_PROGRAM = ("input_scale", "timesteps", "h_x", "h_out", "a", "c", "c_prev", "x0_x", "x0_out")
 _SCALARS = (*_OF_PROGRAM, "holds", "kept_latent", "kept_noise")
@@ -26,11 +26,12 @@ COLUMN = {name: column for column, name in enumerate(_SCALARS)}
 class TorchSlotState:
     """The sampling state of S slots on a device.
 
-    latent, noise: float32 [S, *shape]; history: float32 [S, K, *shape], on `device`. Programs of up to
-    `longest_program` evaluations are loaded into slots; `position` int64 [S] says which evaluation of its own each is
-    at, and only `advance` moves it. With `max_draws`, `draws` float32 [S, D, *shape] holds all the noise of each slot's
-    program, and each position takes its own; without, the caller fills `noise[slot]` where the coming one draws. What
-    inpainting keeps of a picture: mask float32 [S, 1, h, w], kept_latent, kept_noise float32 [S, *shape].
+    latent: float32 [S, *shape]; history: float32 [S, K, *shape], on `device`. Programs of up to `longest_program`
+    evaluations are loaded into slots; `position` int64 [S] says which evaluation of its own each is at, and only
+    `advance` moves it. `draws` float32 [S, D, *shape] holds all the noise of each slot's program, and each position
+    takes its own. What inpainting keeps of a picture: mask float32 [S, 1, h, w], kept_latent, kept_noise float32
+    [S, *shape]. All that an image brings lies in records by slot, so that it comes in one upload, in two more where it
+    draws or keeps something.
     """
 
     def __init__(
@@ -40,41 +41,50 @@ class TorchSlotState:
         history: int,
         *,
         longest_program: int = 64,
-        max_draws: int = 0,
+        max_draws: int = 1,
         device: str | torch.device = "cuda",
     ) -> None:
-        if slots < 1 or history < 1 or longest_program < 1 or any(d < 1 for d in shape):
+        if min(slots, history, longest_program, max_draws, *shape) < 1:
             raise ArgumentError(f"{slots} slots of shape {shape} with {history} history", expected="positive sizes")
         self.device = torch.device(device)
         self.shape, self.history_slots, self.longest_program = shape, history, longest_program
-        make: dict[str, Any] = {"dtype": torch.float32, "device": self.device}
-        self.latent = torch.zeros((slots, *shape), **make)
-        self.history = torch.zeros((slots, history, *shape), **make)
-        self.noise = torch.zeros((slots, *shape), **make)
-        self._held = torch.zeros((slots, *shape), **make)
-        self._mask = torch.ones((slots, 1, *shape[1:]), **make)
-        self._kept_latent = torch.zeros((slots, *shape), **make)
-        self._kept_noise = torch.zeros((slots, *shape), **make)
-        self.position = torch.zeros(slots, dtype=torch.int64, device=self.device)
-        self._scalars = torch.zeros((slots, longest_program, len(_SCALARS)), **make)
-        self._b = torch.zeros((slots, longest_program, history), **make)
-        self._write = torch.zeros((slots, longest_program), dtype=torch.int64, device=self.device)
-        self._finish = torch.ones(slots, **make)
         self.max_draws = max_draws
-        self.draws = torch.zeros((slots, max_draws, *shape), **make) if max_draws else None
-        self._draw_at = torch.zeros((slots, longest_program), dtype=torch.int64, device=self.device)
+        of_steps: Fields = {
+            "position": (np.int64, ()),
+            "finish": (np.float32, ()),
+            "scalars": (np.float32, (longest_program, len(_SCALARS))),
+            "b": (np.float32, (longest_program, history)),
+            "write": (np.int64, (longest_program,)),
+            "draw_at": (np.int64, (longest_program,)),
+            "latent": (np.float32, shape),
+        }
+        self.own = Records(slots, of_steps, self.device)
+        self._drawn = Records(slots, {"draws": (np.float32, (max_draws, *shape))}, self.device)
+        kept = dict.fromkeys(("kept_latent", "kept_noise"), (np.float32, shape))
+        self.kept = Records(slots, {"mask": (np.float32, (1, *shape[1:])), **kept}, self.device)
+        self.position, self.latent = self.own.on_device["position"], self.own.on_device["latent"]
+        self.draws = self._drawn.on_device["draws"]
+        self._finish, self._scalars, self._b, self._write, self._draw_at = (
+            self.own.on_device[n] for n in ("finish", "scalars", "b", "write", "draw_at")
+        )
+        self._mask, self._kept_latent, self._kept_noise = (
+            self.kept.on_device[n] for n in ("mask", "kept_latent", "kept_noise")
+        )
+        self._mask.fill_(1.0)
+        self.work = torch.zeros((slots, history + 1, *shape), dtype=torch.float32, device=self.device)
+        self.history, self._held = self.work[:, :history], self.work[:, history]
+        self._drawing: set[int] = set()
+        self._keeping: set[int] = set()
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """What an update reads or moves on: latents, history, noise held, and where each slot is."""
-        return self.latent, self.history, self.noise, self._held, self.position
+        """What an update reads or moves on: latents, history and noise held, and where each slot is."""
+        return self.latent, self.work, self.position
 
     @property
     def buffers(self) -> tuple[torch.Tensor, ...]:
         """All of its memory: the state and its tables."""
-        tables = (self._scalars, self._b, self._write, self._finish, self._draw_at)
-        kept = (self._mask, self._kept_latent, self._kept_noise)
-        return (*self.tensors, *tables, *kept, *(() if self.draws is None else (self.draws,)))
+        return self.own.block, self._drawn.block, self.kept.block, self.work
 
     @property
     def bytes(self) -> int:
@@ -82,27 +92,36 @@ class TorchSlotState:
 
     def grown(self, longest_program: int, draws: int) -> TorchSlotState:
         """A state with room for longer programs, which holds what this one does."""
+        self.flush()
         slots, history = len(self.latent), self.history_slots
         state = type(self)(
             slots, self.shape, history, longest_program=longest_program, max_draws=draws, device=self.device
         )
-        for new, old in zip(state.buffers, self.buffers, strict=True):
-            new[tuple(slice(0, n) for n in old.shape)] = old
+        for mine, other in ((self.own, state.own), (self._drawn, state._drawn), (self.kept, state.kept)):
+            for name, old in mine.on_device.items():
+                other.on_device[name][tuple(slice(0, n) for n in old.shape)] = old
+        state.work.copy_(self.work)
+        state._drawing, state._keeping = set(self._drawing), set(self._keeping)
         return state
 
     def wipe(self, slot: int) -> None:
         """Forget who was in a slot. A zero coefficient would not silence a NaN, so the memory itself is zeroed."""
-        state = (self.latent, self.history, self.noise, self._held, self._kept_latent, self._kept_noise)
-        for tensor in (*state, self._scalars, self._b):
-            tensor[slot].zero_()
-        self._mask[slot].fill_(1.0)
-        if self.draws is not None:
-            self.draws[slot].zero_()
-        for table in (self.position[slot : slot + 1], self._write[slot], self._draw_at[slot]):
-            table.zero_()  # an assignment would copy a number from the host, and wait for the stream
+        self.own.forget(slot)
+        self.work[slot].zero_()
+        if slot in self._drawing:
+            self._drawn.forget(slot)
+            self._drawing.discard(slot)
+        if slot in self._keeping:
+            self.kept.forget(slot)
+            self._mask[slot].fill_(1.0)
+            self._keeping.discard(slot)
 
-    def load(self, slot: int, program: Program, blend: Blend | None = None) -> None:
-        """Write a program, and what is blended in after each update, into the slot's tables; it is at position 0."""
+    def load(
+        self, slot: int, program: Program, start: Float32, draws: Sequence[Float32] = (), blend: Blend | None = None
+    ) -> None:
+        """Write an image into a wiped slot's records: where it starts, its program's tables, its noise [D, *shape] in
+        the order in which it is drawn, and what is blended in after each update. `flush` sends it.
+        """
         length = program.evaluations
         if length > self.longest_program or program.history > self.history_slots:
             raise ArgumentError(
@@ -110,29 +129,39 @@ class TorchSlotState:
                 expected=f"at most {self.longest_program} and {self.history_slots}",
                 remedy="Make TorchSlotState with a larger longest_program or history.",
             )
+        count = int(np.count_nonzero(program.draws))
+        if count > self.max_draws or count != len(draws):
+            raise ArgumentError(
+                f"program {program.sampler!r} draws {count} times and is given {len(draws)} draws",
+                expected=f"as many, and at most {self.max_draws}",
+                remedy="Make TorchSlotState with a larger max_draws.",
+            )
         holds = np.append(program.c_prev[1:] != 0.0, False).astype(np.float64)
         factors = np.zeros((length, 2)) if blend is None else blend.factors
         columns = [*(getattr(program, name) for name in _OF_PROGRAM), holds, *factors.T]
-        upload(self._scalars[slot, :length], _float32(np.stack(columns, axis=1)))
+        own = self.own.of(slot)
+        for table in own.values():
+            table[...] = 0
+        own["finish"][...] = program.state_scale[-1]
+        own["scalars"][:length] = np.stack(columns, axis=1)
+        own["b"][:length, : program.history] = program.b
+        own["write"][:length] = program.write
+        own["draw_at"][:length] = np.maximum(np.cumsum(program.draws) - 1, 0)
+        own["latent"][...] = start
+        if count:
+            drawn = self._drawn.of(slot)["draws"]
+            drawn[:count], drawn[count:] = draws, 0.0
+            self._drawing.add(slot)
         if blend is not None:
-            upload(self._mask[slot], blend.mask)
-            upload(self._kept_latent[slot], blend.kept_latent)
-            upload(self._kept_noise[slot], blend.kept_noise)
-        self._b[slot].zero_()
-        upload(self._b[slot, :length, : program.history], _float32(program.b))
-        upload(self._write[slot, :length], program.write)
-        self._finish[slot : slot + 1].fill_(float(program.state_scale[-1]))
-        if self.draws is not None:
-            count = int(np.count_nonzero(program.draws))
-            if count > self.max_draws:
-                raise ArgumentError(
-                    f"program {program.sampler!r} draws {count} times",
-                    expected=f"at most {self.max_draws}",
-                    remedy="Make TorchSlotState with a larger max_draws.",
-                )
-            latest = np.maximum(np.cumsum(program.draws) - 1, 0)
-            upload(self._draw_at[slot, :length], latest.astype(np.int64))
-        self.position[slot : slot + 1].zero_()
+            kept = self.kept.of(slot)
+            kept["mask"][...], kept["kept_latent"][...] = blend.mask, blend.kept_latent
+            kept["kept_noise"][...] = blend.kept_noise
+            self._keeping.add(slot)
+
+    def flush(self) -> None:
+        """Send what was loaded since the last time to the device."""
+        for records in (self.own, self._drawn, self.kept):
+            records.flush()
 
     def finish(self, slots: torch.Tensor) -> torch.Tensor:
         """float32 [A, *shape]: the results of these slots, in diffusers' latent coordinates."""
@@ -182,7 +211,7 @@ class TorchSlotState:
         """
         position, factors = self.position[slots], self._factors(slots)
         x, previous = self.latent[slots], self._held[slots]
-        noise = self.noise[slots] if self.draws is None else self.draws[slots, self._draw_at[slots, position]]
+        noise = self.draws[slots, self._draw_at[slots, position]]
         # H[write] = h_x x + h_out out
         kept = factors("h_x") * x + factors("h_out") * outputs.float()
         self.history[slots, self._write[slots, position]] = kept
@@ -205,7 +234,3 @@ class TorchSlotState:
         values = self._scalars[slots, self.position[slots]]
         ones = (1,) * len(self.shape)
         return lambda name: values[:, COLUMN[name]].reshape(-1, *ones)
-
-
-def _float32(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    return np.asarray(values, np.float32)

@@ -27,9 +27,8 @@ class TritonSlotState(TorchSlotState):
         x0: torch.Tensor | None = None,
         blends: bool = False,
     ) -> None:
-        draws = self.noise[:, None] if self.draws is None else self.draws
         columns = [COLUMN[n] for n in _ADVANCED]
         tables = (self._scalars, self._b, self._write, self._draw_at)
-        state = (self.latent, self.history, draws, self._held, self._mask, self._kept_latent, self._kept_noise)
+        state = (self.latent, self.history, self.draws, self._held, self._mask, self._kept_latent, self._kept_noise)
         preview = self.latent.new_empty(0) if x0 is None else x0
         advance(out, rows_of, weights, slots, self.position, *tables, *state, preview, columns, x0 is not None, blends)

@@ -17,13 +17,13 @@ BLOCK = 1024
 
 @triton.jit
 def _gather_kernel(
-    slot_of_row, position, scalars, latent, sample, timestep, size, length, columns,
+    slot_of_row, position, scalars, latent, sample, timestep, size, columns, floats, integers,
     SCALE: tl.constexpr, TIME: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, at = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     slot = tl.load(slot_of_row + row)
-    own = scalars + (slot * length + tl.load(position + slot)) * columns
-    x = tl.load(latent + slot * size + at, mask=at < size, other=0.0)
+    own = scalars + slot * floats + tl.load(position + slot * integers) * columns
+    x = tl.load(latent + slot * floats + at, mask=at < size, other=0.0)
     # in_i = input_scale x
     tl.store(sample + row * size + at, tl.load(own + SCALE) * x, mask=at < size)
     if tl.program_id(1) == 0:
@@ -33,7 +33,7 @@ def _gather_kernel(
 @triton.jit
 def _advance_kernel(
     out, rows_of, weights, slots, position, scalars, b, write, draw_at, latent, history, draws, held,
-    mask, kept_latent, kept_noise, x0, size, cells, length, columns, most_draws,
+    mask, kept_latent, kept_noise, x0, size, cells, columns, floats, integers, work, drawn, kept_floats,
     K: tl.constexpr, H_X: tl.constexpr, H_OUT: tl.constexpr, A: tl.constexpr, C: tl.constexpr, C_PREV: tl.constexpr,
     X0_X: tl.constexpr, X0_OUT: tl.constexpr, HOLDS: tl.constexpr, LATENT: tl.constexpr, NOISE: tl.constexpr,
     PREVIEWS: tl.constexpr, BLENDS: tl.constexpr, BLOCK: tl.constexpr,
@@ -41,47 +41,47 @@ def _advance_kernel(
     i, at = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     slot = tl.load(slots + i)
-    entry = slot * length + tl.load(position + slot)
-    own = scalars + entry * columns
+    step = tl.load(position + slot * integers)
+    own = scalars + slot * floats + step * columns
     negative = tl.load(out + tl.load(rows_of + 2 * i) * size + at, mask=inside, other=0.0).to(tl.float32)
     positive = tl.load(out + tl.load(rows_of + 2 * i + 1) * size + at, mask=inside, other=0.0).to(tl.float32)
     # u + g (c - u) = (1 - g) u + g c
     output = tl.load(weights + 2 * i) * negative + tl.load(weights + 2 * i + 1) * positive
-    x = tl.load(latent + slot * size + at, mask=inside, other=0.0)
-    previous = tl.load(held + slot * size + at, mask=inside, other=0.0)
-    drawn = draws + (slot * most_draws + tl.load(draw_at + entry)) * size
-    noise = tl.load(drawn + at, mask=inside, other=0.0)
+    x = tl.load(latent + slot * floats + at, mask=inside, other=0.0)
+    previous = tl.load(held + slot * work + at, mask=inside, other=0.0)
+    draw = tl.load(draw_at + slot * integers + step)
+    noise = tl.load(draws + slot * drawn + draw * size + at, mask=inside, other=0.0)
     # H[write] = h_x x + h_out out
     kept = tl.load(own + H_X) * x + tl.load(own + H_OUT) * output
-    target = tl.load(write + entry)
+    target = tl.load(write + slot * integers + step)
     # x' = a x + sum_k b[k] H[k] + c n_i + c_prev n_{i-1}
     new = tl.load(own + A) * x + tl.load(own + C) * noise + tl.load(own + C_PREV) * previous
     for k in tl.static_range(K):
-        factor = tl.load(b + entry * K + k)
+        factor = tl.load(b + slot * floats + step * K + k)
         if factor != 0.0:  # what a factor of zero stands before may be anything
             if target == k:
                 new += factor * kept
             else:
-                new += factor * tl.load(history + (slot * K + k) * size + at, mask=inside, other=0.0)
-    tl.store(history + (slot * K + target) * size + at, kept, mask=inside)
+                new += factor * tl.load(history + slot * work + k * size + at, mask=inside, other=0.0)
+    tl.store(history + slot * work + target * size + at, kept, mask=inside)
     if PREVIEWS:
         # x0 = x0_x x + x0_out out
         tl.store(x0 + i * size + at, tl.load(own + X0_X) * x + tl.load(own + X0_OUT) * output, mask=inside)
     if BLENDS:
         # m x' + f_z (1 - m) z + f_n (1 - m) n
-        new = tl.load(mask + slot * cells + at % cells, mask=inside, other=0.0) * new
-        new += tl.load(own + LATENT) * tl.load(kept_latent + slot * size + at, mask=inside, other=0.0)
-        new += tl.load(own + NOISE) * tl.load(kept_noise + slot * size + at, mask=inside, other=0.0)
-    tl.store(latent + slot * size + at, new, mask=inside)
-    tl.store(held + slot * size + at, tl.where(tl.load(own + HOLDS) != 0.0, noise, previous), mask=inside)
+        new = tl.load(mask + slot * kept_floats + at % cells, mask=inside, other=0.0) * new
+        new += tl.load(own + LATENT) * tl.load(kept_latent + slot * kept_floats + at, mask=inside, other=0.0)
+        new += tl.load(own + NOISE) * tl.load(kept_noise + slot * kept_floats + at, mask=inside, other=0.0)
+    tl.store(latent + slot * floats + at, new, mask=inside)
+    tl.store(held + slot * work + at, tl.where(tl.load(own + HOLDS) != 0.0, noise, previous), mask=inside)
 
 
 @triton.jit
-def _move_kernel(slots, position, count, length, BLOCK: tl.constexpr):
+def _move_kernel(slots, position, count, length, integers, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     slot = tl.load(slots + at, mask=at < count, other=0)
-    moved = tl.load(position + slot, mask=at < count, other=0) + 1
-    tl.store(position + slot, tl.where(moved < length, moved, length - 1), mask=at < count)
+    moved = tl.load(position + slot * integers, mask=at < count, other=0) + 1
+    tl.store(position + slot * integers, tl.where(moved < length, moved, length - 1), mask=at < count)
 
 
 @torch.library.custom_op("fewstep::gather", mutates_args=("sample", "timestep"))
@@ -97,11 +97,13 @@ def gather(
 ) -> None:
     """Write each row's network input into `sample` [R, *shape], of any float type, and its `timestep` [R].
 
-    slot_of_row: int64 [R]. position: int64 [S]. scalars: float32 [S, L, N]. latent: float32 [S, *shape].
+    slot_of_row: int64 [R]. position: int64 [S]. scalars: float32 [S, L, N]. latent: float32 [S, *shape]. Those by slot
+    are fields of one record, and so equally far from one slot to the next.
     """
     size = latent[0].numel()
     _gather_kernel[len(slot_of_row), triton.cdiv(size, BLOCK)](
-        slot_of_row, position, scalars, latent, sample, timestep, size, scalars.shape[1], scalars.shape[2],
+        slot_of_row, position, scalars, latent, sample, timestep,
+        size, scalars.shape[2], latent.stride(0), position.stride(0),
         SCALE=scale_column, TIME=time_column, BLOCK=BLOCK,
     )  # fmt: skip
 
@@ -138,8 +140,9 @@ def advance(
     h_x, h_out, a, c, c_prev, x0_x, x0_out, holds, of_latent, of_noise = columns
     _advance_kernel[count, triton.cdiv(size, BLOCK)](
         out, rows_of, weights, slots, position, scalars, b, write, draw_at, latent, history, draws, held,
-        mask, kept_latent, kept_noise, x0, size, mask[0].numel(), scalars.shape[1], scalars.shape[2], draws.shape[1],
+        mask, kept_latent, kept_noise, x0, size, mask[0].numel(), scalars.shape[2],
+        latent.stride(0), position.stride(0), held.stride(0), draws.stride(0), mask.stride(0),
         K=b.shape[2], H_X=h_x, H_OUT=h_out, A=a, C=c, C_PREV=c_prev, X0_X=x0_x, X0_OUT=x0_out, HOLDS=holds,
         LATENT=of_latent, NOISE=of_noise, PREVIEWS=previews, BLENDS=blends, BLOCK=BLOCK,
     )  # fmt: skip
-    _move_kernel[1,](slots, position, count, scalars.shape[1], BLOCK=triton.next_power_of_2(count))
+    _move_kernel[1,](slots, position, count, scalars.shape[1], position.stride(0), BLOCK=triton.next_power_of_2(count))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from .syntax import MOST_CHUNKS, Chunk, Prompt, TextSpan, lay_out, parse_a1111
 log = logging.getLogger("fewstep.runtime")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class Embedding:
     """A prompt as the UNet takes it: float32 arrays by the names of its inputs.
 
@@ -37,8 +38,14 @@ class Embedding:
         return next(len(a) for a in self.arrays.values() if a.ndim == 2)
 
     def zeros(self) -> Embedding:
-        """The embedding of no prompt at all, for families that take zeros there."""
-        return Embedding(arrays={n: np.zeros_like(a) for n, a in self.arrays.items()})
+        """The embedding of no prompt at all, for families that take zeros there: the same one each time."""
+        zeros = _zeros.get(self)
+        if zeros is None:
+            zeros = _zeros[self] = Embedding(arrays={n: np.zeros_like(a) for n, a in self.arrays.items()})
+        return zeros
+
+
+_zeros: weakref.WeakKeyDictionary[Embedding, Embedding] = weakref.WeakKeyDictionary()
 
 
 class PromptTokenizer:

@@ -8,6 +8,7 @@ pinned memory are the only way in; reading back is done by name. Torch's `meta` 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 import torch
 from fewstep.engines import Engine, TensorSpec
 from fewstep.runtime.conditioning import Conditioning
-from fewstep.runtime.device import torch_slots, torch_tables, torch_update
+from fewstep.runtime.device import torch_records, torch_tables
 from fewstep.runtime.device.base import Sampling
 from fewstep.runtime.device.torch_slots import TorchSlots
 from fewstep.runtime.noise.seeds import TorchCpuGenerator
@@ -59,10 +60,12 @@ class NoHost(TorchDispatchMode):  # type: ignore[misc]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        if func.is_view:
+            return out
         tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
         if any(t.device != META for t in tensors) or torch.Tag.data_dependent_output in func.tags:
             self.touched.append(str(func))
-        elif not func.is_view:
+        else:
             self.kernels += 1
         return out
 
@@ -112,13 +115,13 @@ def uploads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Uploads by their shapes; there is nowhere to put them."""
     done: list[tuple[int, ...]] = []
 
-    def upload(target: torch.Tensor, values: np.ndarray[Any, Any]) -> None:
+    def upload(target: torch.Tensor, values: np.ndarray[Any, Any] | torch.Tensor) -> None:
         assert target.device == META
         assert target.shape == values.shape
-        done.append(values.shape)
+        done.append(tuple(values.shape))
 
-    for module in (torch_slots, torch_tables, torch_update):
-        monkeypatch.setattr(module, "upload", upload)
+    monkeypatch.setattr(torch_tables, "upload", upload)
+    monkeypatch.setattr(torch_records, "send", upload)
     return done
 
 
@@ -143,18 +146,56 @@ def test_admission_ticks_and_release_leave_the_host_alone(
     engine: Engine = FakeEngine()  # type: ignore[assignment]
     slots = TorchSlots(engine, slots=3, shape=SHAPE, device=META)
     gaussian = np.zeros(SHAPE, np.float32)
+    for _ in range(2):
+        asked = [sampling(name, blends=blends, guided=g) for g in (True, False)]
+        admitted = [slots.admit(s, gaussian) for s in asked]
+        slots.tick(admitted)  # makes the buffers of such an evaluation
+        for slot in admitted:
+            slots.release(slot)
+    asked, before = [sampling(name, blends=blends, guided=g) for g in (True, False)], len(uploads)
     with NoHost() as seen:
-        admitted = [slots.admit(sampling(name, blends=blends, guided=g), gaussian) for g in (True, False)]
-        assert seen.touched == [], "admission"
+        admitted = [slots.admit(s, gaussian) for s in asked]
+        assert seen.kernels == 0, "an admission does nothing on the device"
         slots.tick(admitted)
-        assert seen.touched == [], "a tick"
-        before = seen.kernels
+        assert seen.touched == [], "admission and a tick"
+        # both images' records at once, their draws, what they keep; and the prompt of each
+        brought = 1 + bool(np.any(asked[0].program.draws)) + blends
+        assert len(uploads) - before == brought + 2
+        before, first = seen.kernels, len(uploads)
         slots.tick(admitted)
         tick = seen.kernels - before
+        assert len(uploads) == first, "a tick brings nothing"
+        before = seen.kernels
         for slot in admitted:
             slots.release(slot)
         assert seen.touched == [], "release"
-    print(f"{name}{', blended' if blends else ''}: {tick} kernels a tick beside the UNet")
+        released = (seen.kernels - before) / len(admitted)
+    assert released == 2 + bool(np.any(asked[0].program.draws)) + 2 * blends
+    words = f"{brought} uploads for two images, {tick} kernels a tick beside the UNet, {released:.0f} a release"
+    print(f"{name}{', blended' if blends else ''}: {words}")
+
+
+def test_what_is_known_is_not_brought_again(uploads: list[tuple[int, ...]]) -> None:
+    """Another request with a prompt that is kept: its record, and nothing else."""
+    engine: Engine = FakeEngine()  # type: ignore[assignment]
+    slots = TorchSlots(engine, slots=1, shape=SHAPE, device=META)
+    first = sampling("euler", blends=False, guided=True)
+    slot = slots.admit(sampling("euler", blends=False, guided=True), np.zeros(SHAPE, np.float32))
+    slots.tick([slot])
+    slots.release(slot)
+    for again in range(3):
+        conditioning = Conditioning(  # a request's own, of arrays that are kept, and of numbers that are equal
+            positive={n: a.copy() if n == "time_ids" else a for n, a in first.conditioning.positive.items()},
+            negative=dict(first.conditioning.negative or {}),
+            tokens=77,
+        )
+        before = len(uploads)
+        with NoHost() as seen:
+            slot = slots.admit(replace(first, conditioning=conditioning, position=0), np.zeros(SHAPE, np.float32))
+            slots.tick([slot])
+            slots.release(slot)
+        assert seen.touched == []
+        assert len(uploads) - before == (1 if again else 2), "its prompt too, the first time"
 
 
 def test_a_read_and_a_number_from_the_host_are_seen(uploads: list[tuple[int, ...]]) -> None:

@@ -53,10 +53,9 @@ def states(chosen: list[Program], *, blends: bool) -> tuple[TorchSlotState, Trit
         mask = (rng.random(SHAPE[1:]) > 0.5).astype(np.float32)
         for state in made:
             state.wipe(slot)
-            state.load(slot, program, make_blend(program, mask, latent, start) if blends and slot % 2 else None)
-            state.latent[slot] = torch.from_numpy(start)
-            assert state.draws is not None
-            state.draws[slot] = torch.from_numpy(draws)
+            blend = make_blend(program, mask, latent, start) if blends and slot % 2 else None
+            state.load(slot, program, start, draws[: np.count_nonzero(program.draws)], blend)
+            state.flush()
     return made[0], made[1]  # type: ignore[return-value]
 
 

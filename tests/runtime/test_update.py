@@ -170,22 +170,17 @@ def test_the_torch_form_is_the_numpy_form() -> None:
 
     chosen = programs()
     start, latent, draws = material(len(chosen), 40)
-    state = TorchSlotState(len(chosen), SHAPE, 4, longest_program=32, device="cpu")
+    state = TorchSlotState(len(chosen), SHAPE, 4, longest_program=32, max_draws=40, device="cpu")
     state.latent.fill_(float("nan"))
     state.history.fill_(float("nan"))
     for slot, program in enumerate(chosen):
         state.wipe(slot)
-        state.load(slot, program)
         begin = program.init_noise * start[slot] + program.init_latent * latent[slot]
-        state.latent[slot] = torch.from_numpy(begin.astype(np.float32))
-    drawn = [0] * len(chosen)
+        state.load(slot, program, begin.astype(np.float32), draws[: np.count_nonzero(program.draws), slot])
+    state.flush()
     for tick in range(max(program.evaluations for program in chosen)):
         active = [slot for slot, program in enumerate(chosen) if tick < program.evaluations]
         index = torch.tensor(active)
-        for slot in active:
-            if chosen[slot].draws[tick]:
-                state.noise[slot] = torch.from_numpy(draws[drawn[slot], slot])
-                drawn[slot] += 1
         inputs, fed = torch.empty((len(active), *SHAPE)), torch.empty(len(active))
         state.model_input(index, inputs, fed)
         outputs = np.stack([network(x, t) for x, t in zip(inputs.numpy(), fed.tolist(), strict=True)])
@@ -201,7 +196,10 @@ def test_the_torch_form_refuses_what_does_not_fit() -> None:
     from fewstep.runtime.device.torch_update import TorchSlotState
 
     state = TorchSlotState(1, SHAPE, 2, longest_program=4, device="cpu")
+    start = np.zeros(SHAPE, np.float32)
     with pytest.raises(ArgumentError, match="longest_program"):
-        state.load(0, compile_program("euler", steps=9, noise=NOISE))
+        state.load(0, compile_program("euler", steps=9, noise=NOISE), start)
     with pytest.raises(ArgumentError, match="history"):
-        state.load(0, compile_program("lms", steps=4, noise=NOISE))
+        state.load(0, compile_program("lms", steps=4, noise=NOISE), start)
+    with pytest.raises(ArgumentError, match="draws 4 times and is given 0"):
+        state.load(0, compile_program("euler_ancestral", steps=4, noise=NOISE), start)
