@@ -40,6 +40,7 @@ OUTSIDE = {"tests", "tools", "examples", "build", "dist"}
 TORCH_ROOMS = {"export", "bench"}
 TORCH_FILES = {
     "runtime/device/clock.py": "the CUDA device",
+    "runtime/device/host_engine.py": "the CUDA device",
     "runtime/device/memory.py": "the CUDA device",
     "runtime/device/torch_decoder.py": "the CUDA device",
     "runtime/device/torch_device.py": "the CUDA device",

@@ -6,20 +6,19 @@ It is run on CPU tensors in the tests, not on a GPU.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import threading
 from contextlib import AbstractContextManager
-from typing import Any
 
-import numpy as np
 import torch
 
-from ...engines import Binding, Engine, RunOptions, TensorSpec
+from ...engines import Engine, RunOptions
 from ...engines.machine import available_memory
 from ...errors import ArgumentError, MissingError
 from ..arrays import Shape
 from .base import MOST_ROWS, Slots
 from .cuda_graphs import CudaRecorder, GraphCache, TapeRecorder
-from .memory import as_tensor, guard_memory
+from .host_engine import HostEngine, HostLane
+from .memory import guard_memory
 from .torch_slots import TorchSlots
 
 CPU_TENSORS = "cpu:torch"
@@ -42,12 +41,19 @@ class TorchDevice:
         self.engines = self.place.type
         self.records = self.place.type == "cuda" if graphs is None else graphs
         self._graphs_kept, self._most_rows = graphs_kept, most_rows
+        self._lane: HostLane | None = None
+        self._lock = threading.Lock()
 
     def run_options(self, run: RunOptions) -> RunOptions:
         return dataclasses.replace(run, device=self.place.index or 0, torch_device=self.place.type)
 
     def on_host(self, engine: Engine) -> Engine:
-        return engine if engine.device == "cpu" else HostEngine(engine)
+        if engine.device == "cpu":
+            return engine
+        with self._lock:
+            if self._lane is None:
+                self._lane = HostLane(self.place, records=self.records)
+        return HostEngine(engine, self._lane)
 
     def make_slots(self, engine: Engine, shape: Shape, count: int) -> Slots:
         graphs = None
@@ -77,35 +83,3 @@ def _find_device(name: str) -> torch.device:
             remedy="Use device='cpu' on this machine." if not count else "Use a smaller index.",
         )
     return torch.device("cuda", int(index or 0))
-
-
-class HostEngine:
-    """An engine on a device whose bindings have NumPy buffers: copied there before a run, and back after it."""
-
-    device, capture = "cpu", "none"
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine, self.backend = engine, engine.backend
-        self.inputs: Mapping[str, TensorSpec] = engine.inputs
-        self.outputs: Mapping[str, TensorSpec] = engine.outputs
-
-    def bind(self, dims: Mapping[str, int]) -> HostBinding:
-        return HostBinding(self._engine.bind(dims))
-
-
-class HostBinding:
-    """NumPy buffers in front of a binding's own. `enqueue` returns when the outputs are there."""
-
-    def __init__(self, binding: Binding) -> None:
-        self._binding = binding
-        self._device_inputs = {n: as_tensor(b) for n, b in binding.inputs.items()}
-        self._device_outputs = {n: as_tensor(b) for n, b in binding.outputs.items()}
-        self.inputs: Mapping[str, Any] = {n: t.cpu().numpy().copy() for n, t in self._device_inputs.items()}
-        self.outputs: Mapping[str, Any] = {n: t.cpu().numpy().copy() for n, t in self._device_outputs.items()}
-
-    def enqueue(self, stream: int | None = None) -> None:
-        for name, tensor in self._device_inputs.items():
-            tensor.copy_(torch.from_numpy(self.inputs[name]))
-        self._binding.enqueue(stream)
-        for name, tensor in self._device_outputs.items():
-            np.copyto(self.outputs[name], tensor.cpu().numpy())

@@ -27,7 +27,8 @@ from fewstep.engines.options import relevant
 from fewstep.engines.parallel import ParallelEngine
 from fewstep.errors import ArgumentError, FewstepError, MissingError
 from fewstep.export.torch_engine import open_torch_engine
-from fewstep.runtime.device.torch_device import HostEngine
+from fewstep.runtime.device.host_engine import HostEngine, HostLane
+from torch import device
 
 DIMS = {"rows": 3, "height": 8, "width": 8, "tokens": 77}
 
@@ -53,7 +54,7 @@ def torch(bundle: Bundle) -> Engine:
 
 
 def host(bundle: Bundle) -> Engine:
-    return HostEngine(ort(bundle))
+    return HostEngine(ort(bundle), HostLane(device("cpu"), records=True))
 
 
 @pytest.fixture(scope="module", params=[ort, parallel, torch, host], ids=lambda make: make.__name__)

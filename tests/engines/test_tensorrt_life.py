@@ -20,7 +20,9 @@ from fewstep.bundle import Bundle
 from fewstep.engines import BuildOptions, Engine, RunOptions, Store, build_engines, open_engine, profiles_for
 from fewstep.engines.backends import registry
 from fewstep.errors import GateError, MismatchError, MissingExtraError
+from fewstep.runtime.device.cuda_graphs import TapeGraph
 from standin_tensorrt import Library, stand_in_tensorrt
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -214,7 +216,7 @@ def test_the_inspector_s_forms(student: Bundle, library: Library, tmp_path: Path
     assert told["names"] == {"precision": "unknown", "attention": f"unknown fused of {count}"}
 
 
-def test_scratch_memory_is_the_profiles_own_and_a_cache_is_kept_after_a_run(
+def test_scratch_memory_is_shared_on_a_stream_and_a_cache_is_kept_after_a_run(
     student: Bundle, library: Library, tmp_path: Path
 ) -> None:
     store = Store(tmp_path)
@@ -222,7 +224,11 @@ def test_scratch_memory_is_the_profiles_own_and_a_cache_is_kept_after_a_run(
     pipe = fewstep.load(
         student, backend="tensorrt-rtx", device="cuda", store=store, build="never", size=sizes_of(student)[1]
     )
+    before = len(library.contexts)
     pipe("a circle", seed=1, size=sizes_of(student)[1])
+    ran = [c for c in library.contexts[before:] if c.memory]
+    assert len(ran) == 3, "a text encoder, a UNet and a decoder"
+    assert len({c.memory for c in ran}) == 2, "what is on the slots' stream shares, and the encoder has its own"
     caches = {p.name: p.read_bytes()[32:] for p in store.root.glob(".runtime.*.cache")}
     assert caches
     assert any(c.startswith(b"kernels") for c in caches.values())
@@ -231,7 +237,31 @@ def test_scratch_memory_is_the_profiles_own_and_a_cache_is_kept_after_a_run(
     gc.collect()
 
 
-def test_a_request_is_one_launch(student: Bundle, library: Library, tmp_path: Path) -> None:
+class OutsideGraphs(TorchDispatchMode):  # type: ignore[misc]
+    """The operations on tensors that are not replayed; views are none."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self._replaying = False
+        replay = TapeGraph.replay
+
+        def aside(graph: TapeGraph) -> None:
+            self._replaying = True
+            replay(graph)
+            self._replaying = False
+
+        monkeypatch.setattr(TapeGraph, "replay", aside)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if not self._replaying and not func.is_view:
+            self.names.append(str(func).rpartition(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_request_is_one_launch(
+    student: Bundle, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`pytest -s` prints what a request asks of the driver."""
     store = Store(tmp_path)
     build(student, store, sizes=sizes_of(student)[1:], batches=[1])
@@ -242,12 +272,19 @@ def test_a_request_is_one_launch(student: Bundle, library: Library, tmp_path: Pa
         return driver.launches, driver.stream_synchronisations, library.runs
 
     pipe("a circle", seed=1)
-    for prompt, new in (("a circle", False), ("a ring", True)):
+    pipe("a square", seed=1)  # the second time an encoder is recorded
+    for prompt, new in (("a square", False), ("a ring", True)):
         before = counts()
-        pipe(prompt, seed=2)
+        with OutsideGraphs(monkeypatch) as outside:
+            pipe(prompt, seed=2)
         launches, waits, eager = (a - b for a, b in zip(counts(), before, strict=True))
-        print(f"{'new' if new else 'known'} prompt: {launches} launch, {waits} waits, {eager} engines run eagerly")
-        assert launches == 1
-        assert waits <= 2
-        assert eager == new, "the text encoder, for a prompt that is new"
+        words = f"{launches} launches, {waits} waits, {eager} engines run eagerly, {len(outside.names)} operations"
+        print(f"{'new' if new else 'known'} prompt: {words} beside: {', '.join(outside.names)}")
+        # the request's record; the image where it was made; the slot wiped
+        assert outside.names[-4:] == ["aten.copy_", "aten.clone", "aten.zero_", "aten.zero_"]
+        # of a new prompt its embedding: memory, an upload, and the engine's rows
+        assert len(outside.names) == 4 + 4 * new
+        assert launches == 1 + new, "the text encoder is one of its own"
+        assert waits <= 2 + new, "for the end, and for the events that say how long it took"
+        assert eager == 0
     assert driver.device_synchronisations == 0

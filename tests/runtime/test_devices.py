@@ -15,12 +15,15 @@ import pytest
 import torch
 from device_models import psnr
 from fewstep.bundle import Bundle
+from fewstep.engines import RunOptions
 from fewstep.engines.memory import largest_batch, predicted_peak
 from fewstep.errors import ArgumentError, CancelledError, MismatchError, MissingError, OutOfMemoryError
+from fewstep.export.torch_engine import open_torch_engine
 from fewstep.runtime.device.base import check_engine
+from fewstep.runtime.device.host_engine import HostEngine, HostLane
 from fewstep.runtime.device.memory import guard_memory, out_of_memory
 from fewstep.runtime.device.numpy_slots import NumpyDevice
-from fewstep.runtime.device.torch_device import HostEngine, TorchDevice
+from fewstep.runtime.device.torch_device import TorchDevice
 from fewstep.runtime.group import PipelineGroup
 
 CALL: dict[str, Any] = {"steps": 3, "guidance": 3.0, "sampler": "dpmpp_2m", "seed": [4, 9, 2]}
@@ -179,7 +182,7 @@ def test_a_backend_brings_its_device(bundle: Bundle, pipe: Any) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(MissingError, match="torch sees no CUDA devices"):
             fewstep.load(bundle, backend="ort-cuda")
-    engine = HostEngine(pipe.engines["unet"])
+    engine = HostEngine(pipe.engines["unet"], HostLane(torch.device("cpu"), records=False))
     engine.device = "cuda"
     with pytest.raises(MismatchError, match=r"runs on cuda.*a backend for cpu"):
         check_engine(engine, NumpyDevice())
@@ -197,13 +200,34 @@ def test_an_engine_of_another_device_is_refused(bundle: Bundle) -> None:
 
 def test_engines_on_a_device_are_fed_from_the_host(pipe: Any) -> None:
     engine = pipe.engines["vae_decoder"]
-    wrapped = HostEngine(engine).bind({"batch": 1, "height": 8, "width": 8})
+    wrapped = HostEngine(engine, HostLane(torch.device("cpu"), records=True)).bind(
+        {"batch": 1, "height": 8, "width": 8}
+    )
     plain = engine.bind({"batch": 1, "height": 8, "width": 8})
-    latent = np.random.default_rng(0).standard_normal(plain.inputs["latent"].shape).astype(np.float32)
-    for binding in (wrapped, plain):
-        np.copyto(binding.inputs["latent"], latent)
-        binding.enqueue()
-    np.testing.assert_array_equal(wrapped.outputs["image"], plain.outputs["image"])
+    rng = np.random.default_rng(0)
+    for _ in range(4):  # eagerly, recorded, and replayed
+        latent = rng.standard_normal(plain.inputs["latent"].shape).astype(np.float32)
+        for binding in (wrapped, plain):
+            np.copyto(binding.inputs["latent"], latent)
+            binding.enqueue()
+        np.testing.assert_array_equal(wrapped.outputs["image"], plain.outputs["image"])
+
+
+def test_what_the_host_feeds_a_second_time_is_recorded(bundle: Bundle) -> None:
+    engine = open_torch_engine(bundle, bundle.text_encoders[0], RunOptions())
+    wrapped = HostEngine(engine, HostLane(torch.device("cpu"), records=True)).bind({"prompts": 2})
+    plain = engine.bind({"prompts": 2})
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        for name, given in {"input_ids": rng.integers(0, 100, plain.inputs["input_ids"].shape), "clip_skip": 0}.items():
+            for binding in (wrapped, plain):
+                binding.inputs[name][...] = given
+        for binding in (wrapped, plain):
+            binding.enqueue()
+        for name, array in plain.outputs.items():
+            np.testing.assert_array_equal(wrapped.outputs[name], array)
+    assert wrapped._graphs is not None
+    assert (wrapped._graphs.captures, wrapped._graphs.replays, wrapped._graphs.failures) == (1, 3, 0)
 
 
 def test_memory_that_does_not_suffice_is_an_error_with_a_type(bundle: Bundle) -> None:
