@@ -20,7 +20,7 @@ ELEMENTS = 4096
 @triton.jit
 def _moments_kernel(
     x, means, squares, positions, channels, rows_per_tile,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    STEPS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     picture, tile = tl.program_id(0), tl.program_id(1)
     channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
@@ -31,8 +31,8 @@ def _moments_kernel(
     total = tl.zeros((CHANNELS,), tl.float32)
     square = tl.zeros((CHANNELS,), tl.float32)
     end = tl.minimum(begin + rows_per_tile, positions)
-    for at in range(begin, end, ROWS):
-        row = at + tl.arange(0, ROWS)
+    for step in range(STEPS):
+        row = begin + step * ROWS + tl.arange(0, ROWS)
         inside = (row < end)[:, None] & own[None, :]
         value = tl.load(base + row[:, None] * channels + channel[None, :], mask=inside, other=0.0).to(tl.float32)
         value = tl.where(inside, value - first[None, :], 0.0)
@@ -111,8 +111,9 @@ def group_norm(
     means, squares = (torch.empty((pictures, tiles, channels), **of_tiles) for _ in range(2))
     scale, shift = (torch.empty(of_pictures, **of_tiles) for _ in range(2))
     _moments_kernel[pictures, tiles, blocks](
-        rows, means, squares, positions, channels, per_tile, ROWS=tall, CHANNELS=wide
-    )
+        rows, means, squares, positions, channels, per_tile,
+        STEPS=triton.cdiv(per_tile, tall), ROWS=tall, CHANNELS=wide,
+    )  # fmt: skip
     _factors_kernel[pictures, groups](
         means, squares, weight, bias, scale, shift, positions, channels, per_tile, tiles, channels // groups, eps,
         TILES=triton.next_power_of_2(tiles), CHANNELS=triton.next_power_of_2(channels // groups),
