@@ -210,13 +210,20 @@ class Server:
                 self._state = "draining"
             return self._lock.wait_for(lambda: not self._outstanding, timeout)
 
+    def give_up(self) -> None:
+        """Take no more requests, and fail what is not settled with `UnavailableError`, without waiting."""
+        with self._lock:
+            if self._state != "closed":
+                self._state = "draining"
+        self._fail_all(UnavailableError("the server was closed before the request was finished"))
+
     def close(self) -> None:
         """End at once: what is not settled fails with `UnavailableError`."""
         with self._lock:
             if self._state == "closed":
                 return
             self._state = "closed"
-        self._fail_all(UnavailableError("the server was closed before the request was finished"))
+        self.give_up()
         self._stop.set()
         self._scheduler.close(timeout=self._hung_s)
         self._encoder.close(timeout=self._hung_s)

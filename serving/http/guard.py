@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import re
@@ -13,6 +14,7 @@ from urllib.parse import urlsplit
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ...errors import UnavailableError
 from .errors import HttpError, respond
 from .metrics import Metrics
 from .settings import Settings
@@ -68,6 +70,11 @@ class Guard:
             await self._app(scope, receive, named)
         except ClientDisconnect:
             status = status or CLIENT_GONE
+        except asyncio.CancelledError:  # the process ends before the answer is there
+            if status == 0:
+                await respond(UnavailableError("the server was closed before the request was finished"))(
+                    scope, receive, named
+                )
         except Exception as error:
             response = respond(error)
             if response.status_code == 500:
@@ -85,7 +92,7 @@ class Guard:
         if self._settings.hosts and _without_port(host) not in self._settings.hosts:
             raise HttpError(421, "unknown_host", "this host is not served here")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and _authority(origin) != host.lower():
             raise HttpError(403, "foreign_origin", "requests from other origins are refused")
 
     def _check_token(self, path: str, headers: dict[str, str]) -> None:
@@ -94,6 +101,14 @@ class Guard:
         kind, _, token = headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not hmac.compare_digest(token.strip().encode(), self._settings.token.encode()):
             raise HttpError(401, "no_token", "a valid token is needed", headers={"www-authenticate": "Bearer"})
+
+
+def _authority(origin: str) -> str | None:
+    """The host and port of an origin, or `None` for what is none."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
 
 
 def _without_port(host: str) -> str:

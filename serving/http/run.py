@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import logging
+import os
 import socket
 import threading
 import time
@@ -15,9 +16,14 @@ import uvicorn
 from starlette.applications import Starlette
 
 from ...errors import ArgumentError
+from .connections import BoundedConfig, ConnectionLimits, most_connections
 from .service import Service
 
 log = logging.getLogger("fewstep.serving.http")
+CONNECTIONS = 1000
+BACKLOG = 128
+GRACE_S = 2
+"""For answers to be written once everything is settled."""
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -55,7 +61,10 @@ def listen(host: str, port: int) -> list[socket.socket]:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         ):
             at = (address[0], sockets[0].getsockname()[1] if sockets else port)
-            sockets.append(socket.create_server(at, family=family, backlog=2048))
+            # asyncio asks for TCP_NODELAY where a socket says that it is TCP's: without, an answer waits for an
+            # acknowledgement of its headers, 40 ms
+            sockets.append(socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP))
+            _listen_on(sockets[-1], family, at)
     except OSError as error:
         for opened in sockets:
             opened.close()
@@ -67,10 +76,30 @@ def listen(host: str, port: int) -> list[socket.socket]:
     return sockets
 
 
-def serve(app: Starlette, service: Service, listening: list[socket.socket], *, drain_s: float) -> None:
-    """Serve until SIGTERM or SIGINT; then refuse new work with 503, finish what was accepted, and return."""
-    config = uvicorn.Config(
+def _listen_on(opened: socket.socket, family: int, address: tuple[object, object]) -> None:
+    if os.name == "posix":
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6:
+        opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    opened.bind(address)
+    opened.listen(BACKLOG)
+
+
+def serve(
+    app: Starlette,
+    service: Service,
+    listening: list[socket.socket],
+    *,
+    drain_s: float,
+    limits: ConnectionLimits | None = None,
+) -> None:
+    """Serve until SIGTERM or SIGINT; then refuse new work with 503, finish what was accepted, and return.
+
+    What is not finished after `drain_s` is refused with 503 too, and the process ends within `GRACE_S` of that.
+    """
+    config = BoundedConfig(
         app,
+        limits=limits or ConnectionLimits(most=most_connections(CONNECTIONS)),
         access_log=False,
         log_config=None,
         server_header=False,
@@ -78,7 +107,8 @@ def serve(app: Starlette, service: Service, listening: list[socket.socket], *, d
         ws_per_message_deflate=False,  # frames and pictures are compressed already
         h11_max_incomplete_event_size=64 * 1024,
         timeout_keep_alive=15,
-        timeout_graceful_shutdown=max(1, round(drain_s)),
+        timeout_graceful_shutdown=GRACE_S,
+        backlog=BACKLOG,
     )
     _Draining(config, service, drain_s).run(sockets=listening)
 
@@ -102,6 +132,8 @@ class _Draining(uvicorn.Server):
     def _drain(self) -> None:
         drained = self._service.drain(self._drain_s)
         log.info("drained" if drained else "not drained in time: what is left is given up")
+        if not drained:
+            self._service.give_up()
         self.should_exit = True
 
 

@@ -63,6 +63,11 @@ class Service:
         self._draining = True
         return self._server is None or self._server.drain(timeout)
 
+    def give_up(self) -> None:
+        """Refuse what is not finished, with `UnavailableError`; nobody waits for what is being computed."""
+        if self._server is not None:
+            self._server.give_up()
+
     def close(self) -> None:
         if self._server is not None:
             self._server.close()

@@ -17,6 +17,8 @@ import httpx
 import uvicorn
 from fewstep.serving import Server
 from fewstep.serving.http import Metrics, Service, Settings, make_app
+from fewstep.serving.http.connections import BoundedConfig, ConnectionLimits
+from fewstep.serving.http.run import listen
 
 
 def free_port() -> int:
@@ -30,17 +32,22 @@ def serving(load: Any, settings: Settings, *, ready: bool = True) -> Iterator[tu
     """The base URL of a service and the service; `load(observer)` makes its server."""
     metrics = Metrics()
     service = Service(lambda: load(metrics))
-    port = free_port()
-    config = uvicorn.Config(make_app(service, settings, metrics=metrics), port=port, log_config=None, access_log=False)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_until(lambda: server.started)
+    with listening(make_app(service, settings, metrics=metrics), ConnectionLimits(most=100)) as (url, _):
         if ready:
             service.wait(60)
         yield url, service
+
+
+@contextmanager
+def listening(app: Any, limits: ConnectionLimits) -> Iterator[tuple[str, uvicorn.Server]]:
+    """The base URL of an application behind the protocol and the sockets of `fewstep serve`, and uvicorn's server."""
+    sockets = listen("127.0.0.1", 0)
+    server = uvicorn.Server(BoundedConfig(app, limits=limits, log_config=None, access_log=False))
+    thread = threading.Thread(target=server.run, args=(sockets,), daemon=True)
+    thread.start()
+    try:
+        wait_until(lambda: server.started)
+        yield f"http://127.0.0.1:{sockets[0].getsockname()[1]}", server
     finally:
         server.should_exit = True
         thread.join(20)

@@ -1,0 +1,212 @@
+"""Connections under bounds: idle, half-sent, slow, too many; none of them keeps an honest client out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from fewstep.errors import ArgumentError
+from fewstep.serving.http import Settings
+from fewstep.serving.http.connections import ConnectionLimits, most_connections
+from http_service import listening, load_student, serve_process, serving, wait_until
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+LARGE = 64 << 20
+
+
+async def echo(request: Request) -> Response:
+    return PlainTextResponse(str(len(await request.body())))
+
+
+async def large(request: Request) -> Response:
+    return Response(bytes(LARGE))
+
+
+APP = Starlette(routes=[Route("/echo", echo, methods=["GET", "POST"]), Route("/large", large)])
+
+
+def connect(url: str, sent: bytes = b"") -> socket.socket:
+    port = int(url.rpartition(":")[2])
+    opened = socket.create_connection(("127.0.0.1", port), timeout=20)
+    if sent:
+        opened.sendall(sent)
+    return opened
+
+
+def is_closed(opened: socket.socket) -> bool:
+    """Whether the other side has closed; what it said before is read."""
+    opened.settimeout(0.05)
+    try:
+        while opened.recv(1 << 16):
+            pass
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def test_answers_are_not_held_back() -> None:
+    with listening(APP, ConnectionLimits(most=10)) as (url, server), httpx.Client() as client:
+        client.get(f"{url}/echo")
+        (connection,) = server.server_state.connections
+        accepted = connection.transport.get_extra_info("socket")  # type: ignore[union-attr]
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+UNFINISHED = {
+    "nothing": b"",
+    "half a line": b"GET /ec",
+    "half a header": b"GET /echo HTTP/1.1\r\nHost: x\r\nX-",
+    "half a body": b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nabc",
+    "half a chunk": b"POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab",
+    "a second half": b"GET /echo HTTP/1.1\r\nHost: x\r\n\r\nGET /echo HTTP",
+}
+
+
+def test_what_is_not_whole_in_time_is_closed() -> None:
+    limits = ConnectionLimits(most=100, request_s=0.4, bytes_per_s=1e9)
+    with listening(APP, limits) as (url, _):
+        opened = {name: connect(url, sent) for name, sent in UNFINISHED.items()}
+        dripping = connect(url, UNFINISHED["half a header"])
+        with httpx.Client() as client:
+            for _ in range(20):
+                assert client.get(f"{url}/echo").text == "0"
+                try:
+                    dripping.sendall(b"a")
+                except OSError:
+                    break
+                time.sleep(0.05)
+            # a byte now and then earns no time
+            wait_until(lambda: is_closed(dripping), 10)
+            for name, one in opened.items():
+                wait_until(lambda one=one: is_closed(one), 10)
+                assert one, name
+            assert client.get(f"{url}/echo").text == "0", "a client between two requests is left alone"
+        wait_until(lambda: not limits.open, 10)
+        assert limits.closed == len(opened) + 1
+
+
+def test_a_body_that_keeps_coming_is_waited_for() -> None:
+    limits = ConnectionLimits(most=10, request_s=0.3, bytes_per_s=1000.0)
+    with listening(APP, limits) as (url, _):
+        slow = connect(url, b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 6000\r\n\r\n")
+        for _ in range(6):
+            slow.sendall(bytes(1000))
+            time.sleep(0.15)
+        assert slow.recv(1 << 16).endswith(b"6000")
+        assert limits.closed == 0
+
+
+def test_idle_connections_keep_nobody_out(caplog: pytest.LogCaptureFixture) -> None:
+    limits = ConnectionLimits(most=8, request_s=60.0)
+    began = time.monotonic()
+    with caplog.at_level(logging.WARNING), listening(APP, limits) as (url, _):
+        idle = []
+        with httpx.Client() as kept:
+            assert kept.get(f"{url}/echo").text == "0"
+            for _ in range(40):
+                idle.append(connect(url))
+                assert len(limits.open) <= 8
+                assert httpx.get(f"{url}/echo").text == "0", "a new client"
+            assert kept.get(f"{url}/echo").text == "0", "a client from before, on another connection if need be"
+        assert sum(map(is_closed, idle)) >= 32
+    said = [r for r in caplog.records if "more connections than are kept" in r.getMessage()]
+    assert 1 <= len(said) <= 2 + (time.monotonic() - began), "once a second at most"
+    for one in idle:
+        one.close()
+
+
+def test_a_peer_that_does_not_read_is_closed() -> None:
+    limits = ConnectionLimits(most=10, answer_s=0.4)
+    with listening(APP, limits) as (url, _):
+        deaf = connect(url, b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
+        wait_until(lambda: limits.closed == 1, 20)
+        reading = httpx.get(f"{url}/large", timeout=60)
+        assert len(reading.content) == LARGE, "one that reads gets all of it"
+        assert limits.closed == 1
+        deaf.close()
+
+
+def test_as_many_as_the_limit_of_open_files_admits(monkeypatch: pytest.MonkeyPatch) -> None:
+    resource = pytest.importorskip("resource")
+    for files, most in ((1024, 960), (64, 8), (1 << 20, 1000), (resource.RLIM_INFINITY, 1000)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, files=files: (files, files))
+        assert most_connections(1000) == most
+    with pytest.raises(ArgumentError, match="above 0"):
+        ConnectionLimits(most=0)
+
+
+@pytest.fixture
+def asked() -> Iterator[Any]:
+    """Asks for work in threads; what came of it."""
+    answers: list[httpx.Response | Exception] = []
+    threads: list[threading.Thread] = []
+
+    def ask(url: str, times: int) -> list[httpx.Response | Exception]:
+        def one() -> None:
+            body = {"prompt": "a red circle", "n": 8, "num_inference_steps": 100}
+            try:
+                answers.append(httpx.post(f"{url}/v1/images/generations", json=body, timeout=120))
+            except httpx.HTTPError as error:
+                answers.append(error)
+
+        threads.extend(threading.Thread(target=one) for _ in range(times))
+        for thread in threads:
+            thread.start()
+        return answers
+
+    yield ask
+    for thread in threads:
+        thread.join(60)
+
+
+def test_sigterm_with_work_left_refuses_it_in_words(asked: Any) -> None:
+    with serve_process("--drain", "1", "--most-work", "100000", "--queue", "1000") as (url, process):
+        answers = asked(url, 6)
+        wait_until(lambda: "fewstep_slots_in_use 32.0" in httpx.get(f"{url}/metrics").text)
+        half = connect(url, UNFINISHED["half a body"])
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        wait_until(lambda: len(answers) == 6)
+        for answer in answers:
+            assert isinstance(answer, httpx.Response), answer
+            assert answer.status_code in (200, 503)
+            if answer.status_code == 503:
+                assert answer.json()["error"]["code"] == "unavailable"
+        assert any(a.status_code == 503 for a in answers)
+        assert process.stderr is not None
+        log = process.stderr.read()
+        records = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+        assert "not drained in time: what is left is given up" in {r["message"] for r in records}
+        assert "Traceback" not in log
+        assert not [r for r in records if r["level"] == "error"]
+        half.close()
+
+
+@pytest.mark.parametrize("origin", ["http://[", "http://[::1", "//", "null", "http://\xe9"])
+def test_an_origin_that_is_none_is_refused(student: Any, origin: str) -> None:
+
+    with serving(load_student(student, most_slots=1, most_rows=1), Settings(model="m", hosts=("127.0.0.1",))) as (
+        url,
+        _,
+    ):
+        head = f"GET /v1/models HTTP/1.1\r\nHost: {url.removeprefix('http://')}\r\nOrigin: {origin}\r\n"
+        for more in (
+            "\r\n",
+            "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+            "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
+        ):
+            answer = connect(url, (head + more).encode("latin-1")).recv(1 << 16)
+            assert answer.split(b" ")[1] == b"403", answer[:200]
