@@ -23,6 +23,7 @@ from ..errors import ArgumentError, UnsupportedError
 from .loader import load
 from .noise.seeds import Gaussians, TorchCpuGenerator
 from .noise.torch_state import is_generator, read_generator, seed_of, write_back
+from .pictures.reading import as_stored
 from .pipeline import Pipeline
 from .programs import step_options
 from .request import Request, make_request
@@ -243,14 +244,14 @@ def _seeds(own: Sequence[tuple[Any, Gaussians]]) -> dict[str, Any]:
 
 
 def _pictures(name: str, given: Any) -> list[Any]:
-    """Pillow images, one or several."""
+    """Pillow images, one or several, as their pixels lie: diffusers turns them in `load_image` and nowhere else."""
     from PIL import Image as pillow
 
     pictures = list(given) if isinstance(given, (list, tuple)) else [given]
     if not pictures or not all(isinstance(p, pillow.Image) for p in pictures):
         kinds = ", ".join(sorted({type(p).__name__ for p in pictures})) or "nothing"
         raise UnsupportedError(f"{name} is {kinds}", expected="a Pillow image, or a list of them")
-    return pictures
+    return [as_stored(p) for p in pictures]
 
 
 def _tensor(array: np.ndarray[Any, Any]) -> Any:

@@ -1,11 +1,10 @@
-"""Images in and out: decoding with caps, a stated resize policy, PNGs that say how they were made."""
+"""Pictures out, and as networks take them: PNGs that say how they were made, and pixels from -1 to 1."""
 
 from __future__ import annotations
 
 import json
 import os
 import shlex
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,62 +13,13 @@ import numpy as np
 
 from ...errors import ArgumentError, CorruptError, MissingError
 from ..arrays import Float32, UInt8
+from .reading import MOST_PIXELS, existing_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MOST_PIXELS = 64 * 1024 * 1024
-MOST_BYTES = 64 * 1024 * 1024
-FORMATS = ("PNG", "JPEG", "WEBP")
 TEXT_KEY = "parameters"
 JSON_KEY = "fewstep"
-
-
-def open_image(source: str | os.PathLike[str] | Image | UInt8) -> Image:
-    """An RGB picture from a file (PNG, JPEG or WebP), a Pillow image, or a uint8 array [H, W, 3].
-
-    Size in bytes and in pixels is checked before anything is decoded; of several frames the first is taken.
-    """
-    from PIL import Image as pillow
-
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or 0 in source.shape:
-            raise ArgumentError(f"the image is an array {source.dtype} {source.shape}", expected="uint8 [H, W, 3]")
-        return pillow.fromarray(source)
-    if isinstance(source, pillow.Image):
-        return source.convert("RGB")
-    if not isinstance(source, (str, os.PathLike)):
-        raise ArgumentError(
-            f"the image is {type(source).__name__}", expected="a path, a Pillow image or uint8 [H, W, 3]"
-        )
-    path = _existing_file(source)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pillow.DecompressionBombWarning)
-            with pillow.open(path, formats=FORMATS) as image:
-                if image.width * image.height > MOST_PIXELS:
-                    raise ArgumentError(
-                        f"{path.name} is {image.width}x{image.height}", expected=f"at most {MOST_PIXELS} pixels"
-                    )
-                return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError, pillow.DecompressionBombWarning) as error:
-        raise CorruptError(
-            f"{path.name} cannot be read as an image", expected="a whole PNG, JPEG or WebP file"
-        ) from error
-
-
-def _existing_file(source: str | os.PathLike[str]) -> Path:
-    """The path, if there is a file of at most `MOST_BYTES`."""
-    path = Path(source)
-    try:
-        exists = path.is_file()
-    except (OSError, ValueError):
-        exists = False
-    if not exists:
-        raise MissingError(f"no file {str(source)[:200]!r}", expected="a picture")
-    if path.stat().st_size > MOST_BYTES:
-        raise ArgumentError(f"{path.name} has {path.stat().st_size} bytes", expected=f"at most {MOST_BYTES}")
-    return path
 
 
 def check_output(path: str | os.PathLike[str]) -> Path:
@@ -117,7 +67,7 @@ def read_parameters(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The parameters in a PNG that fewstep wrote; `CorruptError` when there are none."""
     from PIL import Image as pillow
 
-    file = _existing_file(path)
+    file = existing_file(path)
     try:
         with pillow.open(file, formats=("PNG",)) as image:
             if image.width * image.height > MOST_PIXELS:

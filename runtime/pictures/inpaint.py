@@ -10,6 +10,7 @@ import numpy as np
 from ...errors import ArgumentError, UnsupportedError
 from ...schedules import Program
 from ..arrays import Float32
+from .reading import open_as_is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -80,12 +81,8 @@ def open_mask(given: Any) -> Any:
     """A mask as a Pillow image: from a file or a Pillow image, or an array [H, W] of uint8, bool, or floats 0 to 1."""
     from PIL import Image as pillow
 
-    from .images import open_image
-
-    if isinstance(given, pillow.Image):
-        return given if given.mode in {"1", "L"} else given.convert("RGB")
     if not isinstance(given, np.ndarray):
-        return open_image(given)
+        return open_as_is(given)
     values = given[..., 0] if given.ndim == 3 and given.shape[-1] == 1 else given
     if values.ndim != 2 or 0 in values.shape:
         raise ArgumentError(f"the mask is an array {given.dtype} {list(given.shape)}", expected="[H, W]")

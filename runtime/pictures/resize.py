@@ -12,8 +12,9 @@ from ...bundle import Bundle
 from ...errors import ArgumentError, UnknownNameError
 from ..arrays import Float32
 from ..call import Call
-from .images import MOST_PIXELS, open_image, to_unit
+from .images import to_unit
 from .inpaint import open_mask, to_latent_mask
+from .reading import MOST_PIXELS, open_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import UploadFile
@@ -11,13 +12,15 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
-from ...runtime.pictures.images import FORMATS
-from .errors import HttpError
+from ...errors import ArgumentError, CorruptError
+from ...runtime.pictures.reading import open_alpha, open_image
+from .errors import HttpError, shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 MOST_FIELDS = 40
+MOST_FILES = 4
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -46,11 +49,11 @@ def check_content_type(request: Request, expected: str) -> None:
         raise HttpError(415, "unsupported_media_type", f"the content type must be {expected}")
 
 
-async def read_form(request: Request, limit: int) -> tuple[dict[str, Any], list[bytes]]:
-    """The fields of a multipart form, and the files called `image` or `image[]`, of `limit` bytes together."""
+async def read_form(request: Request, limit: int) -> tuple[dict[str, Any], dict[str, list[bytes]]]:
+    """The fields of a multipart form, and its files `image` (or `image[]`) and `mask`, of `limit` bytes together."""
     check_content_type(request, "multipart/form-data")
     parser = MultiPartParser(
-        request.headers, _capped(request, limit), max_files=2, max_fields=MOST_FIELDS, max_part_size=64 * 1024
+        request.headers, _capped(request, limit), max_files=MOST_FILES, max_fields=MOST_FIELDS, max_part_size=64 * 1024
     )
     try:
         form = await parser.parse()
@@ -59,38 +62,55 @@ async def read_form(request: Request, limit: int) -> tuple[dict[str, Any], list[
             raise
         raise HttpError(400, "invalid_request", "the form cannot be read") from error
     fields: dict[str, Any] = {}
-    pictures = []
+    files: dict[str, list[bytes]] = {"image": [], "mask": []}
     try:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):
-                if name not in ("image", "image[]"):
-                    raise HttpError(400, "invalid_request", "the form has a file that is not called image")
-                pictures.append(await value.read())
+                kind = name.removesuffix("[]")
+                if kind not in files:
+                    raise HttpError(
+                        400, "invalid_request", f"the form has a file {shown(name)}; image and mask are taken"
+                    )
+                files[kind].append(await value.read())
             elif name in fields:
-                raise HttpError(400, "invalid_request", "the form has a field twice")
+                raise HttpError(400, "invalid_request", f"the form has the field {shown(name)} twice")
             else:
                 fields[name] = value
     finally:
         await form.close()
-    return fields, pictures
+    return fields, files
 
 
 def open_picture(data: bytes, most_pixels: int) -> Image:
-    """An RGB picture from a PNG, JPEG or WebP file's bytes: first frame, no metadata. Errors are `HttpError` 422."""
-    from PIL import Image as pillow
+    """An upright RGB picture from a PNG, JPEG or WebP file's bytes. Errors are `HttpError` 422."""
+    with _refused("image"):
+        return open_image(data, most_pixels=most_pixels)
 
+
+def open_clear_mask(data: bytes, most_pixels: int, size: tuple[int, int]) -> Image:
+    """A mask as OpenAI defines it, in grey: white where the file is fully transparent, black elsewhere.
+
+    It has the picture's `size` (width, height) in pixels. Errors are `HttpError` 422.
+    """
+    with _refused("mask"):
+        alpha = open_alpha(data, most_pixels=most_pixels)
+    if alpha is None:
+        raise HttpError(
+            422, "invalid_image", "the mask has no transparency; what is fully transparent is made anew", param="mask"
+        )
+    if alpha.size != size:
+        shown = f"{alpha.width}x{alpha.height}", f"{size[0]}x{size[1]}"
+        raise HttpError(422, "invalid_image", f"the mask is {shown[0]} and the image {shown[1]}", param="mask")
+    return alpha.point([255] + [0] * 255)
+
+
+@contextmanager
+def _refused(name: str) -> Iterator[None]:
+    """The runtime's refusals of a picture as answers that name the form's file."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pillow.DecompressionBombWarning)
-            with pillow.open(io.BytesIO(data), formats=FORMATS) as image:
-                if image.width * image.height > most_pixels:
-                    raise HttpError(
-                        422, "invalid_image", f"the image has {image.width}x{image.height} pixels; at most "
-                        f"{most_pixels} are taken"
-                    )  # fmt: skip
-                return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError, pillow.DecompressionBombWarning) as error:
-        raise HttpError(422, "invalid_image", "the image is no whole PNG, JPEG or WebP file") from error
+        yield
+    except (ArgumentError, CorruptError) as error:
+        raise HttpError(422, "invalid_image", f"{name}: {error}", param=name) from error
 
 
 def encode_picture(pixels: Any, kind: str, quality: int | None) -> bytes:
@@ -105,4 +125,12 @@ def encode_picture(pixels: Any, kind: str, quality: int | None) -> bytes:
     return out.getvalue()
 
 
-__all__ = ["ClientDisconnect", "check_content_type", "encode_picture", "open_picture", "read_body", "read_form"]
+__all__ = [
+    "ClientDisconnect",
+    "check_content_type",
+    "encode_picture",
+    "open_clear_mask",
+    "open_picture",
+    "read_body",
+    "read_form",
+]

@@ -46,6 +46,11 @@ class HttpError(Exception):
         self.param = param
 
 
+def shown(name: str) -> str:
+    """A field's name as an answer may repeat it: short, and printable ASCII."""
+    return ascii(name[:64])
+
+
 def describe(error: BaseException) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Status, body and headers for an error; of unexpected ones nothing is told."""
     if isinstance(error, HttpError):

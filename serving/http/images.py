@@ -15,7 +15,7 @@ from starlette.responses import Response, StreamingResponse
 from ...runtime.result import Result, Step
 from ..server import Server
 from ..ticket import Ticket
-from .bodies import check_content_type, encode_picture, open_picture, read_body, read_form
+from .bodies import check_content_type, encode_picture, open_clear_mask, open_picture, read_body, read_form
 from .calls import Calls, arguments, make_calls
 from .errors import HttpError, describe, json_response
 from .service import Service
@@ -43,13 +43,11 @@ class ImageRoutes:
         return await self._run(request, server, calls.generation_from(body), {}, "image_generation")
 
     async def edit(self, request: Request) -> Response:
-        fields, pictures = await read_form(request, self._settings.body_bytes)
+        fields, files = await read_form(request, self._settings.body_bytes)
         server, calls = self._ready()
         call = calls.edit_from(fields)
-        if len(pictures) != 1:
-            raise HttpError(400, "invalid_request", f"the form has {len(pictures)} images; one is taken")
-        image = await asyncio.to_thread(open_picture, pictures[0], self._settings.picture_pixels)
-        return await self._run(request, server, call, {"image": image, "strength": call.strength}, "image_edit")
+        pictures = await asyncio.to_thread(_pictures, files, self._settings.picture_pixels)
+        return await self._run(request, server, call, {**pictures, "strength": call.strength}, "image_edit")
 
     async def _run(self, request: Request, server: Server, call: Any, extra: dict[str, Any], kind: str) -> Response:
         if call.model is not None and call.model not in self._settings.models:
@@ -68,6 +66,18 @@ class ImageRoutes:
         result = await _or_gone(request, ticket)
         pictures = await asyncio.to_thread(_encode_all, result, call)
         return json_response(_answer(result, call, pictures))
+
+
+def _pictures(files: dict[str, list[bytes]], most_pixels: int) -> dict[str, Any]:
+    """The picture of a form, and its mask, as a call takes them."""
+    for name, fewest in (("image", 1), ("mask", 0)):
+        if not fewest <= len(files[name]) <= 1:
+            raise HttpError(
+                400, "invalid_request", f"the form has {len(files[name])} {name}s; one is taken", param=name
+            )
+    image = open_picture(files["image"][0], most_pixels)
+    masks = [open_clear_mask(data, most_pixels, image.size) for data in files["mask"]]
+    return {"image": image, "mask": masks[0] if masks else None}
 
 
 _NO_CACHE = {"cache-control": "no-store", "x-accel-buffering": "no"}
