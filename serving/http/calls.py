@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import msgspec
 from msgspec import Meta
 
-from .errors import HttpError
+from .errors import HttpError, shown
 from .settings import Settings
 
 LARGEST_SEED = 2**63 - 1024
@@ -48,7 +48,8 @@ class Calls:
         text, _, path = str(error).partition(" - at `$.")
         param = path.removesuffix("`") or None
         if "unknown field" in text:
-            text = "the request has a field that is not known"
+            param = shown(text.rpartition("unknown field `")[2].removesuffix("`"))[1:-1]
+            text = "there is no such field"
         elif param in self.choices and text.startswith("Invalid enum value"):
             text = f"expected one of {', '.join(self.choices[param])}"
         return HttpError(400, "invalid_request", f"{param}: {text}"[:300] if param else text[:300], param=param)
@@ -58,7 +59,8 @@ def make_calls(settings: Settings, sizes: Sequence[tuple[int, int]]) -> Calls:
     """The call types for a server of these sizes (width, height in pixels)."""
     shared = _fields(settings, [f"{w}x{h}" for w, h in sizes])
     named: dict[str, Any] = {"kw_only": True, "forbid_unknown_fields": True, "module": __name__}
-    edit = [*shared, ("strength", Annotated[float, Meta(gt=0.0, le=1.0, description="share of steps to run")], 0.8)]
+    share = Meta(gt=0.0, le=1.0, description="share of steps to run; default: 0.8, with a mask 1")
+    edit = [*shared, ("strength", Annotated[float, share] | None, None)]
     return Calls(
         generation=msgspec.defstruct("ImageGeneration", shared, **named),
         edit=msgspec.defstruct("ImageEdit", edit, **named),

@@ -74,7 +74,11 @@ def openapi_document(settings: Settings, sizes: Sequence[tuple[int, int]]) -> di
     _, schemas = msgspec.json.schema_components(
         [calls.generation, calls.edit], ref_template="#/components/schemas/{name}"
     )
-    schemas["ImageEdit"]["properties"]["image"] = {"type": "string", "format": "binary"}
+    binary = {"type": "string", "format": "binary"}
+    schemas["ImageEdit"]["properties"] |= {
+        "image": binary,
+        "mask": {**binary, "description": "of the image's size; what is fully transparent is made anew"},
+    }
     schemas["ImageEdit"]["required"] = [*schemas["ImageEdit"].get("required", []), "image"]
     schemas |= {"Error": ERROR, "Images": IMAGES, "Model": MODEL, "Status": STATUS}
     document: dict[str, Any] = {

@@ -127,6 +127,43 @@ def test_bad_bodies_are_refused(url: str, body: bytes, status: int) -> None:
     assert "aaaa" not in answer.text, "what was sent is not repeated"
 
 
+def test_a_field_that_is_not_known_is_named(url: str) -> None:
+    for name in ("guidance", "negative", "x`y", "\u202e\x1b[31m", "n" * 500):
+        error = generate(url, **{name: 1}).json()["error"]
+        assert error["param"] in error["message"]
+        assert error["param"] == ascii(name[:64])[1:-1], "short, and nothing that a terminal obeys"
+    data = {"prompt": "a", "sted": "1"}
+    error = httpx.post(f"{url}/v1/images/edits", data=data, files={"image": ("x", png())}).json()["error"]
+    assert (error["param"], error["message"]) == ("sted", "sted: there is no such field")
+    files = {"image": ("x", png()), "masque": ("x", png())}
+    assert "'masque'" in httpx.post(f"{url}/v1/images/edits", data=data, files=files).json()["error"]["message"]
+
+
+def test_a_masked_edit_repaints_what_is_clear(url: str, student: fewstep.Pipeline, psnr) -> None:
+    """OpenAI's own call: the mask's fully transparent part is made anew, as the pipeline inpaints it."""
+    client = openai.OpenAI(api_key="none", base_url=f"{url}/v1", max_retries=0)
+    alpha = np.full((64, 64), 255, np.uint8)
+    alpha[16:48, 8:40], alpha[:8] = 0, 1
+    clear = Image.new("RGB", (64, 64), "white")
+    clear.putalpha(Image.fromarray(alpha))
+    out = io.BytesIO()
+    clear.save(out, "PNG")
+    asked = {"model": "student", "prompt": "a green ring", "image": ("a.png", png())}
+    edited = client.images.edit(**asked, mask=("m.png", out.getvalue()), extra_body={"seed": 1})
+    white = np.where(alpha == 0, 255, 0).astype(np.uint8)
+    alone = student("a green ring", image=Image.open(io.BytesIO(png())), mask=white, seed=1)
+    assert psnr(pixels(edited.data[0].b64_json), alone.images[0]) >= 75.0
+    whole = client.images.edit(**asked, extra_body={"seed": 1, "strength": 1.0})
+    assert psnr(pixels(edited.data[0].b64_json), pixels(whole.data[0].b64_json)) < 30, "the mask shows"
+    for mask, words in ((png(), "no transparency"), (out.getvalue()[:80], "mask"), (b"", "mask")):
+        with pytest.raises(openai.UnprocessableEntityError, match=words):
+            client.images.edit(**asked, mask=("m.png", mask))
+    small = io.BytesIO()
+    clear.resize((32, 64)).save(small, "PNG")
+    with pytest.raises(openai.UnprocessableEntityError, match="32x64 and the image 64x64"):
+        client.images.edit(**asked, mask=("m.png", small.getvalue()))
+
+
 def test_prompts_of_any_kind(url: str) -> None:
     for prompt in ("", "\0", "שלום", "🟥" * 50, "a" * 4000, "  ", "((((a:1.5", "\u202eabc"):
         answer = generate(url, prompt=prompt, num_inference_steps=1)
@@ -169,7 +206,10 @@ def test_bad_forms_are_refused(url: str) -> None:
         return answer.status_code, answer.json()["error"]["code"]
 
     assert post(data={"prompt": "a"})[0] == 415
-    assert post(files={"image": ("x", png()), "mask": ("y", png())}, data={"prompt": "a"})[0] == 400
+    assert post(files={"image": ("x", png()), "masque": ("y", png())}, data={"prompt": "a"})[0] == 400
+    assert post(files={"image": ("x", png()), "mask": ("y", png())}, data={"prompt": "a"}) == (422, "invalid_image")
+    clear = [("image", ("x", png())), *[("mask", ("y", png()))] * 2]
+    assert post(files=clear, data={"prompt": "a"}) == (400, "invalid_request")
     assert post(files=[("image", ("x", png())), ("image", ("y", png()))], data={"prompt": "a"})[0] == 400
     assert post(files={"image": ("x", png())})[0] == 400
     assert post(files={"image": ("x", png())}, data={"prompt": "a", "strength": "nan"})[0] == 400
