@@ -22,7 +22,7 @@ from ...errors import CorruptError, UnsupportedError
 from ...families import all_families
 from .folder import LoraFile
 from .singlefile import original_name
-from .weights import Stored, convert, open_tensors
+from .weights import Stored, convert, open_tensors, read_number
 
 _ROLE = re.compile(
     r"(?P<module>.+?)(?:\.lora_(?P<ab>A|B)|\.lora_(?P<ko>down|up)|(?:\.lora|\.lora_linear_layer|_lora)\.(?P<du>down|up))"
@@ -162,7 +162,7 @@ def _read(lora: LoraFile, targets: Mapping[str, Target]) -> Iterable[tuple[str, 
             side = "down" if (role["ab"] or role["ko"] or role["du"]) in _DOWN else "up"
             pairs.setdefault(role["module"], {})[side] = stored
         elif name.endswith(".alpha") and math.prod(stored.shape) == 1:
-            alphas[name.removesuffix(".alpha")] = float(convert(stored, "float32", name)[0])
+            alphas[name.removesuffix(".alpha")] = read_number(stored, name)
         else:
             strange.append(name)
     places = {module: _resolve(module, targets) for module in pairs}

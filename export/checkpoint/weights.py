@@ -17,7 +17,8 @@ from ...errors import CorruptError, MissingError, UnsafeFileError, UnsupportedEr
 from ..trace.graphs import Parameter, TracedGraph
 from ..trace.layout import CODES, plan_layout
 
-_NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8"}
+_FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_INTEGERS = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
 _VAE_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 
@@ -75,10 +76,6 @@ def _map(path: Path, names: set[str]) -> dict[str, Stored]:
     for name in names:
         entry = header[name]
         code, shape = entry["dtype"], tuple(entry["shape"])
-        if code not in _NUMPY:
-            raise UnsupportedError(
-                f"tensor {name!r} in {path.name} has dtype {code}", expected=f"one of {', '.join(_NUMPY)}"
-            )
         begin, end = entry["data_offsets"]
         raw = np.frombuffer(view, dtype=np.uint8, count=end - begin, offset=start + begin)
         release = partial(_drop_pages, view, start + begin, start + end)
@@ -94,15 +91,14 @@ def _drop_pages(view: mmap.mmap, begin: int, end: int) -> None:
 
 
 def convert(stored: Stored, dtype: str, name: str) -> np.ndarray:
-    """A tensor's bytes in another precision, as a flat array; `CorruptError` for values that are not finite there."""
-    raw = (
-        stored.data.view(_NUMPY[stored.dtype])
-        if len(stored.data) % np.dtype(_NUMPY[stored.dtype]).itemsize == 0
-        else stored.data
-    )
-    if stored.dtype == "I64":
-        return raw
-    same = CODES[dtype] == stored.dtype
+    """A weight's values in another precision, as a flat array.
+
+    Raises `CorruptError` for a weight that is no float, or whose values are not finite or not so in float32, and
+    `UnsupportedError` for floats of 8 bits and for values that are finite, but not in `dtype`.
+    """
+    if dtype == "int64" and stored.dtype == "I64":
+        return stored.data.view("<i8")
+    raw = stored.data.view(_FLOATS[_float_code(stored, name)])
     wide = _bf16_to_f32(raw) if stored.dtype == "BF16" else raw
     if not np.isfinite(wide).all():
         raise CorruptError(
@@ -110,17 +106,48 @@ def convert(stored: Stored, dtype: str, name: str) -> np.ndarray:
             expected="finite weights",
             remedy="Take another copy of the checkpoint.",
         )
-    if same:
+    if CODES[dtype] == stored.dtype:
         return raw
-    if dtype == "bfloat16":
-        return _f32_to_bf16(wide.astype(np.float32))
     with np.errstate(over="ignore"):
-        values = wide.astype(np.float16 if dtype == "float16" else np.float32)
-    if dtype == "float16" and not np.isfinite(values).all():
+        single = wide.astype(np.float32)
+        if stored.dtype == "F64" and not np.isfinite(single).all():
+            raise CorruptError(
+                f"tensor {name!r} holds values of float64 that float32 does not",
+                expected="weights below 3.4e38",
+                remedy="Take another copy of the checkpoint.",
+            )
+        if dtype == "float32":
+            return single
+        values = _f32_to_bf16(single) if dtype == "bfloat16" else single.astype(np.float16)
+    if not np.isfinite(_bf16_to_f32(values) if dtype == "bfloat16" else values).all():
+        others = "bfloat16 or float32" if dtype == "float16" else "float32"
         raise UnsupportedError(
-            f"tensor {name!r} does not fit float16", remedy="Export this component with --dtype bfloat16 or float32."
+            f"tensor {name!r} does not fit {dtype}", remedy=f"Export this component with --dtype {others}."
         )
     return values
+
+
+def read_number(stored: Stored, name: str) -> float:
+    """A tensor of one element, of floats or of integers (a LoRA's alpha may be either), as a number."""
+    if stored.dtype in _INTEGERS:
+        return float(stored.data.view(_INTEGERS[stored.dtype])[0])
+    return float(convert(stored, "float32", name)[0])
+
+
+def _float_code(stored: Stored, name: str) -> str:
+    """The dtype of a weight; only a tensor that is needed is asked."""
+    if stored.dtype in _FLOATS:
+        return stored.dtype
+    expected = f"one of {', '.join(_FLOATS)}"
+    if stored.dtype.startswith("F"):
+        raise UnsupportedError(
+            f"weight {name!r} has dtype {stored.dtype}",
+            expected=expected,
+            remedy="Take the checkpoint in float16 or float32, or convert it first.",
+        )
+    raise CorruptError(
+        f"weight {name!r} has dtype {stored.dtype}", expected=expected, remedy="Take another copy of the checkpoint."
+    )
 
 
 def _bf16_to_f32(raw: np.ndarray) -> np.ndarray:

@@ -17,9 +17,13 @@ from fewstep.errors import (
     UnsafeFileError,
     UnsupportedError,
 )
+from fewstep.export import export_bundle
+from fewstep.export.checkpoint.weights import Stored, convert
 from fewstep.export.trace.trace import _refusing
 from refusals import edit, refused
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch
+from safetensors.torch import save_file as save_torch
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -139,6 +143,64 @@ def test_weights_that_are_not_finite(tiny_sd1: Path, tmp_path: Path) -> None:
     weights["conv_in.bias"] = np.full_like(weights["conv_in.bias"], np.nan)
     save_file(weights, bad / UNET)
     refused(bad, tmp_path / "b", CorruptError, "NaN or infinity", gate=False)
+
+
+def tensors_of(path: Path, changes: dict[str, torch.Tensor]) -> None:
+    save_torch({**load_torch(path), **changes}, path)
+
+
+NEEDED = {"unet": "conv_out.bias", "vae": "decoder.conv_in.bias", "text_encoder": "final_layer_norm.bias"}
+WEIGHTS = {n: f"{n}/{'model' if n == 'text_encoder' else 'diffusion_pytorch_model'}.safetensors" for n in NEEDED}
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+EIGHTS = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@pytest.mark.parametrize("dtype", [*INTEGERS, *EIGHTS], ids=str)
+def test_a_weight_of_another_dtype_is_refused(tiny_sd1: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    code = {**dict(zip(INTEGERS, ("I64", "I32", "I16", "I8", "U8", "BOOL"), strict=True))}.get(dtype, "F8_")
+    kind = UnsupportedError if dtype in EIGHTS else CorruptError
+    for part, key in NEEDED.items():
+        bad = copy(tiny_sd1, tmp_path / part)
+        name, own = next((n, t) for n, t in load_torch(bad / WEIGHTS[part]).items() if n.endswith(key))
+        tensors_of(bad / WEIGHTS[part], {name: torch.ones(own.shape).to(dtype)})
+        refused(bad, tmp_path / "b", kind, f"{key}.*has dtype {code}.*expected one of F64, F32", gate=False)
+
+
+@pytest.mark.parametrize("dtype", [*INTEGERS, *EIGHTS, torch.complex64], ids=str)
+def test_a_tensor_that_nobody_needs_decides_nothing(tiny_sd1: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    """Counters, masks and positions lie in files beside the weights, in whatever dtype."""
+    good = copy(tiny_sd1, tmp_path / "good")
+    for path in WEIGHTS.values():
+        tensors_of(good / path, {"num_updates": torch.ones(()).to(dtype), "position_ids": torch.ones(1, 77).to(dtype)})
+    found = export_bundle(good, tmp_path / "b", gate=False)
+    plain = export_bundle(tiny_sd1, tmp_path / "plain", gate=False)
+    for name, component in plain.components.items():
+        assert found.components[name].weights_sha256 == component.weights_sha256
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "kind", "words"),
+    [
+        (1e300, "float32", CorruptError, "float64 that float32 does not"),
+        (-4e38, "bfloat16", CorruptError, "float64 that float32 does not"),
+        (3.4e38, "bfloat16", UnsupportedError, "does not fit bfloat16"),
+        (7e4, "float16", UnsupportedError, "does not fit float16"),
+    ],
+)
+def test_values_that_do_not_fit(value: float, dtype: str, kind: Any, words: str) -> None:
+    values = np.array([1.0, value])
+    with pytest.raises(kind, match=words):
+        convert(Stored(dtype="F64", shape=(2,), data=values.view(np.uint8)), dtype, "w")
+
+
+def test_weights_in_float64_are_rounded_to_float32(tiny_sd1: Path, tmp_path: Path) -> None:
+    double = copy(tiny_sd1, tmp_path / "double")
+    own = load_torch(double / UNET)["conv_out.bias"].double() / 3
+    tensors_of(double / UNET, {"conv_out.bias": own})
+    found = export_bundle(double, tmp_path / "b", gate=False)
+    np.testing.assert_array_equal(load_file(found.path("unet.safetensors"))["model.conv_out.bias"], own.float())
+    tensors_of(double / UNET, {"conv_out.bias": torch.full_like(own, 1e300)})
+    refused(double, tmp_path / "c", CorruptError, "conv_out.bias.*float64 that float32 does not", gate=False)
 
 
 def test_missing_and_misshapen_weights(tiny_sd1: Path, tmp_path: Path) -> None:
