@@ -116,19 +116,25 @@ class Component:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokenizer:
-    """A `tokenizer.json` in the bundle, the length its encoder takes, and the token that fills the rest."""
+    """A `tokenizer.json` in the bundle, the length its encoder takes, and the token that fills the rest.
+
+    Bundles of older exports do not state its SHA-256.
+    """
 
     file: str
     length: int
     pad_id: int
     bos_id: int
     eos_id: int
+    sha256: str | None = None
 
     def __post_init__(self) -> None:
         _text("a tokenizer's file", self.file)
         _count("a tokenizer's length", self.length, 3)
         for name in ("pad_id", "bos_id", "eos_id"):
             _count(f"a tokenizer's {name}", getattr(self, name), 0)
+        if self.sha256 is not None:
+            _text("a tokenizer's sha256", self.sha256, _SHA256)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,6 +29,14 @@ def define(parser: argparse.ArgumentParser) -> None:
         help="fuse a LoRA, with a factor (default: 1); repeatable",
     )
     parser.add_argument(
+        "--embedding",
+        type=embedding,
+        action="append",
+        default=[],
+        metavar="[NAME=]FILE",
+        help="a word of textual inversion, by its own name or by this one; repeatable",
+    )
+    parser.add_argument(
         "--preset", help="what the checkpoint was distilled for, like sd-turbo (default: told from its names)"
     )
     parser.add_argument(
@@ -58,6 +66,12 @@ def lora(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
+def embedding(text: str) -> tuple[str | None, str]:
+    """`<toy>=toy.safetensors` as (name, file); without a name the file has its own."""
+    name, equals, file = text.rpartition("=")
+    return (name, file) if equals else (None, text)
+
+
 def execute(options: argparse.Namespace) -> int:
     from ..export import Progress, describe, export_bundle
 
@@ -78,6 +92,7 @@ def execute(options: argparse.Namespace) -> int:
             unet=options.unet,
             vae=options.vae,
             loras=options.lora,
+            embeddings=options.embedding,
             preset=options.preset,
             variant=options.variant,
             revision=options.revision,

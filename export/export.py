@@ -50,6 +50,7 @@ def export_bundle(
     unet: str | Path | None = None,
     vae: str | Path | None = None,
     loras: Iterable[tuple[str | Path, float]] = (),
+    embeddings: Iterable[tuple[str | None, str | Path]] = (),
     preset: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
@@ -64,6 +65,7 @@ def export_bundle(
     """Export a checkpoint (a diffusers folder, a hub id, or a single file over `base`) into a new bundle folder.
 
     unet, vae: a file or folder that replaces that part. loras: files with their factors, fused into the weights.
+    embeddings: files of textual inversion with the words that name them in prompts, or `None` for the files' own.
     dtype: a precision for all components, or one by component, like "fp16,text_encoder=fp32" (`plan.py`).
     preset: a name of `presets.py`, if it is not told by the checkpoint's own names.
     reference: torch's float32 outputs for this very checkpoint, written before; without it torch computes them now.
@@ -80,7 +82,15 @@ def export_bundle(
         raise ArgumentError(f"revision {revision!r} of a file or folder", remedy="Leave it out: it is for hub ids.")
     progress = progress or Progress()
     checkpoint = compose_checkpoint(
-        source, base=base, unet=unet, vae=vae, loras=loras, revision=revision, variant=variant, offline=offline
+        source,
+        base=base,
+        unet=unet,
+        vae=vae,
+        loras=loras,
+        embeddings=embeddings,
+        revision=revision,
+        variant=variant,
+        offline=offline,
     )
     NoiseSchedule.from_diffusers(checkpoint.scheduler)  # refuses what no request could be run with
     chosen = (
@@ -193,12 +203,16 @@ def _assemble(
 ) -> Bundle:
     model = checkpoint.model
     longest = int(checkpoint.parts[model.text_encoders[0].name].config["max_position_embeddings"])
-    tokenizers = tuple(export_tokenizer(t, folder / f"{t.name}.json", longest) for t in checkpoint.tokenizers)
-    if len(tokenizers) != len(model.text_encoders):
+    if len(checkpoint.tokenizers) != len(model.text_encoders):
         raise CorruptError(
-            f"the checkpoint has {len(tokenizers)} tokenizers",
+            f"the checkpoint has {len(checkpoint.tokenizers)} tokenizers",
             expected=f"{len(model.text_encoders)}, one a text encoder",
         )
+    words = [[t for w in checkpoint.parts[e.name].words for t in w.tokens] for e in model.text_encoders]
+    tokenizers = tuple(
+        export_tokenizer(t, folder / f"{t.name}.json", longest, w)
+        for t, w in zip(checkpoint.tokenizers, words, strict=True)
+    )
     unet, vae = checkpoint.parts["unet"].config, checkpoint.parts["vae"].config
     channels, factor, multiple = model.geometry(unet, vae)
     size = unet.get("sample_size") or 64

@@ -1,65 +1,162 @@
-"""CLIP's tokenizers as one `tokenizer.json` each, whatever files a checkpoint carries them in."""
+"""CLIP's tokenizers as one `tokenizer.json` each, whatever files a checkpoint carries them in.
+
+The vocabulary and its merges come from `tokenizer.json`, or from `vocab.json` and `merges.txt`. Rules of normalising
+and splitting are CLIP's own, as transformers 5 sets them whatever a file says, and the tokens that were added come in
+the order in which it adds them (`PreTrainedTokenizerBase._from_pretrained`, `TokenizersBackend.__init__`): those of
+`added_tokens_decoder` in `tokenizer_config.json`, or else those of `added_tokens.json` and of `tokenizer.json`; then
+the special tokens that are named, which without `added_tokens_decoder` `special_tokens_map.json` overrules.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
 from ..bundle import Tokenizer as TokenizerRecord
-from ..errors import CorruptError, MissingError
+from ..errors import CorruptError, MissingError, UnsupportedError
 
-_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+NAMED = {
+    "bos_token": "<|startoftext|>",
+    "eos_token": "<|endoftext|>",
+    "unk_token": "<|endoftext|>",
+    "sep_token": None,
+    "pad_token": "<|endoftext|>",
+    "cls_token": None,
+    "mask_token": None,
+}
+"""The special tokens of any tokenizer, in transformers' order, and what CLIP's are where nothing names them."""
+_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
-def export_tokenizer(folder: Path, target: Path, longest: int) -> TokenizerRecord:
+def export_tokenizer(folder: Path, target: Path, longest: int, words: Sequence[str] = ()) -> TokenizerRecord:
     """Write a checkpoint's tokenizer folder as `target` (a `tokenizer.json`) and say how prompts are padded.
 
-    `longest` is the text encoder's number of positions, where the tokenizer states no length or a larger one.
-
-    Special tokens are taken from `tokenizer_config.json` and `special_tokens_map.json`: OpenCLIP's
-    tokenizers pad with "!", which makes every "!" of a prompt that very token.
+    longest: the text encoder's number of positions, where the tokenizer states no length or a larger one. words: tokens
+    that are added behind its own.
     """
-    config = _json(folder / "tokenizer_config.json")
-    special = {**_json(folder / "special_tokens_map.json"), **{k: v for k, v in config.items() if k.endswith("_token")}}
-    names = {k: v["content"] if isinstance(v, dict) else v for k, v in special.items() if isinstance(v, (str, dict))}
-    ready = folder / "tokenizer.json"
-    try:
-        tokenizer = Tokenizer.from_file(str(ready)) if ready.is_file() else _from_merges(folder)
-    except Exception as error:
-        if isinstance(error, MissingError):
-            raise
-        raise CorruptError(
-            f"the tokenizer in {folder.name!r} cannot be read ({error})", remedy="Take the whole checkpoint."
-        ) from error
+    tokenizer, settings = read_tokenizer(folder)
+    for word in words:
+        tokenizer.add_tokens([word])
     ids: dict[str, int] = {}
-    for kind, fallback in (
-        ("bos_token", "<|startoftext|>"),
-        ("eos_token", "<|endoftext|>"),
-        ("pad_token", "<|endoftext|>"),
-    ):
-        token = names.get(kind, fallback)
-        if not ready.is_file():
-            tokenizer.add_special_tokens([token])
+    for kind in ("bos_token", "eos_token", "pad_token"):
+        token = str(settings[kind])
         number = tokenizer.token_to_id(token)
         if number is None:
             raise CorruptError(f"the tokenizer in {folder.name!r} does not know its own {kind} {token!r}")
         ids[kind] = number
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    stated = config.get("model_max_length", longest)
+    stated = settings.get("model_max_length", longest)
     length = min(int(stated), longest) if isinstance(stated, (int, float)) else longest
-    target.write_text(tokenizer.to_str(), encoding="utf-8")
+    data = tokenizer.to_str().encode()
+    target.write_bytes(data)
     return TokenizerRecord(
         file=target.name,
         length=length,
         pad_id=ids["pad_token"],
         bos_id=ids["bos_token"],
         eos_id=ids["eos_token"],
+        sha256=hashlib.sha256(data).hexdigest(),
     )
+
+
+def read_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
+    """A checkpoint's tokenizer and its settings, special tokens by kind among them.
+
+    Special tokens may be of the vocabulary: OpenCLIP's tokenizers pad with "!", which makes every "!" of a prompt that
+    very token. Raises `MissingError` without a vocabulary, and `CorruptError` for files that cannot be read.
+    """
+    saved = _json(folder / "tokenizer.json")
+    config = _json(folder / "tokenizer_config.json")
+    if config.get("split_special_tokens") or config.get("padding_side", "right") != "right":
+        raise UnsupportedError(
+            f"the tokenizer in {folder.name!r} splits special tokens, or pads on the left",
+            expected="one that pads on the right, as CLIP's do",
+        )
+    try:
+        settings, added = _settings(folder, config, saved)
+        vocabulary, merges = _vocabulary(folder, saved)
+        tokenizer = _byte_pairs(vocabulary, merges, str(settings["unk_token"]))
+        tokenizer.add_tokens(_tokens(settings, added))
+        begin, end = (str(settings[k]) for k in ("bos_token", "eos_token"))
+        first, last = (tokenizer.token_to_id(t) or 0 for t in (begin, end))
+        tokenizer.post_processor = processors.RobertaProcessing(
+            (end, last), (begin, first), add_prefix_space=False, trim_offsets=False
+        )
+    except MissingError:
+        raise
+    except Exception as error:
+        raise CorruptError(
+            f"the tokenizer in {folder.name!r} cannot be read ({error})", remedy="Take the whole checkpoint."
+        ) from error
+    return tokenizer, settings
+
+
+def _settings(
+    folder: Path, config: Mapping[str, Any], saved: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[int, AddedToken]]:
+    """What the files set, with named tokens as transformers has them, and the tokens that were added, by stated id.
+
+    `named` holds all special tokens by kind, `extra` those without one.
+    """
+    values = dict(config)
+    if "additional_special_tokens" in values and not values.get("extra_special_tokens"):
+        values["extra_special_tokens"] = values.pop("additional_special_tokens")
+    others = {k: v for k, v in values.items() if k.endswith("_token") and k not in NAMED}
+    own = {k: _token(v) for k, v in others.items() if isinstance(v, dict) and "__type" in v}
+    own |= {k: v for k, v in others.items() if isinstance(v, str)}
+    if isinstance(values.get("extra_special_tokens"), dict):
+        own |= values.pop("extra_special_tokens")
+    added: dict[int, AddedToken] = {}
+    if "added_tokens_decoder" in config:
+        added = {int(i): _token(t) for i, t in config["added_tokens_decoder"].items()}
+    else:
+        for kind, value in _json(folder / "special_tokens_map.json").items():
+            if kind == "extra_special_tokens" and isinstance(value, list):
+                value = [*(values.get(kind) or []), *value]
+            values[kind] = _token(value, special=True) if isinstance(value, dict) else value
+        special = {_text(values[k]) for k in NAMED if values.get(k)}
+        special |= {_text(t) for t in values.get("extra_special_tokens") or []}
+        for text, number in _json(folder / "added_tokens.json").items():
+            added[number] = AddedToken(text, normalized=text not in special, special=text in special)
+        for entry in saved.get("added_tokens", []):
+            added[entry["id"]] = _token({k: v for k, v in entry.items() if k != "id"})
+    by_text = {_text(t): t for t in added.values()}
+    named = {k: values[k] if values.get(k) is not None else v for k, v in NAMED.items()}
+    named = {k: by_text.get(_text(v), _token(v)) for k, v in named.items() if v is not None}
+    extra = values.get("extra_special_tokens", values.get("additional_special_tokens")) or []
+    return {**values, **named, "named": {**named, **own}, "extra": [_token(t) for t in extra]}, added
+
+
+def _tokens(settings: Mapping[str, Any], added: Mapping[int, AddedToken]) -> list[AddedToken]:
+    """The tokens to add, in transformers' order: those that were added by their ids, then special ones."""
+    tokens: list[AddedToken | str] = [t for _, t in sorted(added.items())]
+    known = {_text(t) for t in tokens}
+    for token in (*settings["named"].values(), *settings["extra"]):
+        if _text(token) not in known and token not in tokens:
+            tokens.append(token)
+    special = {_text(t) for t in settings["named"].values()}
+    ready = [AddedToken(t, special=True) if isinstance(t, str) else t for t in tokens]
+    for token in ready:
+        token.special = token.special or _text(token) in special
+    return ready
+
+
+def _text(token: AddedToken | str | Mapping[str, Any]) -> str:
+    if isinstance(token, Mapping):
+        return str(token["content"])
+    return token.content if isinstance(token, AddedToken) else str(token)
+
+
+def _token(value: Any, **more: bool) -> Any:
+    """A token as a file describes it; a bare text stays one."""
+    if not isinstance(value, dict):
+        return value
+    return AddedToken(**{k: v for k, v in value.items() if k != "__type"} | more)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -67,13 +164,17 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CorruptError(f"{path.name} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(f"{path.name} is not JSON: {error}", remedy="Take the whole checkpoint.") from error
     return data if isinstance(data, dict) else {}
 
 
-def _from_merges(folder: Path) -> Tokenizer:
-    """CLIP's byte-level BPE from `vocab.json` and `merges.txt`: NFC, one space, lower case, words by CLIP's pattern."""
+def _vocabulary(folder: Path, saved: Mapping[str, Any]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Ids by token, and the pairs that are merged, in their order."""
+    if saved:
+        model = saved["model"]
+        halves = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        return model["vocab"], [(first, second) for first, second in halves]
     vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
     if not vocabulary.is_file() or not merges.is_file():
         raise MissingError(
@@ -84,15 +185,19 @@ def _from_merges(folder: Path) -> Tokenizer:
     ids = json.loads(vocabulary.read_text(encoding="utf-8"))
     lines = merges.read_text(encoding="utf-8").split("\n")
     split = [line.split() for line in lines if not line.startswith("#version")]
-    pairs = [(p[0], p[1]) for p in split if len(p) == 2 and "".join(p) in ids]
+    return ids, [(p[0], p[1]) for p in split if len(p) == 2 and "".join(p) in ids]
+
+
+def _byte_pairs(vocabulary: dict[str, int], merges: list[tuple[str, str]], unknown: str) -> Tokenizer:
+    """CLIP's byte-level BPE: NFC, one space, lower case, words by CLIP's pattern."""
     tokenizer = Tokenizer(
         BPE(
-            vocab=ids,
-            merges=pairs,
+            vocab=vocabulary,
+            merges=merges,
             continuing_subword_prefix="",
             end_of_word_suffix="</w>",
             fuse_unk=False,
-            unk_token="<|endoftext|>",
+            unk_token=unknown,
         )
     )
     tokenizer.normalizer = normalizers.Sequence(
@@ -104,10 +209,5 @@ def _from_merges(folder: Path) -> Tokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
-    tokenizer.post_processor = processors.RobertaProcessing(
-        ("<|endoftext|>", ids["<|endoftext|>"]),
-        ("<|startoftext|>", ids["<|startoftext|>"]),
-        add_prefix_space=False,
-        trim_offsets=False,
-    )
+    tokenizer.decoder = decoders.ByteLevel()
     return tokenizer

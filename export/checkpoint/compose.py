@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from safetensors import safe_open
 from ...errors import ArgumentError, CorruptError, MissingError, UnsafeFileError, UnsupportedError
 from ...families import Family, all_families
 from .configs import TINY_DEFAULTS
+from .embeddings import embedding_file, read_words, with_words
 from .folder import (
     Checkpoint,
     LoraFile,
@@ -46,6 +47,7 @@ def compose_checkpoint(
     unet: str | Path | None = None,
     vae: str | Path | None = None,
     loras: Iterable[tuple[str | Path, float]] = (),
+    embeddings: Iterable[tuple[str | None, str | Path]] = (),
     revision: str | None = None,
     variant: str | None = None,
     offline: bool = False,
@@ -54,7 +56,8 @@ def compose_checkpoint(
 
     source: a diffusers folder, a hub id, or a single safetensors file in the original layout, which needs `base`,
     a diffusers folder or hub id of its family. unet, vae: a safetensors file in either layout, or a folder with
-    config.json. loras: files with the factors they are fused with. Raises the errors of `open_checkpoint`, and
+    config.json. loras: files with the factors they are fused with. embeddings: files of textual inversion, with the
+    words that prompts name them by, or `None` for the files' own. Raises the errors of `open_checkpoint`, and
     `ArgumentError` for parts that do not belong together.
     """
     file = Path(source)
@@ -77,12 +80,15 @@ def compose_checkpoint(
         parts["vae"] = _replaced(opened.model, parts["vae"], Path(vae))
     _check_vae(parts["vae"], parts["unet"])
     fused = tuple(_lora_file(path, scale) for path, scale in loras)
+    learned = [embedding_file(name, path) for name, path in embeddings]
+    parts |= _with_words(opened, parts, learned)
     given: dict[str, Any] = {
         "variant": variant,
         "base": str(opened.folder) if single else None,
         "unet": None if unet is None else str(unet),
         "vae": None if vae is None else str(vae),
         "loras": [[str(f.path), f.scale] for f in fused],
+        "embeddings": [[name, str(path)] for name, path in learned],
     }
     return replace(
         opened,
@@ -96,10 +102,22 @@ def compose_checkpoint(
 
 
 def read_tensors(part: Part, tensors: Mapping[str, Stored], keys: Iterable[str]) -> Mapping[str, Stored]:
-    """A part's tensors under our names, whatever layout its files have."""
-    if part.layout == "folder":
-        return tensors
-    return translate(part.name, part.layout, part.prefix, part.config, tensors, keys)
+    """A part's tensors under our names, whatever layout its files have, with the words that it learns besides."""
+    if part.layout != "folder":
+        tensors = translate(part.name, part.layout, part.prefix, part.config, tensors, keys)
+    return with_words(tensors, part.words, part.config["vocab_size"]) if part.words else tensors
+
+
+def _with_words(
+    checkpoint: Checkpoint, parts: Mapping[str, Part], files: Sequence[tuple[str | None, Path]]
+) -> dict[str, Part]:
+    """The text encoders that learn words from files of textual inversion."""
+    encoders = [e.name for e in checkpoint.model.text_encoders]
+    if not files or len(encoders) != len(checkpoint.tokenizers):
+        return {}
+    widths = {e: int(parts[e].config["hidden_size"]) for e in encoders}
+    words, known = read_words(files, widths, checkpoint.tokenizers)
+    return {e: replace(parts[e], words=w, config={**parts[e].config, "vocab_size": known[e]}) for e, w in words.items()}
 
 
 def _marked(file: Path, scheduler: Mapping[str, Any]) -> dict[str, Any]:
@@ -275,7 +293,8 @@ def describe_part(part: Part, loras: Iterable[LoraFile]) -> dict[str, Any]:
             file["licence"] = licence_of(part.place.parent)
     facts: dict[str, Any] = {"part": part.name, "files": files}
     fused = [{**_describe_file(lora.path), "scale": lora.scale} for lora in loras]
-    return facts | ({"loras": fused} if fused else {})
+    learned = [{**_describe_file(w.path), "word": w.tokens[0], "tokens": len(w.tokens)} for w in part.words]
+    return facts | ({"loras": fused} if fused else {}) | ({"embeddings": learned} if learned else {})
 
 
 def _describe_file(path: Path) -> dict[str, Any]:

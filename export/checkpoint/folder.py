@@ -15,6 +15,7 @@ from typing import Any
 
 from ...errors import CorruptError, MissingError, MissingExtraError, UnsafeFileError, UnsupportedError
 from ...families import Family, all_families, known_models
+from .embeddings import Word
 from .weights import PICKLES
 
 NOT_EXPORTED = {
@@ -45,7 +46,8 @@ class Part:
     """One component of a checkpoint: its class, its configuration, the folder of that, and its weight files.
 
     `layout` says how the files name their tensors: `folder` as the library that saved the folder does, `diffusers`,
-    `original` and `open_clip` as `singlefile.py` tells them, behind `prefix`.
+    `original` and `open_clip` as `singlefile.py` tells them, behind `prefix`. words: what a text encoder learns
+    besides.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Part:
     files: tuple[Path, ...]
     layout: str = "folder"
     prefix: str = ""
+    words: tuple[Word, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
 from safetensors.torch import load_file
 from torch import nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ...errors import CorruptError
 from ..checkpoint.folder import Checkpoint, Part
@@ -45,7 +46,28 @@ def _has_peft() -> bool:
     return importlib.util.find_spec("peft") is not None
 
 
+class _Learner(TextualInversionLoaderMixin):
+    """As much of a pipeline as diffusers' loader of embeddings asks for."""
+
+    hf_device_map = None
+    components: ClassVar[dict[str, Any]] = {}
+
+
 def _plain(checkpoint: Checkpoint, part: Part) -> nn.Module:
+    """A part in float32, with the words of textual inversion that diffusers' own loader teaches it."""
+    model = _bare(checkpoint, part)
+    if part.words:
+        encoders = [e.name for e in checkpoint.model.text_encoders]
+        tokenizer = CLIPTokenizer.from_pretrained(checkpoint.tokenizers[encoders.index(part.name)])
+        for word in part.words:
+            vectors = load_file(word.path)[word.key]
+            _Learner().load_textual_inversion(
+                {word.tokens[0]: vectors}, token=word.tokens[0], tokenizer=tokenizer, text_encoder=model
+            )
+    return model
+
+
+def _bare(checkpoint: Checkpoint, part: Part) -> nn.Module:
     cls: Any = LOADERS[part.class_name]
     text = part.name.startswith("text_encoder")
     if part.layout == "folder":

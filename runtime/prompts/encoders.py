@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from tokenizers import Tokenizer as FastTokenizer
 
-from ...bundle import Bundle, Tokenizer
+from ...bundle import Bundle
 from ...engines.base import Binding, Engine
-from ...errors import ArgumentError, CorruptError, NonFiniteError
+from ...errors import NonFiniteError
 from ..arrays import Float32
 from ..conditioning import Arrays
-from .syntax import MOST_CHUNKS, Chunk, Prompt, TextSpan, lay_out, parse_a1111
+from .syntax import Chunk, Prompt
+from .tokenizer import PromptTokenizer
 
 log = logging.getLogger("fewstep.runtime")
 
@@ -48,51 +48,6 @@ class Embedding:
 _zeros: weakref.WeakKeyDictionary[Embedding, Embedding] = weakref.WeakKeyDictionary()
 
 
-class PromptTokenizer:
-    """One of a bundle's tokenizers: begins, ends, truncates and pads as the checkpoint's own does."""
-
-    def __init__(self, bundle: Bundle, record: Tokenizer) -> None:
-        path = bundle.path(record.file)
-        try:
-            self._fast = FastTokenizer.from_file(str(path))
-        except Exception as error:
-            raise CorruptError(
-                f"{record.file} is not a tokenizer ({error})", remedy="Export the checkpoint again."
-            ) from error
-        self._fast.no_padding()
-        self._fast.no_truncation()
-        self.record = record
-        self._comma: int | None = self._fast.token_to_id(",</w>")
-
-    @property
-    def room(self) -> int:
-        """Tokens of a prompt that one pass takes, beside begin and end."""
-        return self.record.length - 2
-
-    def words(self, text: str) -> list[int]:
-        """Token ids of a text, without begin and end."""
-        ids: list[int] = self._fast.encode(text, add_special_tokens=False).ids
-        return ids
-
-    def wrap(self, tokens: Sequence[int]) -> list[int]:
-        """Tokens of one pass with begin, end and padding: as many as the encoder takes."""
-        ids = [self.record.bos_id, *tokens, self.record.eos_id]
-        return ids + [self.record.pad_id] * (self.record.length - len(ids))
-
-    def chunks(self, prompt: Prompt, text: str) -> tuple[list[Chunk], bool]:
-        """A text in chunks of one pass each, as `prompt` wants it read, and whether it was cut."""
-        weighted = prompt.syntax == "a1111"
-        parts = parse_a1111(text) if weighted else [TextSpan(text)]
-        laid = lay_out([(self.words(p.text), p) for p in parts], self.room, self._comma if weighted else None)
-        if prompt.long == "truncate":
-            return laid[:1], len(laid) > 1
-        if len(laid) > MOST_CHUNKS:
-            raise ArgumentError(
-                f"the prompt has {len(laid)} chunks of {self.room} tokens", expected=f"at most {MOST_CHUNKS}"
-            )
-        return laid, False
-
-
 class TextEncoders:
     """Tokenises and encodes; keeps the last embeddings. Thread-safe: encoders run one prompt batch at a time.
 
@@ -109,7 +64,8 @@ class TextEncoders:
         keep_engines: bool = True,
     ) -> None:
         self._names, self._join = bundle.text_encoders, bundle.model.join
-        self._tokenizers = [PromptTokenizer(bundle, r) for r in bundle.tokenizers]
+        known = [int(bundle.component(n).config.get("vocab_size", 2**31)) for n in self._names]
+        self._tokenizers = [PromptTokenizer(bundle, r, k) for r, k in zip(bundle.tokenizers, known, strict=True)]
         self._open = engines if callable(engines) else lambda: engines
         self._keep_engines = keep_engines
         self._engines: list[Engine] = []

@@ -18,8 +18,8 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
 )
-from fewstep.runtime.prompts.encoders import PromptTokenizer
 from fewstep.runtime.prompts.syntax import Prompt
+from fewstep.runtime.prompts.tokenizer import PromptTokenizer
 from PIL import Image
 
 FAMILIES = ("sd1", "sd2", "sdxl", "embedded")

@@ -1,0 +1,96 @@
+"""A bundle's tokenizer: texts to token ids, in chunks of what one pass of a text encoder takes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer as FastTokenizer
+
+from ...bundle import Bundle, Tokenizer
+from ...errors import ArgumentError, CorruptError
+from .syntax import MOST_CHUNKS, Chunk, Prompt, TextSpan, lay_out, parse_a1111
+
+
+class PromptTokenizer:
+    """One of a bundle's tokenizers: begins, ends, truncates and pads as the checkpoint's own does.
+
+    known: how many tokens its text encoder has vectors for. Raises `CorruptError` for a file that is no tokenizer, or
+    another one than was exported.
+    """
+
+    def __init__(self, bundle: Bundle, record: Tokenizer, known: int = 2**31) -> None:
+        data = bundle.path(record.file).read_bytes()
+        if record.sha256 not in (None, hashlib.sha256(data).hexdigest()):
+            raise CorruptError(
+                f"{record.file} was changed since the export",
+                expected=f"SHA-256 {record.sha256}",
+                remedy="Export the checkpoint again.",
+            )
+        try:
+            self._fast = FastTokenizer.from_buffer(data)
+        except Exception as error:
+            raise CorruptError(
+                f"{record.file} is not a tokenizer ({error})", remedy="Export the checkpoint again."
+            ) from error
+        self._fast.no_padding()
+        self._fast.no_truncation()
+        self.record = record
+        self._known = known
+        self._several = _several({t.content for t in self._fast.get_added_tokens_decoder().values()})
+        self._comma: int | None = self._fast.token_to_id(",</w>")
+
+    @property
+    def room(self) -> int:
+        """Tokens of a prompt that one pass takes, beside begin and end."""
+        return self.record.length - 2
+
+    def words(self, text: str) -> list[int]:
+        """Token ids of a text, without begin and end; a word of several vectors is all of its tokens.
+
+        Raises `ArgumentError` for a token that the text encoder has no vector for.
+        """
+        encoded = self._fast.encode(text, add_special_tokens=False)
+        found = [t for t in dict.fromkeys(encoded.tokens) if t in self._several] if self._several else []
+        for token in found:
+            text = text.replace(token, self._several[token])
+        if found:
+            encoded = self._fast.encode(text, add_special_tokens=False)
+        ids: list[int] = encoded.ids
+        if max(ids, default=0) >= self._known:
+            token = next(t for t, i in zip(encoded.tokens, ids, strict=True) if i >= self._known)
+            raise ArgumentError(
+                f"the prompt has {token!r}, and the text encoder has no vector for it",
+                remedy="Leave it out, or export the checkpoint again with the embedding that it stands for.",
+            )
+        return ids
+
+    def wrap(self, tokens: Sequence[int]) -> list[int]:
+        """Tokens of one pass with begin, end and padding: as many as the encoder takes."""
+        ids = [self.record.bos_id, *tokens, self.record.eos_id]
+        return ids + [self.record.pad_id] * (self.record.length - len(ids))
+
+    def chunks(self, prompt: Prompt, text: str) -> tuple[list[Chunk], bool]:
+        """A text in chunks of one pass each, as `prompt` wants it read, and whether it was cut."""
+        weighted = prompt.syntax == "a1111"
+        parts = parse_a1111(text) if weighted else [TextSpan(text)]
+        laid = lay_out([(self.words(p.text), p) for p in parts], self.room, self._comma if weighted else None)
+        if prompt.long == "truncate":
+            return laid[:1], len(laid) > 1
+        if len(laid) > MOST_CHUNKS:
+            raise ArgumentError(
+                f"the prompt has {len(laid)} chunks of {self.room} tokens", expected=f"at most {MOST_CHUNKS}"
+            )
+        return laid, False
+
+
+def _several(added: set[str]) -> dict[str, str]:
+    """What stands for words of several vectors, by the word: `<toy> <toy>_1 <toy>_2` for `<toy>`, as in diffusers."""
+    several = {}
+    for token in added:
+        tokens = [token]
+        while f"{token}_{len(tokens)}" in added:
+            tokens.append(f"{token}_{len(tokens)}")
+        if len(tokens) > 1:
+            several[token] = " ".join(tokens)
+    return several
