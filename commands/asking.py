@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from .common import add_engine_options, between, say, size
+from .sampling import sampler_options
 
 SIZES = ("original_size", "target_size", "negative_original_size", "negative_target_size")
 CROPS = ("crop_top_left", "negative_crop_top_left")
@@ -102,8 +103,9 @@ def call_options(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of a call, and of its sampler, that were given; of lists with one entry, the entry."""
     from ..runtime.call import NAMES
 
-    given = {k: v for k in (*NAMES, "eta") if (v := getattr(options, k, None)) is not None}
+    given = {k: v for k in NAMES if (v := getattr(options, k, None)) is not None}
     given = {k: v[0] if isinstance(v, list) and len(v) == 1 and k in MANY else v for k, v in given.items()}
+    given["options"] = sampler_options(options)
     return given | ({"mask_threshold": None} if given.get("mask_threshold") == "none" else {})
 
 

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .sampling import add_sampler_options
+
 if TYPE_CHECKING:
     from ..bundle import Bundle, Defaults
 
@@ -90,7 +92,7 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--timesteps", type=numbers, metavar="T,T,...", help="explicit timesteps instead of a schedule")
     parser.add_argument("--sigmas", type=numbers, metavar="S,S,...", help="explicit sigmas, the last one where it ends")
-    parser.add_argument("--eta", type=float, help="stochasticity of samplers that have one (DDIM, TCD)")
+    add_sampler_options(parser)
 
 
 def defaults_line(defaults: Defaults) -> str:

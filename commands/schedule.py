@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from .common import emit, open_bundle
+from .sampling import add_sampler_options, sampler_options
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +22,7 @@ def define(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prediction", help="epsilon, v_prediction or sample")
     parser.add_argument("--compat", choices=("diffusers",), help="follow that library's conventions, quirks included")
+    add_sampler_options(parser)
     parser.add_argument("--plot", metavar="FILE", help="draw sigma over steps, one line a schedule")
 
 
@@ -40,6 +42,7 @@ def execute(options: argparse.Namespace) -> int:
             prediction=options.prediction,
             start=options.start,
             compat=options.compat,
+            **sampler_options(options),
         )
         for s in options.schedule or [None]
     ]

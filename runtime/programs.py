@@ -11,7 +11,7 @@ from ..bundle import Bundle
 from ..errors import UnknownNameError
 from ..schedules import NoiseSchedule, Program, compile_program, program_from_diffusers
 from ..schedules.compat.classes import CLASSES
-from ..schedules.names import resolve_schedule
+from ..schedules.names import resolve_schedule, scheduler_class
 
 MOST_KEPT = 256
 
@@ -78,5 +78,5 @@ def _plain(value: Any) -> Any:
 
 def step_options(scheduler: Mapping[str, Any]) -> tuple[str, ...]:
     """The options that a diffusers scheduler's `step` takes."""
-    known = CLASSES.get(str(scheduler.get("_class_name")))
+    known = CLASSES.get(scheduler_class(str(scheduler.get("_class_name"))))
     return () if known is None else known.step_options

@@ -6,7 +6,6 @@ where steps are skipped, the start is unit noise in the network's own scaling, a
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -83,7 +82,8 @@ def compile_program(
         schedule = "timesteps" if timesteps is not None else "sigmas"
         levels = _explicit(axis, timesteps, sigmas, layout)
     if layout:
-        accepted = sorted({*chosen.options, *_spacing_options(SPACINGS.get(schedule)), "last_sigma"})
+        named = SPACINGS[schedule].options if schedule in SPACINGS else ()
+        accepted = sorted({*chosen.options, *named, "last_sigma"})
         raise UnknownNameError(f"option of {chosen.name} under {schedule}", next(iter(layout)), accepted)
     kind = prediction or noise.prediction
     if chosen.name == "edm_euler":
@@ -186,17 +186,9 @@ def split_options(sampler: Sampler, options: Mapping[str, Any]) -> tuple[dict[st
     return own, {name: value for name, value in options.items() if name not in own}
 
 
-def _spacing_options(spacing: Spacing | None) -> list[str]:
-    function = (spacing.timesteps or spacing.sigmas) if spacing else None
-    if function is None:
-        return []
-    names = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    return names + (["sigma_min", "sigma_max"] if spacing and spacing.sigmas else [])
-
-
 def _spaced(spacing: Spacing, axis: Axis, steps: int, layout: dict[str, Any]) -> list[Level]:
     """The n + 1 levels of a named spacing; takes its options out of `layout`."""
-    own = {name: layout.pop(name) for name in _spacing_options(spacing) if name in layout}
+    own = {name: layout.pop(name) for name in spacing.options if name in layout}
     for name, value in own.items():
         check_spacing_option(name, value)
     last = layout.pop("last_sigma", "zero")
@@ -204,6 +196,12 @@ def _spaced(spacing: Spacing, axis: Axis, steps: int, layout: dict[str, Any]) ->
         raise ArgumentError(
             f"schedule {spacing.name!r} picks training timesteps, which an EDM network does not have",
             remedy="Use schedule='karras' or 'exponential', or sigmas=....",
+        )
+    if spacing.most_steps is not None and steps > spacing.most_steps:
+        raise ArgumentError(
+            f"steps={steps} under the {spacing.name} spacing",
+            expected=f"at most {spacing.most_steps}",
+            remedy="Use fewer steps, or schedule='trailing'.",
         )
     if spacing.timesteps is not None:
         if spacing.name == "lcm" and steps > int(own.get("original_steps", 50)):

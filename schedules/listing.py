@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import FewstepError
 from .compile import compile_program
-from .names import schedule_aliases_of
+from .names import sampler_aliases_of, schedule_aliases_of
 from .noise import NoiseSchedule
 from .program import Program
 from .solvers.registry import SAMPLERS, Sampler
@@ -40,12 +40,13 @@ class SamplerInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduleInfo:
-    """One schedule for people. kind: "timesteps", "sigmas" or "table", by what it picks."""
+    """One schedule for people. kind: "timesteps", "sigmas" or "table", by what it picks. options: its own."""
 
     name: str
     summary: str
     aliases: tuple[str, ...]
     kind: str
+    options: tuple[str, ...]
     source: str
 
 
@@ -65,7 +66,7 @@ def list_samplers() -> list[SamplerInfo]:
         SamplerInfo(
             name=sampler.name,
             summary=sampler.summary,
-            aliases=tuple(sampler.aliases),
+            aliases=sampler_aliases_of(sampler.name),
             history=compile_program(sampler.name, steps=12, noise=noise).history,
             evaluations=_evaluations(sampler),
             draws=sampler.draws,
@@ -87,6 +88,7 @@ def list_schedules() -> list[ScheduleInfo]:
             summary=spacing.summary,
             aliases=schedule_aliases_of(spacing.name),
             kind="timesteps" if spacing.timesteps else "sigmas" if spacing.sigmas else "table",
+            options=spacing.options,
             source=spacing.source,
         )
         for spacing in SPACINGS.values()

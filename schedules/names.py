@@ -36,7 +36,27 @@ SCHEDULE_ALIASES: dict[str, str] = {
     "StableDiffusionTimesteps": "ays_sd",
     "StableDiffusionXLTimesteps": "ays_sdxl",
     "StableDiffusionVideoSigmas": "ays_svd",
+    "AlignYourStepsScheduler": "ays_sd",
+    "KarrasScheduler": "karras",
+    "ExponentialScheduler": "exponential",
+    "PolyexponentialScheduler": "exponential",
+    "BetaSamplingScheduler": "beta",
+    "SDTurboScheduler": "turbo_tenths",
+    "GITSScheduler": "gits",
 }
+
+SAMPLER_ALIASES: dict[str, str] = {
+    "dpmsolver++": "dpmpp_2m",
+    "sde-dpmsolver++": "dpmpp_2m_sde",
+    "SamplerEulerAncestral": "euler_ancestral",
+    "SamplerLMS": "lms",
+    "SamplerDPMPP_SDE": "dpmpp_sde",
+    "SamplerDPMPP_2M_SDE": "dpmpp_2m_sde",
+    "SamplerDPMPP_3M_SDE": "dpmpp_3m_sde",
+}
+"""Names beside those that the samplers state: diffusers' `algorithm_type`, and ComfyUI's nodes."""
+FLAX = "flax"
+"""What diffusers' schedulers for Flax put before the name of the class that they are."""
 
 _REFUSED = {
     "DPM++ 2S a": "its ancestral two-stage steps",
@@ -64,6 +84,22 @@ _REFUSED = {
     "EDMDPMSolverMultistepScheduler": "its EDM-scaled multistep form",
     "DDPMParallelScheduler": "parallel sampling",
     "DDIMParallelScheduler": "parallel sampling",
+    "KarrasVeScheduler": "its churned Heun steps on an axis of its own",
+    "dpmsolver": "its steps without the plus signs",
+    "sde-dpmsolver": "its steps without the plus signs",
+    "SamplerDPMPP_2S_Ancestral": "its ancestral two-stage steps",
+    "SamplerDPMAdaptative": "its step sizes depend on the image, so no table can hold them",
+    "SamplerEulerAncestralCFGPP": "its guidance inside the step",
+    "SamplerEulerCFGpp": "its guidance inside the step",
+    "SamplerSASolver": "its stochastic Adams steps",
+    "SamplerER_SDE": "its stages of an SDE of its own",
+    "SamplerLCMUpscale": "its upscaling between steps",
+}
+_REFUSED_SCHEDULES = {
+    "LaplaceScheduler": "Laplace's quantiles",
+    "VPScheduler": "betas of a continuous VP process",
+    "OptimalStepsScheduler": "tables of flow models",
+    "BasicScheduler": "it names no schedule, and takes the name of one",
 }
 
 _SUFFIXES = ("karras", "exponential", "sgm_uniform", "uniform", "beta", "simple", "normal", "align_your_steps")
@@ -75,6 +111,7 @@ def fold(name: str) -> str:
 
 
 _FOLDED_REFUSED = {fold(k): v for k, v in _REFUSED.items()}
+_FOLDED_REFUSED_SCHEDULES = {fold(k): v for k, v in _REFUSED_SCHEDULES.items()}
 _FOLDED_SCHEDULES = {**{fold(k): v for k, v in SCHEDULE_ALIASES.items()}, **{k: k for k in SPACINGS}}
 
 
@@ -83,7 +120,7 @@ def resolve_sampler(name: str) -> Resolved:
 
     Raises UnsupportedError for a known one that is not done, UnknownNameError with the nearest for any other.
     """
-    key = fold(str(name))
+    key = fold(scheduler_class(str(name)))
     known = _lookup(key)
     if known:
         return known
@@ -99,18 +136,31 @@ def resolve_sampler(name: str) -> Resolved:
 def resolve_schedule(name: str) -> str:
     """The canonical name of a schedule; raises UnknownNameError with the nearest."""
     key = fold(str(name))
+    if key in _FOLDED_REFUSED_SCHEDULES:
+        raise UnsupportedError(f"schedule {name!r} ({_FOLDED_REFUSED_SCHEDULES[key]})", remedy="See: fewstep samplers.")
     if key not in _FOLDED_SCHEDULES:
         raise UnknownNameError("schedule", name, [*SPACINGS, *SCHEDULE_ALIASES], remedy="See: fewstep samplers.")
     return _FOLDED_SCHEDULES[key]
 
 
+def scheduler_class(name: str) -> str:
+    """The class of diffusers that a class's name stands for: Flax's are the same schedulers."""
+    flax = name.casefold().startswith(FLAX) and name.casefold().endswith("scheduler")
+    return name[len(FLAX) :] if flax else name
+
+
 def sampler_aliases() -> dict[str, Resolved]:
-    """Every other name of a sampler, diffusers' class and the user interfaces' included, as the samplers state them."""
-    return {
+    """Every other name of a sampler, diffusers' class and the user interfaces' included."""
+    stated = {
         alias: Resolved(name=sampler.name, options=options)
         for sampler in SAMPLERS.values()
         for alias, options in sampler.aliases.items()
     }
+    return stated | {alias: Resolved(name=name) for alias, name in SAMPLER_ALIASES.items()}
+
+
+def sampler_aliases_of(sampler: str) -> tuple[str, ...]:
+    return tuple(alias for alias, resolved in sampler_aliases().items() if resolved.name == sampler)
 
 
 def schedule_aliases_of(schedule: str) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ pick training timesteps also return these, float64 [n]; for the others the times
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,6 +56,11 @@ def lcm_timesteps(count: int, steps: int, *, original_steps: int = 50) -> Array:
     return np.asarray(taught[picked], np.float64)
 
 
+def turbo_tenths(count: int, steps: int) -> Array:
+    """The first n of ten timesteps, T - 1, 9 T / 10 - 1, ..., as ComfyUI's node for turbo models picks them."""
+    return np.asarray(np.arange(10, 10 - steps, -1) * (count / 10) - 1, np.float64)
+
+
 def karras(sigma_min: float, sigma_max: float, steps: int, *, rho: float = 7.0) -> Array:
     """Equal steps in sigma^(1/rho) (Karras et al. 2022, arXiv 2206.00364, eq. 5)."""
     ramp = np.linspace(0, 1, steps)
@@ -92,7 +98,7 @@ def from_table(name: str, steps: int) -> Array:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spacing:
-    """A spacing as the compiler sees it: exactly one of the three ways to make levels."""
+    """A spacing as the compiler sees it: exactly one of the three ways to make levels, and how many it has."""
 
     name: str
     summary: str
@@ -100,6 +106,16 @@ class Spacing:
     timesteps: TimestepSpacing | None = None
     sigmas: SigmaSpacing | None = None
     table: str | None = None
+    most_steps: int | None = None
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The keyword options that a caller may set."""
+        function = self.timesteps or self.sigmas
+        if function is None:
+            return ()
+        own = tuple(p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY)
+        return own + (("sigma_min", "sigma_max") if self.sigmas else ())
 
 
 def _summary(function: Callable[..., Array]) -> str:
@@ -113,7 +129,9 @@ _BY_TIMESTEP: dict[str, tuple[TimestepSpacing, str]] = {
     "sgm_uniform": (sgm_uniform, "Stability-AI generative-models"),
     "simple": (simple, "ComfyUI"),
     "lcm": (lcm_timesteps, "arXiv 2310.04378"),
+    "turbo_tenths": (turbo_tenths, "ComfyUI"),
 }
+_MOST_STEPS = {"turbo_tenths": 10}
 _BY_SIGMA: dict[str, tuple[SigmaSpacing, str]] = {
     "karras": (karras, "arXiv 2206.00364"),
     "exponential": (exponential, "k-diffusion"),
@@ -124,7 +142,10 @@ _BY_SIGMA: dict[str, tuple[SigmaSpacing, str]] = {
 _TABLES = ("ays_sd", "ays_sdxl", "ays_deepfloyd", "ays_svd", "gits")
 
 SPACINGS: dict[str, Spacing] = {
-    **{k: Spacing(name=k, summary=_summary(f), source=s, timesteps=f) for k, (f, s) in _BY_TIMESTEP.items()},
+    **{
+        k: Spacing(name=k, summary=_summary(f), source=s, timesteps=f, most_steps=_MOST_STEPS.get(k))
+        for k, (f, s) in _BY_TIMESTEP.items()
+    },
     **{k: Spacing(name=k, summary=_summary(f), source=s, sigmas=f) for k, (f, s) in _BY_SIGMA.items()},
     **{k: Spacing(name=k, summary=load_table(k).title, source=load_table(k).source, table=k) for k in _TABLES},
 }

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 TEXT_KEY = "parameters"
+NAMED_OPTIONS = ("eta", "timesteps", "sigmas")
+"""Options that a command gives by name; it gives any other as `--option=NAME=VALUE`."""
 JSON_KEY = "fewstep"
 
 
@@ -121,7 +123,10 @@ def command_line(p: Mapping[str, Any], output: str) -> str:
     words.append(f"--seed={batch['seed'] if batch else p.get('seed')}")
     if batch:
         words.append("--shared-stream")
-    for key, value in {**(p.get("options") or {}), **(p.get("recorded") or {})}.items():
+    named = {k: v for k, v in (p.get("options") or {}).items() if k in NAMED_OPTIONS}
+    others = {k: v for k, v in (p.get("options") or {}).items() if k not in NAMED_OPTIONS}
+    words += [f"--option={k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in others.items()]
+    for key, value in {**named, **(p.get("recorded") or {})}.items():
         joint = "x" if key.endswith("_size") else ","
         shown = joint.join(f"{v:g}" for v in value) if isinstance(value, (list, tuple)) else value
         words.append(f"--{key.replace('_', '-')}={shown}")

@@ -10,7 +10,7 @@ from typing import Any
 from ...errors import ArgumentError, UnknownNameError, UnsupportedError
 from ..assemble import assemble
 from ..levels import EDM_PREDICTIONS
-from ..names import resolve_sampler
+from ..names import resolve_sampler, scheduler_class
 from ..noise import PREDICTIONS, NoiseSchedule
 from ..options import check_option
 from ..program import Program
@@ -264,7 +264,7 @@ def program_from_diffusers(
 
     Raises UnknownNameError, ArgumentError, and UnsupportedError for what rows cannot do.
     """
-    name = str(scheduler_config.get("_class_name", ""))
+    name = scheduler_class(str(scheduler_config.get("_class_name", "")))
     if name not in CLASSES:
         if name:
             resolve_sampler(name)

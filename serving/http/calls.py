@@ -18,6 +18,17 @@ from .settings import Settings
 
 LARGEST_SEED = 2**63 - 1024
 NAME = Annotated[str, Meta(max_length=64)]
+NUMBER = Meta(ge=-1e6, le=1e6)
+OPTION = (
+    Annotated[int, Meta(ge=-1_000_000, le=1_000_000)]
+    | Annotated[float, NUMBER]
+    | bool
+    | Annotated[str, Meta(max_length=64)]
+    | Annotated[list[Annotated[int, Meta(ge=0, le=1000)]], Meta(max_length=64)]
+)
+OPTIONS = Annotated[
+    dict[NAME, OPTION], Meta(max_length=32, description='of sampler and schedule, by name, like {"rho": 5}')
+]
 FORMATS = Literal["png", "jpeg", "webp"]
 
 
@@ -37,10 +48,15 @@ class Calls:
             raise self._refusal(error) from error
 
     def edit_from(self, fields: dict[str, Any]) -> Any:
-        """Convert a form's fields, which are strings."""
+        """Convert a form's fields, which are strings; that of `sampler_options` is JSON."""
         try:
+            if isinstance(own := fields.get("sampler_options"), str):
+                fields = {
+                    **fields,
+                    "sampler_options": msgspec.convert(_whole(msgspec.json.decode(own)), OPTIONS | None),
+                }
             return msgspec.convert(fields, type=self.edit, strict=False)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, RecursionError) as error:
             raise self._refusal(error) from error
 
     def _refusal(self, error: Exception) -> HttpError:
@@ -100,6 +116,7 @@ def _fields(settings: Settings, sizes: list[str]) -> list[Any]:
         ("negative_prompt", text(settings.prompt_characters, "what it should not show") | None, None),
         ("sampler", NAME | None, None),
         ("schedule", NAME | None, None),
+        ("sampler_options", OPTIONS | None, None),
         ("deadline_s", number(1.0, settings.deadline_s, "seconds after which it is given up"), None),
     ]
 
@@ -119,6 +136,7 @@ def arguments(call: Any) -> dict[str, Any]:
         "sampler": call.sampler,
         "schedule": call.schedule,
         "seed": call.seed,
+        "options": call.sampler_options,
     }
     options = {name: value for name, value in given.items() if value is not None}
     options["images_per_prompt"] = call.n or 1
@@ -129,7 +147,9 @@ def arguments(call: Any) -> dict[str, Any]:
 
 
 def _whole(data: Any) -> Any:
-    """The object with 2.0 as 2, since JSON Schema's integers include it; other floats stay floats, bools bools."""
-    if not isinstance(data, dict):
-        return data
-    return {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in data.items()}
+    """JSON with 2.0 as 2, since JSON Schema's integers include it; other floats stay floats, bools bools."""
+    if isinstance(data, dict):
+        return {k: _whole(v) for k, v in data.items()}
+    if isinstance(data, list):
+        return [_whole(v) for v in data]
+    return int(data) if isinstance(data, float) and data.is_integer() else data

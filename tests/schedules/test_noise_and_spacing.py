@@ -108,6 +108,7 @@ def test_the_quantiles_of_the_beta_schedule(steps: int) -> None:
 @given(st.sampled_from(sorted(set(spacing.SPACINGS) - {"ays_svd", "ays_deepfloyd"})), st.integers(1, 50))
 def test_every_spacing_falls_from_the_top_to_zero(name: str, steps: int) -> None:
     noise = NoiseSchedule.scaled_linear()
+    steps = min(steps, spacing.SPACINGS[name].most_steps or steps)
     program = compile_program("euler", schedule=name, steps=steps, noise=noise)
     assert program.evaluations == steps
     assert np.all(np.diff(program.sigmas) < 0)
@@ -130,6 +131,11 @@ def test_few_step_timesteps_are_those_of_the_distilled_models() -> None:
     assert timesteps("lcm", 4) == [999, 759, 499, 259]
     assert timesteps("lcm", 8) == [999, 879, 759, 639, 499, 379, 259, 139]
     assert timesteps("leading", 4) == [751, 501, 251, 1]
+    assert timesteps("turbo_tenths", 1) == [999]
+    assert timesteps("SDTurboScheduler", 4) == [999, 899, 799, 699]
+    assert timesteps("turbo_tenths", 10) == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]
+    with pytest.raises(ArgumentError, match="at most 10"):
+        timesteps("turbo_tenths", 11)
     program = compile_program("euler", steps=4, noise=NoiseSchedule.scaled_linear())
     assert np.allclose(program.sigmas, [14.6146, 4.0817, 1.6129, 0.6932, 0], atol=1e-3)
 

@@ -140,7 +140,7 @@ def combinations(draw: st.DrawFn) -> dict[str, Any]:
     if name == "edm_euler":
         schedules = ["karras", "exponential", "beta"]
     schedule = draw(st.sampled_from(schedules))
-    steps = draw(st.integers(1, 50 if schedule == "lcm" else 60))
+    steps = draw(st.integers(1, {"lcm": 50, "turbo_tenths": 10}.get(schedule, 60)))
     predictions = ("epsilon", "v_prediction") if name == "edm_euler" else PREDICTIONS
     last: Any = draw(st.sampled_from(["zero", "sigma_min", 0.001]))
     return {

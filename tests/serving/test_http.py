@@ -127,6 +127,22 @@ def test_bad_bodies_are_refused(url: str, body: bytes, status: int) -> None:
     assert "aaaa" not in answer.text, "what was sent is not repeated"
 
 
+def test_options_of_samplers(url: str, student: fewstep.Pipeline, psnr) -> None:
+    options = {"rho": 5, "last_sigma": "sigma_min", "solver_type": "heun"}
+    asked = {"sampler": "dpmpp_2m", "schedule": "karras"}
+    answer = generate(url, seed=3, num_inference_steps=5, sampler_options=options, **asked)
+    alone = student("a red circle", seed=3, steps=5, **asked, **options)
+    assert psnr(pixels(answer.json()["data"][0]["b64_json"]), alone.images[0]) >= 75.0
+    plain = student("a red circle", seed=3, steps=5, **asked)
+    assert psnr(plain.images[0], alone.images[0]) < 60, "they show"
+    data = {"prompt": "a", "sampler": "ddim", "sampler_options": '{"eta": 0.5}'}
+    made = httpx.post(f"{url}/v1/images/edits", data=data, files={"image": ("x", png())}, timeout=60)
+    assert made.status_code == 200, made.text
+    for wrong in ({"etta": 1}, {"prompt": 1}, {"steps": 3}, {"rho": -1}):
+        refused = generate(url, sampler_options=wrong, **asked)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (422, "invalid_combination"), refused.text
+
+
 def test_a_field_that_is_not_known_is_named(url: str) -> None:
     for name in ("guidance", "negative", "x`y", "\u202e\x1b[31m", "n" * 500):
         error = generate(url, **{name: 1}).json()["error"]
