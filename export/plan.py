@@ -103,6 +103,11 @@ def plan_components(checkpoint: Checkpoint, dtypes: Mapping[str, str] | None = N
 
 
 def component_config(kind: str, config: Mapping[str, Any], class_name: str, family: Family) -> dict[str, Any]:
-    """A part's configuration, with what else decides a text encoder's graph: its class and the family's own layer."""
+    """A part's configuration as the family's pipelines read it, and what else decides a text encoder's graph.
+
+    That is its class and the family's own layer.
+    """
     layers = {e.name: e.layer for e in family.text_encoders}
-    return {**config, "_class": class_name, "_layer": layers[kind]} if kind in layers else dict(config)
+    if kind in layers:
+        return {**config, "_class": class_name, "_layer": layers[kind]}
+    return family.loaded_vae(config) if kind.startswith("vae") else dict(config)

@@ -19,6 +19,7 @@ Pair = tuple[int, int]
 UNET_KEYS = ("block_out_channels", "cross_attention_dim", "in_channels", "out_channels")
 VAE_KEYS = ("block_out_channels", "latent_channels", "in_channels", "out_channels")
 TINY_KEYS = ("encoder_block_out_channels", "decoder_block_out_channels", "latent_channels", "in_channels")
+LATENT_STATISTICS = ("latents_mean", "latents_std")
 TEXT_KEYS = ("hidden_size", "max_position_embeddings", "vocab_size")
 
 
@@ -68,6 +69,8 @@ class Family:
 
     name: in manifests; title: for people. pipelines: diffusers' classes in `model_index.json`, the first the plain one.
     unet, vae: their classes and keys. unet_options: keys of the UNet's configuration that other families have not.
+    addition_types: values of the UNet's `addition_embed_type` that its pipelines feed. vae_statistics: whether its
+    pipelines normalise latents by `latents_mean` and `latents_std` of the VAE's configuration.
     text_width: of the vectors that published UNets of it attend to, to tell files of several families apart.
     schedule: the published Align Your Steps table for it. steps, guidance, force_zeros: what a checkpoint that says
     nothing gets. size_arguments: those of a call that say sizes and corners, with the least and largest number in each.
@@ -80,6 +83,8 @@ class Family:
     unet: FamilyPart = FamilyPart(classes={"UNet2DConditionModel": UNET_KEYS})
     vae: FamilyPart = FamilyPart(classes={"AutoencoderKL": VAE_KEYS, "AutoencoderTiny": TINY_KEYS})
     unet_options: tuple[str, ...] = ()
+    addition_types: tuple[str, ...] = ()
+    vae_statistics: bool = False
     text_width: int | None = None
     schedule: str = "ays"
     steps: int = 25
@@ -107,6 +112,31 @@ class Family:
     def refusal(self, index: Mapping[str, Any]) -> str | None:
         """What a checkpoint of one of its pipelines is that lacks a part, where that is known."""
         return None
+
+    def part_refusal(self, name: str, config: Config) -> str | None:
+        """What a part of this configuration asks of its pipelines that is not done, where that is known."""
+        return None
+
+    def loaded_scheduler(self, pipeline: str, config: Config) -> dict[str, Any]:
+        """A scheduler's configuration as diffusers' pipeline of that name leaves it once it is made.
+
+        `_use_default_values` then names the keys that the checkpoint did not state: another scheduler class that is
+        made from this configuration takes its own defaults for them, as diffusers' `from_config` does.
+        """
+        return dict(config)
+
+    def loaded_unet(self, pipeline: str, config: Config) -> dict[str, Any]:
+        """A UNet's configuration as diffusers' pipeline of that name leaves it."""
+        return dict(config)
+
+    def loaded_vae(self, config: Config) -> dict[str, Any]:
+        """A VAE's configuration with only that normalisation of latents which the family's pipelines do.
+
+        They multiply by `scaling_factor` and know no `shift_factor`; mean and standard deviation count together.
+        """
+        kept = {k: v for k, v in config.items() if k not in ("shift_factor", *LATENT_STATISTICS)}
+        stated = {k: config.get(k) for k in LATENT_STATISTICS}
+        return {**kept, **stated} if self.vae_statistics and None not in stated.values() else kept
 
     def conditions(self, unet: Config) -> tuple[Condition, ...]:
         """What a UNet of this configuration is told besides latent and timestep."""

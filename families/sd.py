@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from .base import TEXT_KEYS, Config, Family, FamilyPart, TextEncoder, register_family
 
@@ -18,13 +20,38 @@ class StableDiffusion(Family):
         activation = configs.get("text_encoder", {}).get("hidden_act")
         return (activation == "gelu") == (self.activation == "gelu")
 
+    def part_refusal(self, name: str, config: Config) -> str | None:
+        if name == _ENCODER.name and config.get("use_attention_mask"):
+            return "masks its prompts' padding (use_attention_mask)"
+        return None
 
-_PIPELINES = (
-    "StableDiffusionPipeline",
-    "StableDiffusionImg2ImgPipeline",
-    "StableDiffusionInpaintPipeline",
-    "LatentConsistencyModelPipeline",
-)
+    def loaded_scheduler(self, pipeline: str, config: Config) -> dict[str, Any]:
+        """The constructors take any `steps_offset` for 1 and `clip_sample` for false, whether stated or by default.
+
+        That of inpainting turns PNDM's Runge-Kutta steps off besides; that of latent consistency models does nothing.
+        """
+        if pipeline == _CONSISTENCY:
+            return dict(config)
+        corrections: dict[str, Any] = {"steps_offset": 1}
+        if config.get("clip_sample", True) is True:
+            corrections["clip_sample"] = False
+        if pipeline == _INPAINT and config.get("skip_prk_steps", False) is False:
+            corrections["skip_prk_steps"] = True
+        unstated = sorted(corrections.keys() - config.keys())
+        return {**config, **corrections, **({"_use_default_values": unstated} if unstated else {})}
+
+    def loaded_unet(self, pipeline: str, config: Config) -> dict[str, Any]:
+        """A `sample_size` below 64 that was written before diffusers 0.9 is taken for 64."""
+        size, written = config.get("sample_size"), _VERSION.match(str(config.get("_diffusers_version", "")))
+        old = written is not None and tuple(map(int, written.groups("0"))) < (0, 9)
+        if pipeline != _CONSISTENCY and old and isinstance(size, int) and size < 64:
+            return {**config, "sample_size": 64}
+        return dict(config)
+
+
+_INPAINT, _CONSISTENCY = "StableDiffusionInpaintPipeline", "LatentConsistencyModelPipeline"
+_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", _INPAINT, _CONSISTENCY)
+_VERSION = re.compile(r"(\d+)(?:\.(\d+))?")
 _ENCODER = TextEncoder(
     name="text_encoder",
     tokenizer="tokenizer",

@@ -28,6 +28,8 @@ class StableDiffusionXL(Family):
         absent = not isinstance(first, list) or len(first) != 2 or first[1] is None
         if absent and index.get("text_encoder_2"):
             return "the SDXL refiner (it has no first text encoder)"
+        if index.get("requires_aesthetics_score") and "Img2Img" in str(index.get("_class_name")):
+            return "an SDXL model that is told aesthetic scores (requires_aesthetics_score)"
         return None
 
     def more_conditions(self, unet: Config) -> tuple[Condition, ...]:
@@ -96,6 +98,8 @@ register_family(
         schedule="ays_xl",
         guidance=5.0,
         force_zeros=True,
+        addition_types=("text_time",),
+        vae_statistics=True,
         size_arguments={
             f"{prefix}{name}": bounds
             for prefix in ("", "negative_")

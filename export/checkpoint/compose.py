@@ -17,13 +17,15 @@ from typing import Any
 from safetensors import safe_open
 
 from ...errors import ArgumentError, CorruptError, MissingError, UnsafeFileError, UnsupportedError
-from ...families import Family, all_families
+from ...families import all_families
+from ...families.base import LATENT_STATISTICS
 from .configs import TINY_DEFAULTS
 from .embeddings import embedding_file, read_words, with_words
 from .folder import (
     Checkpoint,
     LoraFile,
     Part,
+    check_parts,
     check_unet,
     licence_of,
     open_checkpoint,
@@ -75,9 +77,10 @@ def compose_checkpoint(
         scheduler |= _marked(file, scheduler)
         parts |= _single_file_parts(opened, file, skip={"vae"} if vae is not None else set())
     if unet is not None:
-        parts["unet"] = _replaced(opened.model, parts["unet"], Path(unet))
+        parts["unet"] = _replaced(opened, parts["unet"], Path(unet))
     if vae is not None:
-        parts["vae"] = _replaced(opened.model, parts["vae"], Path(vae))
+        parts["vae"] = _replaced(opened, parts["vae"], Path(vae))
+    check_parts(parts, opened.model)
     _check_vae(parts["vae"], parts["unet"])
     fused = tuple(_lora_file(path, scale) for path, scale in loras)
     learned = [embedding_file(name, path) for name, path in embeddings]
@@ -149,14 +152,14 @@ def _single_file_parts(base: Checkpoint, file: Path, *, skip: set[str]) -> dict[
     return parts
 
 
-def _replaced(family: Family, part: Part, path: Path) -> Part:
+def _replaced(base: Checkpoint, part: Part, path: Path) -> Part:
     """A part with its weights from another file, or with everything from another folder."""
     if path.suffix in PICKLES:
         raise UnsafeFileError(
             f"{path.name} is a pickle, which can run code when it is loaded", expected="a .safetensors file"
         )
     if path.is_dir():
-        return _from_folder(family, part, path)
+        return _from_folder(base, part, path)
     if not path.is_file():
         raise MissingError(f"no file {str(path)!r}", expected="a .safetensors file, or a folder with config.json")
     tensors = open_tensors([path])
@@ -187,6 +190,14 @@ def _check_vae(vae: Part, unet: Part) -> None:
             expected=f"{ours}, which the UNet takes",
             remedy="Give a VAE of the same family.",
         )
+    for name in LATENT_STATISTICS:
+        numbers = vae.config.get(name)
+        if numbers is not None and not (
+            isinstance(numbers, list)
+            and len(numbers) == theirs
+            and all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers)
+        ):
+            raise CorruptError(f"vae/config.json states {name} {str(numbers)[:60]}", expected=f"{theirs} numbers")
     if vae.class_name == "AutoencoderTiny":
         blocks = [len(vae.config[f"{half}_block_out_channels"]) for half in ("encoder", "decoder")]
         if blocks[0] != blocks[1] or vae.config.get("upsampling_scaling_factor", 2) != 2:
@@ -197,17 +208,19 @@ def _check_vae(vae: Part, unet: Part) -> None:
             )
 
 
-def _from_folder(family: Family, part: Part, path: Path) -> Part:
+def _from_folder(base: Checkpoint, part: Part, path: Path) -> Part:
     """The part's own folder, or the folder of a whole checkpoint."""
     place = path if (path / "config.json").is_file() else path / part.name
     config = read_json(place / "config.json", remedy="Give the folder that holds the part's config.json.")
     class_name = str(config.get("_class_name"))
+    family, pipeline = base.model, base.pipeline
     admitted = family.parts[part.name].classes
     if class_name not in admitted:
         raise UnsupportedError(f"the {part.name} in {path.name!r} is a {class_name!r}", expected=" or ".join(admitted))
     replacement = read_part(place, part.name, class_name, family, None)
     if part.name == "unet":
         check_unet(replacement.config, family)
+        replacement = replace(replacement, config=family.loaded_unet(pipeline, replacement.config))
         ours, theirs = (p.config.get("cross_attention_dim") for p in (part, replacement))
         if ours != theirs:
             raise _another_family(path, theirs, ours)

@@ -64,6 +64,8 @@ VAE_DEFAULTS: dict[str, Any] = {
     "down_block_types": ["DownEncoderBlock2D"],
     "in_channels": 3,
     "latent_channels": 4,
+    "latents_mean": None,
+    "latents_std": None,
     "layers_per_block": 1,
     "mid_block_add_attention": True,
     "norm_num_groups": 32,
@@ -111,11 +113,9 @@ IGNORED = {
     "_use_default_values",
     "dropout",
     "force_upcast",
-    "latents_mean",
-    "latents_std",
     "sample_size",
 }
-"""Keys of diffusers' configurations that leave a graph as it is. `latents_mean` and `_std` belong to other families."""
+"""Keys of diffusers' configurations that leave a graph as it is."""
 _POOLED_ONLY = {"eos_token_id", "projection_dim"}
 
 
@@ -132,7 +132,11 @@ def canonical_config(kind: str, config: Mapping[str, Any], dtype: str) -> dict[s
         return named | {k: config[k] for k in ("_class", "_layer") if k in config}
     tiny = is_tiny(config)
     defaults = UNET_DEFAULTS if kind == "unet" else TINY_DEFAULTS if tiny else VAE_DEFAULTS
-    kept = {k: list(v) if isinstance(v, tuple) else v for k, v in config.items() if k not in IGNORED and v is not None}
+    kept = {
+        k: list(v) if isinstance(v, tuple) else v
+        for k, v in config.items()
+        if k not in IGNORED and (v is not None or defaults.get(k) is not None)
+    }
     if dtype == "float32":
         kept.pop("upcast_attention", None)  # there is nothing above float32
     named = {k: v for k, v in kept.items() if k not in defaults or v != defaults[k]}

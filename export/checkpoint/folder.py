@@ -9,7 +9,8 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ NOT_EXPORTED = {
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 UNUSED = {"safety_checker", "feature_extractor", "image_encoder", "watermark"}
 HUB_INDEX = ("model_index.json", "fewstep.json", "README.md")
-UNET_OPTIONS = ("class_embed_type", "encoder_hid_dim_type", "num_class_embeds")
+UNET_OPTIONS = ("class_embed_type", "encoder_hid_dim", "encoder_hid_dim_type", "num_class_embeds")
 """Keys of a UNet's configuration that make it one of another kind, unless its family has them."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -72,6 +73,7 @@ class LoraFile:
 class Checkpoint:
     """A diffusers folder, understood, with whatever replaces its parts.
 
+    `scheduler` and the parts' configurations are as diffusers' pipeline leaves them once it is made.
     `options` are the arguments that, given to `compose_checkpoint` with `path`, make the same checkpoint again.
     """
 
@@ -137,8 +139,11 @@ def _from_hub(name: str, *, revision: str | None, variant: str | None, offline: 
         raise MissingExtraError("huggingface_hub", "export", purpose=f"Fetching {name!r}") from error
     try:
         folder = snapshot_download(name, revision=revision, allow_patterns=list(HUB_INDEX), local_files_only=offline)
-        patterns = hub_files(read_json(Path(folder) / "model_index.json"), variant)
-        folder = snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=offline)
+        index = read_json(Path(folder) / "model_index.json")
+        fetch = partial(snapshot_download, name, revision=revision, local_files_only=offline)
+        folder = fetch(allow_patterns=hub_files(index, variant))
+        if variant and (patterns := plain_files(Path(folder), index, variant)):
+            folder = fetch(allow_patterns=patterns)
     except LocalEntryNotFoundError as error:
         hint = "Leave out --offline, or fetch it first." if offline else "Check the network, or give a folder."
         raise MissingError(f"{name!r} is not in the hub's cache and could not be fetched", remedy=hint) from error
@@ -152,15 +157,24 @@ def _from_hub(name: str, *, revision: str | None, variant: str | None, offline: 
 
 def hub_files(index: Mapping[str, Any], variant: str | None) -> list[str]:
     """Patterns of the files an export reads, and no others: a repository may hold every weight several times over."""
-    middle = f".{variant}" if variant else ""
     patterns = [*HUB_INDEX, "scheduler/*.json"]
     named = {n for f in all_families() for n in (*f.parts, *(e.tokenizer for e in f.text_encoders))}
     for name in sorted(named & index.keys()):
         patterns += [f"{name}/*.json", f"{name}/*.txt"]
         if not name.startswith("tokenizer"):
-            stem = _stem(name)
-            patterns += [f"{name}/{stem}{middle}.safetensors", f"{name}/{stem}{middle}-[0-9]*.safetensors"]
+            patterns += _weight_patterns(name, variant)
     return patterns
+
+
+def _weight_patterns(name: str, variant: str | None) -> list[str]:
+    stem = f"{name}/{_stem(name)}" + (f".{variant}" if variant else "")
+    return [f"{stem}.safetensors", f"{stem}-[0-9]*.safetensors"]
+
+
+def plain_files(folder: Path, index: Mapping[str, Any], variant: str) -> list[str]:
+    """Patterns of the weights without a variant's name, for the parts of a fetched folder that lack the variant."""
+    parts = sorted({n for f in all_families() for n in f.parts} & index.keys())
+    return [p for n in parts if not has_variant(folder / n, variant) for p in _weight_patterns(n, None)]
 
 
 def _stem(name: str) -> str:
@@ -190,6 +204,8 @@ def _from_folder(folder: Path, source: str, *, variant: str | None, revision: st
     configs = {n: p.config for n, p in parts.items()}
     model = next(f for f in families if f.recognises(configs))
     check_unet(parts["unet"].config, model)
+    check_parts(parts, model)
+    parts["unet"] = replace(parts["unet"], config=model.loaded_unet(pipeline, parts["unet"].config))
     return Checkpoint(
         folder=folder,
         source=source,
@@ -197,11 +213,19 @@ def _from_folder(folder: Path, source: str, *, variant: str | None, revision: st
         pipeline=pipeline,
         parts=parts,
         tokenizers=tokenizers,
-        scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
+        scheduler=model.loaded_scheduler(pipeline, _read_scheduler(folder, index)),
         force_zeros=bool(index.get("force_zeros_for_empty_prompt", model.force_zeros)),
         licence=licence_of(folder),
         revision=revision,
     )
+
+
+def _read_scheduler(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
+    """The scheduler's configuration, of the class that `model_index.json` names, whatever its own file says."""
+    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    stated = index.get("scheduler")
+    named = isinstance(stated, list) and len(stated) == 2 and isinstance(stated[1], str)
+    return {**config, "_class_name": stated[1]} if named and isinstance(stated, list) else config
 
 
 def _read_parts(
@@ -210,6 +234,13 @@ def _read_parts(
     """The parts that `model_index.json` names, and the folders of the tokenizers in the encoders' order."""
     parts: dict[str, Part] = {}
     order = [e.tokenizer for e in family.text_encoders]
+    if variant and not any(has_variant(folder / n, variant) for n in index):
+        found = ", ".join(variants_of(folder, index))
+        raise MissingError(
+            f"no part of {folder.name!r} has weights of the variant {variant!r}",
+            expected=f"files like {_stem('unet')}.{variant}.safetensors",
+            remedy=f"Choose a variant it has: {found} (--variant)." if found else "Leave --variant out.",
+        )
     tokenizers: set[str] = set()
     admitted = {**{n: tuple(p.classes) for n, p in family.parts.items()}, **dict.fromkeys(order, TOKENIZERS)}
     for name, value in index.items():
@@ -252,6 +283,23 @@ def check_unet(config: Mapping[str, Any], family: Family) -> None:
     for name in UNET_OPTIONS:
         if config.get(name) is not None and name not in family.unet_options:
             raise UnsupportedError(f"the UNet has {name}={config[name]!r}", expected=f"a UNet of {family.title}")
+    addition = config.get("addition_embed_type")
+    if addition is not None and addition not in family.addition_types:
+        raise UnsupportedError(
+            f"the UNet has addition_embed_type={addition!r}",
+            expected=f"{' or '.join(map(repr, family.addition_types)) or 'none'}, as {family.title} has",
+        )
+
+
+def check_parts(parts: Mapping[str, Part], family: Family) -> None:
+    """`UnsupportedError` for a part that asks of its pipeline what is not done."""
+    for name, part in parts.items():
+        if (asked := family.part_refusal(name, part.config)) is not None:
+            raise UnsupportedError(
+                f"the {name} {asked}",
+                expected=f"a {name} that does not",
+                remedy=f"Take that word out of {name}/config.json if the model was not trained with it.",
+            )
 
 
 def read_part(place: Path, name: str, class_name: str, family: Family, variant: str | None) -> Part:
@@ -264,7 +312,7 @@ def read_part(place: Path, name: str, class_name: str, family: Family, variant: 
             f"{name}/config.json does not state {', '.join(missing)}", remedy="Take the whole checkpoint."
         )
     _check_numbers(name, config)
-    files = _weight_files(place, _stem(name), variant)
+    files = _weight_files(place, _stem(name), variant if variant and has_variant(place, variant) else None)
     return Part(name=name, class_name=class_name, config=config, place=place, files=files)
 
 
@@ -280,13 +328,31 @@ def _check_numbers(name: str, config: Mapping[str, Any]) -> None:
         raise CorruptError(f"{name}/config.json states scaling_factor {factor!r}", expected="a finite number but 0")
 
 
+def has_variant(place: Path, variant: str) -> bool:
+    """Whether any file of a part's folder is of the variant, by its name between the first two dots, as diffusers asks.
+
+    Only such parts are loaded from files of the variant; the others' plain files are beside them.
+    """
+    return place.is_dir() and any(p.name.partition(".")[2].startswith(variant) for p in place.iterdir())
+
+
+def variants_of(folder: Path, index: Mapping[str, Any]) -> list[str]:
+    """The variants that safetensors files in a checkpoint's folders are named by."""
+    names = [p.name.split(".") for n in index for p in (folder / n).glob("*.safetensors")]
+    return sorted({parts[1] for parts in names if len(parts) == 3})
+
+
 def _weight_files(place: Path, stem: str, variant: str | None) -> tuple[Path, ...]:
-    """The safetensors files of a part: one file or shards, with the variant's name where one is asked for."""
+    """The safetensors files of a part: one file or shards, with the variant's name where one is asked for.
+
+    Where there are both, diffusers takes its own models from shards, and transformers its from the one file.
+    """
     middle = f".{variant}" if variant else ""
     single = place / f"{stem}{middle}.safetensors"
-    if single.is_file():
+    indices = [place / f"{stem}.safetensors.index{middle}.json", place / f"{stem}{middle}.safetensors.index.json"]
+    index = next((i for i in indices if i.is_file()), indices[0])
+    if single.is_file() and (stem == "model" or not index.is_file()):
         return (single,)
-    index = place / f"{stem}.safetensors.index{middle}.json"
     if index.is_file():
         shards = sorted(set(read_json(index).get("weight_map", {}).values()))
         for shard in shards:

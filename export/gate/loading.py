@@ -19,7 +19,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ...errors import CorruptError
-from ..checkpoint.folder import Checkpoint, Part
+from ..checkpoint.folder import Checkpoint, Part, has_variant
 from ..checkpoint.lora import match_loras
 
 LOADERS = {
@@ -73,8 +73,9 @@ def _bare(checkpoint: Checkpoint, part: Part) -> nn.Module:
     if part.layout == "folder":
         options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
         options |= {"dtype": torch.float32, "attn_implementation": "sdpa"} if text else {"torch_dtype": torch.float32}
-        if checkpoint.options.get("variant") and part.place.parent == checkpoint.folder:
-            options["variant"] = checkpoint.options["variant"]
+        variant = checkpoint.options.get("variant")
+        if variant and part.place.parent == checkpoint.folder and has_variant(part.place, variant):
+            options["variant"] = variant
         return cls.from_pretrained(part.place, **options).eval()
     if text:
         return _text_encoder(cls, part)

@@ -17,12 +17,13 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ...engines.base import TensorSpec
-from ...families.base import Condition, Family, vae_factor
-from ..checkpoint.configs import is_tiny
+from ...families.base import LATENT_STATISTICS, Condition, Family, vae_factor
+from ..checkpoint.configs import TINY_DEFAULTS, VAE_DEFAULTS, is_tiny
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _default_dtype = threading.Lock()
 """torch's default dtype is the whole process's, and a bundle's components are opened side by side."""
+SCALING = {False: VAE_DEFAULTS["scaling_factor"], True: TINY_DEFAULTS["scaling_factor"]}
 LARGEST = {"float32": 3.0e38, "float16": 65504.0, "bfloat16": 3.0e38}
 
 
@@ -109,20 +110,51 @@ class TextStates(nn.Module):
         return (hidden.float(),)
 
 
+class LatentScaling:
+    """Between the UNet's latents and the VAE's, as a configuration that `Family.loaded_vae` has read says.
+
+    z = latent * std / scaling_factor + mean, by channel where the family's pipelines do so. The numbers are the graph's
+    own, one operation a channel: as tensors they would be weights that no checkpoint has.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.scale = float(config.get("scaling_factor", SCALING[is_tiny(config)]))
+        pairs = zip(*(config.get(n) or () for n in LATENT_STATISTICS), strict=True)
+        self.statistics = [(float(mean), float(std)) for mean, std in pairs]
+
+    def to_vae(self, latent: torch.Tensor) -> torch.Tensor:
+        if not self.statistics:
+            return latent / self.scale
+        channels = zip(latent.split(1, dim=1), self.statistics, strict=True)
+        return torch.cat([c * std / self.scale + mean for c, (mean, std) in channels], 1)
+
+    def from_vae(self, z: torch.Tensor) -> torch.Tensor:
+        if not self.statistics:
+            return z * self.scale
+        channels = zip(z.split(1, dim=1), self.statistics, strict=True)
+        return torch.cat([(c - mean) * self.scale / std for c, (mean, std) in channels], 1)
+
+    def deviation(self, value: torch.Tensor) -> torch.Tensor:
+        """A standard deviation of the VAE's latents as one of the UNet's."""
+        if not self.statistics:
+            return value * self.scale
+        channels = zip(value.split(1, dim=1), self.statistics, strict=True)
+        return torch.cat([c * self.scale / std for c, (_, std) in channels], 1)
+
+
 class VaeDecoder(nn.Module):
     """`latent [B, C, h, w]` -> `image uint8 [B, H, W, 3]` and `finite bool [B]`, taken before the clamp."""
 
-    def __init__(self, model: AutoencoderKL | AutoencoderTiny, *, dtype: str) -> None:
+    def __init__(self, model: AutoencoderKL | AutoencoderTiny, config: Mapping[str, Any], *, dtype: str) -> None:
         super().__init__()
         self.post_quant_conv = getattr(model, "post_quant_conv", None)
         self.decoder = model.decoder
-        self.scale = float(model.config.scaling_factor)
-        self.shift = float(model.config.shift_factor or 0.0)
+        self.scaling = LatentScaling(config)
         self.largest = LARGEST[dtype]
         self.dtype = DTYPES[dtype]
 
     def forward(self, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        z = (latent / self.scale + self.shift).to(self.dtype)
+        z = self.scaling.to_vae(latent).to(self.dtype)
         if self.post_quant_conv is not None:
             z = self.post_quant_conv(z)
         pixels = self.decoder(z).float()
@@ -134,12 +166,11 @@ class VaeDecoder(nn.Module):
 class VaeEncoder(nn.Module):
     """`image [B, 3, H, W]` in [-1, 1] -> `mean` and `std [B, C, h, w]` of the latent, both in the UNet's scale."""
 
-    def __init__(self, model: AutoencoderKL, *, dtype: str) -> None:
+    def __init__(self, model: AutoencoderKL, config: Mapping[str, Any], *, dtype: str) -> None:
         super().__init__()
         self.encoder = model.encoder
         self.quant_conv = model.quant_conv
-        self.scale = float(model.config.scaling_factor)
-        self.shift = float(model.config.shift_factor or 0.0)
+        self.scaling = LatentScaling(config)
         self.dtype = DTYPES[dtype]
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -148,20 +179,20 @@ class VaeEncoder(nn.Module):
             moments = self.quant_conv(moments)
         mean, logvar = moments.float().chunk(2, dim=1)
         std = (0.5 * logvar.clamp(-30.0, 20.0)).exp()
-        return (mean - self.shift) * self.scale, std * self.scale
+        return self.scaling.from_vae(mean), self.scaling.deviation(std)
 
 
 class TinyEncoder(nn.Module):
     """A tiny autoencoder's encoder under the contract of `VaeEncoder`: it gives one latent, so `std` is zero."""
 
-    def __init__(self, model: AutoencoderTiny, *, dtype: str) -> None:
+    def __init__(self, model: AutoencoderTiny, config: Mapping[str, Any], *, dtype: str) -> None:
         super().__init__()
         self.encoder = model.encoder
-        self.scale = float(model.config.scaling_factor)
+        self.scaling = LatentScaling(config)
         self.dtype = DTYPES[dtype]
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mean = self.encoder(image.to(self.dtype)).float() * self.scale
+        mean = self.scaling.from_vae(self.encoder(image.to(self.dtype)).float())
         return mean, torch.zeros_like(mean)
 
 
@@ -216,7 +247,7 @@ def wrap(
     if kind == "vae_decoder":
         c, f = config["latent_channels"], vae_factor(config)
         return Traceable(
-            module=VaeDecoder(model, dtype=dtype).eval(),
+            module=VaeDecoder(model, config, dtype=dtype).eval(),
             inputs=(TensorSpec(name="latent", dtype="float32", shape=("batch", c, "height", "width")),),
             outputs=(
                 TensorSpec(
@@ -230,7 +261,7 @@ def wrap(
         c, f = config["latent_channels"], vae_factor(config)
         shape = ("batch", c, "height", "width")
         return Traceable(
-            module=(TinyEncoder if is_tiny(config) else VaeEncoder)(model, dtype=dtype).eval(),
+            module=(TinyEncoder if is_tiny(config) else VaeEncoder)(model, config, dtype=dtype).eval(),
             inputs=(
                 TensorSpec(
                     name="image", dtype="float32", shape=("batch", config["in_channels"], f"height*{f}", f"width*{f}")
