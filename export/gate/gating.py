@@ -96,10 +96,11 @@ def _reference_words(path: Path) -> str:
 
 
 def judge(bundle: Bundle) -> dict[str, Any]:
-    """Run the bundle's graphs on its reference; `GateError` for the first component that disagrees."""
+    """Run the bundle's graphs on its reference, and whole requests; `GateError` for the first that disagrees."""
     from ...engines.gate.gate import failure
     from ...engines.gate.reference import read_reference
     from ...engines.gate.verify import verify_graph
+    from .requests import judge_pictures
 
     components: dict[str, Any] = {}
     for name, component in bundle.components.items():
@@ -117,12 +118,19 @@ def judge(bundle: Bundle) -> dict[str, Any]:
             "limit": worst.limit,
             "worst_output": f"{worst.case}/{worst.tensor}",
         }
-    ran = all(c["status"] == "passed" for c in components.values())
+    pictures = judge_pictures(bundle, bundle.folder / REFERENCE)
+    ran = all(c["status"] == "passed" for c in (*components.values(), *_verdicts(pictures)))
     return {
         "status": "passed" if ran else "passed in part",
         "runner": "onnxruntime, CPU",
         "components": components,
+        "pictures": pictures,
     }
+
+
+def _verdicts(pictures: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """By task, or the one that says why there are none."""
+    return [pictures] if "status" in pictures else list(pictures.values())
 
 
 def _judge_apart(bundle: Bundle) -> dict[str, Any]:

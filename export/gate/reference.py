@@ -24,6 +24,7 @@ from ..checkpoint.folder import Checkpoint
 from ..plan import ComponentPlan, plan_components
 from ..trace.modules import DTYPES, Traceable, wrap
 from .loading import load_model, lora_method
+from .pictures import make_pictures
 
 TIMESTEPS = (999.0, 749.0, 499.0, 249.0, 24.0, 1.0)
 LARGEST_SIDE, QUICK_SIDE = 32, 16
@@ -57,11 +58,17 @@ def make_reference(checkpoint: Checkpoint, path: Path, *, dtypes: Mapping[str, s
             tensors |= {f"{plan.kind}/{i}/out/{k}": v for k, v in output.items()}
             cases[f"{plan.kind}/{i}"] = {"dims": _dims(traceable, given), "torch_error": errors[i]}
         del model, traceable  # before the next model is loaded
+    pictures, asked = make_pictures(checkpoint)
     part = path.with_suffix(".part")
     save_file(
-        {k: np.ascontiguousarray(v) for k, v in tensors.items()},
+        {k: np.ascontiguousarray(v) for k, v in (tensors | pictures).items()},
         part,
-        metadata={"cases": json.dumps(cases), "torch": torch.__version__, "lora": lora_method(checkpoint)},
+        metadata={
+            "cases": json.dumps(cases),
+            "pictures": json.dumps(asked),
+            "torch": torch.__version__,
+            "lora": lora_method(checkpoint),
+        },
     )
     part.replace(path)
 

@@ -1,0 +1,180 @@
+"""Pictures of diffusers' own pipeline, loaded by diffusers' own loaders: what the gate compares whole requests with.
+
+Components that agree one by one may still be put together wrongly, and what both sides of a component's comparison
+leave out shows in neither. So one picture from a prompt, and one from a picture, are made by the library itself from the
+original checkpoint; nothing of an export's reading of it is used. Text encoders are let go of before the UNet is
+loaded, as diffusers' users do where memory is short.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from PIL import Image
+
+from safetensors import safe_open
+
+from ..checkpoint.folder import Checkpoint
+from .loading import load_fused, load_model
+
+PROMPT, SEED, GUIDANCE = "a red circle, hello! 7 stars", 20240, 3.0
+STEPS, IMAGE_STEPS, STRENGTH = 2, 4, 0.5
+LEAST_SIDE = 16
+"""Of the latent, in cells."""
+LEAST_STEPS = {"PNDMScheduler": 4}
+"""Steps without which a class cannot be run in one of its forms."""
+NOISE_DIFFERS = {"DPMSolverSDEScheduler": "its noise comes from a Brownian tree there, and from a stream here"}
+TASKS = ("text_to_image", "image_to_image")
+
+
+def make_pictures(checkpoint: Checkpoint) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Tensors (`picture/text_to_image/out/image` uint8 [H, W, 3], ...) and, by task, what was asked for.
+
+    Where diffusers cannot make a picture that can be compared, `not_run` says why instead.
+    """
+    why = NOISE_DIFFERS.get(str(checkpoint.scheduler["_class_name"]))
+    if why is not None:
+        return {}, {task: {"not_run": why} for task in TASKS}
+    try:
+        embeddings = _encode(checkpoint)
+        pipe = _load(checkpoint, without=[n for n in checkpoint.parts if n.startswith("text_encoder")])
+    except Exception as error:  # whatever the library says of a checkpoint is recorded, and said
+        return {}, {task: {"not_run": _words(error)} for task in TASKS}
+    tensors: dict[str, np.ndarray] = {}
+    asked: dict[str, Any] = {}
+    for task in TASKS:
+        try:
+            tensors_of_task, asked[task] = _picture(checkpoint, pipe, task, embeddings)
+        except Exception as error:
+            asked[task] = {"not_run": _words(error)}
+            continue
+        tensors |= {f"picture/{task}/{name}": value for name, value in tensors_of_task.items()}
+    return tensors, asked
+
+
+def _words(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"diffusers {diffusers.__version__} says {type(error).__name__}: {text[:300]}"
+
+
+def _pipeline_class(checkpoint: Checkpoint, *, image: bool = False) -> Any:
+    """The class that makes pictures from prompts, whichever task's the checkpoint names, or its class for pictures."""
+    plain = checkpoint.model.pipelines[0]
+    if image:
+        return getattr(diffusers, plain.replace("Pipeline", "Img2ImgPipeline"))
+    named = checkpoint.pipeline
+    return getattr(diffusers, plain if any(word in named for word in ("Img2Img", "Inpaint")) else named)
+
+
+def _load(checkpoint: Checkpoint, *, without: list[str]) -> Any:
+    """The pipeline in float32 but for some parts, with the tokenizers of those that it has."""
+    tokenizers = {e.tokenizer for e in checkpoint.model.text_encoders if e.name in without}
+    given: dict[str, Any] = dict.fromkeys([*without, *tokenizers])
+    wanted = [n for n in checkpoint.parts if n not in without]
+    if checkpoint.loras:
+        given |= {n: m for n, m in load_fused(checkpoint).items() if n in wanted}
+    for name in wanted:
+        part = checkpoint.parts[name]
+        replaced = part.place.parent != checkpoint.folder or part.files[0].parent != part.place
+        if name not in given and replaced and part.files[0] != checkpoint.file:
+            given[name] = load_model(checkpoint, part)
+    if checkpoint.file is not None and _is_marked(checkpoint.file):
+        given["scheduler"] = getattr(diffusers, checkpoint.scheduler["_class_name"]).from_config(checkpoint.scheduler)
+    cls = _pipeline_class(checkpoint)
+    options = {**given, "torch_dtype": torch.float32, "local_files_only": True, **_unchecked(cls)}
+    if checkpoint.file is not None:
+        pipe = cls.from_single_file(str(checkpoint.file), config=str(checkpoint.folder), **options)
+    else:
+        pipe = cls.from_pretrained(
+            checkpoint.folder, use_safetensors=True, variant=checkpoint.options.get("variant"), **options
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _is_marked(file: Path) -> bool:
+    """Whether a single file has tensors that say how it was trained: diffusers does not read those."""
+    with safe_open(file, framework="np") as opened:
+        return bool({"v_pred", "ztsnr"} & set(opened.keys()))
+
+
+def _unchecked(cls: Any) -> dict[str, Any]:
+    """No safety checker, where the class would take one, and no watermark."""
+    expected, optional = cls._get_signature_keys(cls)
+    absent = {n: None for n in ("safety_checker", "feature_extractor", "image_encoder") if n in expected}
+    said = {"requires_safety_checker": False, "add_watermarker": False}
+    return {**absent, **{k: v for k, v in said.items() if k in optional}}
+
+
+def _encode(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The prompt's embeddings, and those of no negative prompt, as arguments of a call."""
+    pipe = _load(checkpoint, without=["unet", "vae"])
+    guided = not checkpoint.parts["unet"].config.get("time_cond_proj_dim")
+    with torch.no_grad():
+        values = pipe.encode_prompt(PROMPT, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=guided)
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    return {n: v for n, v in zip(names, values, strict=False) if v is not None}
+
+
+def _picture(
+    checkpoint: Checkpoint, pipe: Any, task: str, embeddings: dict[str, torch.Tensor]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    image = task == "image_to_image"
+    channels, factor, multiple = checkpoint.model.geometry(
+        checkpoint.parts["unet"].config, checkpoint.parts["vae"].config
+    )
+    del channels
+    side = -(-max(LEAST_SIDE, 2 * multiple) // multiple) * multiple * factor
+    least = LEAST_STEPS.get(type(pipe.scheduler).__name__, 0)
+    asked = {
+        "prompt": PROMPT,
+        "seed": SEED,
+        "guidance": GUIDANCE,
+        "width": side,
+        "height": side,
+        "steps": max(IMAGE_STEPS if image else STEPS, least),
+    }
+    call = {
+        **embeddings,
+        "num_inference_steps": asked["steps"],
+        "guidance_scale": GUIDANCE,
+        "generator": torch.Generator().manual_seed(SEED),
+        "output_type": "np",
+    }
+    tensors: dict[str, np.ndarray] = {}
+    if image:
+        pipe = _for_pictures(checkpoint, pipe)
+        asked["strength"] = STRENGTH
+        tensors["in/image"] = _drawing(side)
+        call |= {"image": Image.fromarray(tensors["in/image"]), "strength": STRENGTH}
+    else:
+        call |= {"width": side, "height": side}
+    with torch.no_grad():
+        made = np.asarray(pipe(**call).images)[0]
+    if not np.isfinite(made).all():
+        raise ValueError("its picture holds NaN")
+    tensors["out/image"] = (made * 255).round().astype(np.uint8)
+    return tensors, asked
+
+
+def _for_pictures(checkpoint: Checkpoint, pipe: Any) -> Any:
+    """The pipeline that starts from pictures, of the same parts and of what the checkpoint's index says to it."""
+    cls = _pipeline_class(checkpoint, image=True)
+    _, optional = cls._get_signature_keys(cls)
+    stated = {k: pipe.config[k] for k in optional if k in pipe.config}
+    made = cls(**{**pipe.components, **stated, **_unchecked(cls)})
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def _drawing(side: int) -> np.ndarray:
+    """A gradient with a disc on it, uint8 [side, side, 3]."""
+    y, x = np.mgrid[0:side, 0:side] / side
+    disc = (x - 0.5) ** 2 + (y - 0.4) ** 2 < 0.06
+    channels = [255 * x, 255 * y, np.where(disc, 220.0, 60.0)]
+    return np.stack(channels, -1).round().astype(np.uint8)
+

@@ -1,0 +1,121 @@
+"""Whole requests in the gate: the bundle's pictures, by the runtime itself, against those of diffusers' pipeline.
+
+The graphs run in ONNX Runtime on the CPU, one component after the other, so that no more is in memory at once than a
+component's own comparison takes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+
+from ...bundle import Bundle
+from ...engines.backends.ort import OrtEngine
+from ...engines.base import Engine
+from ...engines.gate.gate import compare
+from ...errors import GateError, NonFiniteError
+from ...runtime.arrays import Float32, UInt8
+from ...runtime.device.numpy_slots import NumpySlots
+from ...runtime.pictures.vae import Vae
+from ...runtime.prepare import prepare
+from ...runtime.prompts.encoders import TextEncoders
+from ...runtime.request import make_request
+
+LEAST_PSNR_DB = 75.0
+"""In float32, where pictures of the same arithmetic differ by single levels of single pixels."""
+LEAST_PSNR_LOW_DB = 30.0
+"""Where a component computes in less: what was left out of a request costs more than that."""
+LEAST_PSNR_ZERO_SNR_DB = 50.0
+"""Where sampling starts at the sigma of 4096 that stands for no signal at all: float32 keeps 3 digits of x0 there."""
+
+
+def judge_pictures(bundle: Bundle, reference: Path) -> dict[str, Any]:
+    """By task, how far the bundle's picture is from diffusers'; `GateError` for the first that is too far.
+
+    A picture that could not be compared has a `status` that says why.
+    """
+    with safe_open(reference, framework="np") as file:
+        asked = json.loads((file.metadata() or {}).get("pictures", "{}"))
+        names = set(file.keys())
+        pictures = {n: file.get_tensor(n) for n in names if n.startswith("picture/")}
+    if not asked:
+        return {"status": "not run: the reference holds no pictures"}
+    low = [n for n, c in bundle.components.items() if c.dtype == "bfloat16"]
+    if low:
+        return {"status": f"not run: ONNX Runtime's CPU provider has no bfloat16 kernels ({', '.join(low)})"}
+    return {task: _judge(bundle, task, stated, pictures) for task, stated in asked.items()}
+
+
+def _judge(bundle: Bundle, task: str, stated: Mapping[str, Any], pictures: Mapping[str, UInt8]) -> dict[str, Any]:
+    if "not_run" in stated:
+        return {"status": f"not run: {stated['not_run']}"}
+    image = pictures.get(f"picture/{task}/in/image")
+    if image is not None and "vae_encoder" not in bundle.components:
+        return {"status": "not run: the bundle has no encoder"}
+    expected = pictures[f"picture/{task}/out/image"]
+    limit = least_psnr(bundle)
+    try:
+        report = compare(make_picture(bundle, stated, image), expected)
+    except NonFiniteError as error:
+        raise _failure(task, error.found, limit) from error
+    if report.psnr < limit:
+        raise _failure(task, f"{report.psnr:.1f} dB", limit)
+    return {
+        "status": "passed",
+        "psnr_db": report.psnr if math.isfinite(report.psnr) else None,
+        "limit_db": limit,
+        **{k: stated[k] for k in ("width", "height", "steps", "seed")},
+    }
+
+
+def _failure(task: str, found: str, limit: float) -> GateError:
+    return GateError(
+        f"the picture of {task.replace('_', ' ')} is not that of diffusers' own pipeline: {found}",
+        expected=f"{limit:.0f} dB or more",
+        remedy="The components agree, so something between them differs: report the checkpoint's configurations, or "
+        "leave the gate out with --no-gate.",
+    )
+
+
+def least_psnr(bundle: Bundle) -> float:
+    """What pictures must agree to, by the components' precisions and the noise schedule."""
+    if any(c.dtype != "float32" for c in bundle.components.values()):
+        return LEAST_PSNR_LOW_DB
+    return LEAST_PSNR_ZERO_SNR_DB if bundle.scheduler.get("rescale_betas_zero_snr") else LEAST_PSNR_DB
+
+
+def make_picture(bundle: Bundle, stated: Mapping[str, Any], image: UInt8 | None) -> UInt8:
+    """The picture of one request under the checkpoint's own scheduler, uint8 [H, W, 3]."""
+    own = replace(
+        bundle.defaults, sampler=None, schedule=None, preset=None, timesteps=None, prediction=None, options={}
+    )
+    plain = replace(bundle, defaults=own)
+    text = TextEncoders(plain, lambda: {n: _open(plain, n) for n in plain.text_encoders}, keep_engines=False)
+    vae = Vae(plain, _open(plain, "vae_decoder"), lambda: _open(plain, "vae_encoder"))
+    call = {k: stated[k] for k in ("steps", "guidance", "seed")} | {"size": (stated["width"], stated["height"])}
+    if image is not None:
+        call |= {"image": image, "strength": stated["strength"]}
+    prepared = prepare(plain, text, vae, make_request(plain, stated["prompt"], **call))
+    slots = NumpySlots(_open(plain, "unet"), slots=1, shape=prepared.shape)
+    slot = slots.admit(
+        prepared.samplings[0], prepared.gaussians[0], None if prepared.latents is None else prepared.latents[0]
+    )
+    while not slots.sampling(slot).done:
+        slots.tick([slot])
+    latent: Float32 = np.empty((1, *prepared.shape), np.float32)
+    slots.result(slot, latent[0])
+    return vae.decode_unguarded(latent)[0]
+
+
+def _open(bundle: Bundle, name: str) -> Engine:
+    part = bundle.component(name)
+    return OrtEngine.from_onnx(
+        bundle.path(part.graph), inputs=part.inputs, outputs=part.outputs, optimization="disabled"
+    )
