@@ -18,14 +18,13 @@ from typing import Any
 from ..bundle import MANIFEST, Bundle, Component, Defaults, Latent, read_defaults, write_manifest
 from ..errors import ArgumentError, CorruptError, MissingExtraError
 from ..presets import Preset, find_preset, preset_defaults, recognise_preset
-from ..schedules import NoiseSchedule
 from ..version import __version__
 from .checkpoint.compose import compose_checkpoint, describe_part, names_of, read_tensors
 from .checkpoint.folder import Checkpoint
 from .checkpoint.lora import Fusion, match_loras
 from .checkpoint.weights import open_tensors, write_weights
 from .gate.gating import SWITCHED_OFF, run_gate
-from .plan import ComponentPlan, choose_precisions, plan_components
+from .plan import ComponentPlan, check_scheduler, choose_precisions, plan_components
 from .tokenizers import export_tokenizer
 from .trace.graphs import TracedGraph, find_graph, keep_graph
 
@@ -92,10 +91,10 @@ def export_bundle(
         variant=variant,
         offline=offline,
     )
-    NoiseSchedule.from_diffusers(checkpoint.scheduler)  # refuses what no request could be run with
     chosen = (
         find_preset(preset, checkpoint.family) if preset else recognise_preset(names_of(checkpoint), checkpoint.family)
     )
+    check_scheduler(checkpoint.scheduler, replaced=chosen is not None)
     precisions = choose_precisions(checkpoint, dtype, vae_dtype)
     dtypes = {kind: p.dtype for kind, p in precisions.items()}
     target.parent.mkdir(parents=True, exist_ok=True)

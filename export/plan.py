@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, UnsupportedError
 from ..families import Family
+from ..schedules import NoiseSchedule, program_from_diffusers
+from ..schedules.compat.classes import CLASSES
 from .checkpoint.folder import Checkpoint, Part
 from .trace.graphs import graph_key
 
 PRECISIONS = ("float32", "float16", "bfloat16")
+TRIED_STEPS = 4
 ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -100,6 +103,25 @@ def plan_components(checkpoint: Checkpoint, dtypes: Mapping[str, str] | None = N
         dtype = (dtypes or {}).get(kind, "float32")
         plans.append(ComponentPlan(kind=kind, part=part, config=config, dtype=dtype, family=family))
     return plans
+
+
+def check_scheduler(config: Mapping[str, Any], *, replaced: bool) -> None:
+    """Refuse what no request could be run with: the noise schedule, and the scheduler as diffusers runs it.
+
+    replaced: whether a preset names another sampler, so that the checkpoint's own is not a request's default.
+    """
+    NoiseSchedule.from_diffusers(config)
+    if replaced:
+        return
+    try:
+        program_from_diffusers(config, steps=TRIED_STEPS)
+    except ArgumentError as error:
+        raise UnsupportedError(
+            f"the checkpoint's scheduler cannot be run: {error.found}",
+            expected=error.expected or f"one of {', '.join(CLASSES)}, in a form that rows of coefficients hold",
+            remedy=f"{error.remedy} Say it in scheduler/scheduler_config.json, or name another class there and in "
+            "model_index.json, like DPMSolverMultistepScheduler.".strip(),
+        ) from error
 
 
 def component_config(kind: str, config: Mapping[str, Any], class_name: str, family: Family) -> dict[str, Any]:

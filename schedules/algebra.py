@@ -14,13 +14,17 @@ from typing import Literal
 from ..errors import FewstepError
 from .levels import Level, Preconditioning
 
-Kind = Literal["state", "anchor", "history", "noise"]
-Keep = Literal["x0", "eps", "out"]
+Kind = Literal["state", "anchor", "history", "noise", "clip"]
+Keep = Literal["x0", "eps", "out"] | tuple[float, float]
+"""What is remembered of an evaluation; two numbers are factors of its input and of its raw output."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Symbol:
-    """One unknown: the state before evaluation `row`, an anchor, what is kept of it, or the unit noise after it."""
+    """One unknown: the state before evaluation `row`, an anchor, what is kept of it, or the unit noise after it.
+
+    `clip` is what clipping the x0 of that evaluation adds to it: the one unknown that is not linear in the others.
+    """
 
     kind: Kind
     row: int
@@ -75,7 +79,7 @@ class Evaluation:
 class Recorded:
     """One evaluation as the tape saw it.
 
-    h_x, h_out: the kept quantity H = h_x * input + h_out * out.
+    h_x, h_out, h_clip: the kept quantity H = h_x * input + h_out * out + h_clip * (clipped x0 - x0).
     draws: whether the sampler drew a unit noise after it.
     after: the next network input (or the result) over this row's input, kept quantities and noises.
     """
@@ -83,6 +87,7 @@ class Recorded:
     level: Level
     h_x: float
     h_out: float
+    h_clip: float
     draws: bool
     after: Form
 
@@ -93,13 +98,23 @@ class Tape:
     The state that a row carries is the network's input itself, so that no separate input scaling is left at run
     time; `space` says in which coordinates the sampler is written: "vp" (x = alpha x0 + s noise, the input) or
     "ve" (x = x0 + sigma noise, of which the input is `level.scale` times).
+
+    clips: whether x0 is clipped. The sampler's eps is then that of the clipped x0 with "eps", the network's own with
+    "x0".
     """
 
-    def __init__(self, precondition: Preconditioning, *, space: Literal["vp", "ve"]) -> None:
+    def __init__(
+        self,
+        precondition: Preconditioning,
+        *,
+        space: Literal["vp", "ve"],
+        clips: Literal["x0", "eps"] | None = None,
+    ) -> None:
         self.precondition = precondition
         self.space = space
+        self.clips = clips
         self._levels: list[Level] = []
-        self._kept: list[tuple[float, float]] = []
+        self._kept: list[tuple[float, float, float]] = []
         self._definitions: list[Form] = []
         self._anchors: dict[Symbol, Form] = {}
         self._draws: set[int] = set()
@@ -120,22 +135,28 @@ class Tape:
             self._definitions.append(x * self._input_scale(level))
             x.terms = {Symbol("state", row): 1.0 / self._input_scale(level)}
         reading = self.precondition.at(level)
-        h_x, h_out = {
-            "x0": (reading.x0_x, reading.x0_out),
-            "eps": (reading.eps_x, reading.eps_out),
-            "out": (0.0, 1.0),
-        }[keep]
+        eps_clip = -level.scale / level.noise_scale if self.clips == "eps" else 0.0
+        h_x, h_out, h_clip = (
+            (*keep, 0.0)
+            if isinstance(keep, tuple)
+            else {
+                "x0": (reading.x0_x, reading.x0_out, 1.0),
+                "eps": (reading.eps_x, reading.eps_out, eps_clip),
+                "out": (0.0, 1.0, 0.0),
+            }[keep]
+        )
         if h_out == 0.0:
             raise FewstepError(f"{keep} does not determine the network's output at sigma {level.sigma}")
+        clip = Form({Symbol("clip", row): 1.0} if self.clips else {})
         self._levels.append(level)
-        self._kept.append((h_x, h_out))
+        self._kept.append((h_x, h_out, h_clip if self.clips else 0.0))
         inputs, kept = Form({Symbol("state", row): 1.0}), Form({Symbol("history", row): 1.0})
+        out = (kept - h_x * inputs - h_clip * clip) / h_out
         if keep == "x0":
-            eps = (inputs - level.scale * kept) / level.noise_scale
-            return Evaluation(x0=kept, eps=eps, out=(kept - h_x * inputs) / h_out)
-        out = (kept - h_x * inputs) / h_out
-        x0 = reading.x0_x * inputs + reading.x0_out * out
-        eps = kept if keep == "eps" else reading.eps_x * inputs + reading.eps_out * out
+            raw = kept if self.clips == "eps" else kept - clip
+            return Evaluation(x0=kept, eps=(inputs - level.scale * raw) / level.noise_scale, out=out)
+        x0 = reading.x0_x * inputs + reading.x0_out * out + clip
+        eps = kept if keep == "eps" else reading.eps_x * inputs + reading.eps_out * out + eps_clip * clip
         return Evaluation(x0=x0, eps=eps, out=out)
 
     def noise(self) -> Form:
@@ -159,6 +180,7 @@ class Tape:
                 level=level,
                 h_x=self._kept[row][0],
                 h_out=self._kept[row][1],
+                h_clip=self._kept[row][2],
                 draws=row in self._draws,
                 after=self._reduce(self._definitions[row], row),
             )

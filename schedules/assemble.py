@@ -19,13 +19,15 @@ def assemble(
     prediction: str,
     init: tuple[float, float],
     options: Mapping[str, Any],
+    clip_limit: float | None = None,
 ) -> Program:
     """Compile one sampler along one path.
 
     init: factors of latent and Gaussian in the starting network input. options: keyword arguments of the sampler.
+    clip_limit: clip x0 to this magnitude.
     """
     precondition = Preconditioning(prediction=prediction)
-    tape = Tape(precondition, space=sampler.space)
+    tape = Tape(precondition, space=sampler.space, clips=None if clip_limit is None else sampler.clips)
     result = sampler.solve(tape, path, tape.start(path.first), **{**sampler.presets, **options})
     if sampler.space == "ve" and sampler.latent_space == "vp":
         result = path.last.alpha * result
@@ -42,4 +44,5 @@ def assemble(
         state_scale=[*scales, 1.0],
         final_sigma=path.last.sigma,
         anchored=tape.anchored,
+        clip_limit=clip_limit,
     )

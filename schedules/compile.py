@@ -63,7 +63,7 @@ def compile_program(
             remedy=f"Use sampler={chosen.name!r} with schedule={schedule!r}.",
         )
     schedule = schedule or spelling.schedule
-    refuse_options(options)
+    refuse_options(options, clips=compat == "diffusers")
     check_counts(steps, start, timesteps, sigmas, schedule, noise)
     if prediction is not None and prediction not in PREDICTIONS:
         raise UnknownNameError("prediction", prediction, PREDICTIONS)

@@ -81,7 +81,7 @@ _REFUSED = {
     "DDIMInverseScheduler": "inversion",
     "DPMSolverMultistepInverseScheduler": "inversion",
     "CosineDPMSolverMultistepScheduler": "its trigonometric axis",
-    "EDMDPMSolverMultistepScheduler": "its EDM-scaled multistep form",
+    "EDMDPMSolverMultistepScheduler": "run as a checkpoint's own scheduler alone",
     "DDPMParallelScheduler": "parallel sampling",
     "DDIMParallelScheduler": "parallel sampling",
     "KarrasVeScheduler": "its churned Heun steps on an axis of its own",

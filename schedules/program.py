@@ -13,12 +13,14 @@ import numpy.typing as npt
 
 from ..errors import ArgumentError, CorruptError, FewstepError
 from .algebra import Recorded, Symbol, assign_ring
+from .clip import Clip
 from .noise import ZERO_SNR_FLOOR
 
 Array = npt.NDArray[np.float64]
 Floats = npt.NDArray[np.floating[Any]]
 
-FORMAT = 1
+FORMAT, CLIPPED_FORMAT = 1, 2
+"""A program that clips is of a format of its own, so that no reader of the other leaves the clipping out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
@@ -45,6 +47,7 @@ class Program:
     init_latent, init_noise: the starting state is init_latent * latent + init_noise * gaussian.
     anchored: whether a row steps from an earlier state, which it recovers from the present one: then nothing may
         change the state between two rows but where the outcome is overwritten too.
+    clip: what clipping x0 adds to the rows, or `None`.
     """
 
     sampler: str
@@ -69,6 +72,7 @@ class Program:
     init_latent: float
     init_noise: float
     anchored: bool = False
+    clip: Clip | None = None
 
     def __post_init__(self) -> None:
         n = len(self.timesteps)
@@ -81,6 +85,8 @@ class Program:
             if not np.all(np.isfinite(value)):
                 raise CorruptError(f"program field {name!r} is not finite ({self.sampler}, {self.schedule})")
             value.setflags(write=False)
+        if self.clip is not None:
+            self.clip.check(n)
         if not ((self.write >= 0) & (self.write < self.history)).all():
             raise CorruptError("program field 'write' names a slot that does not exist")
 
@@ -126,9 +132,15 @@ class Program:
         for i in range(self.evaluations):
             out = model(float(self.input_scale[i]) * x, float(self.timesteps[i]))
             history[self.write[i]] = float(self.h_x[i]) * x + float(self.h_out[i]) * out
+            change = None
+            if self.clip is not None:
+                change = self.clip.change(float(self.x0_x[i]) * x + float(self.x0_out[i]) * out)
+                history[self.write[i]] = history[self.write[i]] + float(self.clip.h[i]) * change
             if self.draws[i]:
                 previous, noise = noise, draw()
             x = float(self.a[i]) * x
+            if self.clip is not None and change is not None:
+                x = x + float(self.clip.x[i]) * change
             for k in np.flatnonzero(self.b[i]):
                 x = x + float(self.b[i, k]) * history[k]
             if self.c[i]:
@@ -139,9 +151,13 @@ class Program:
 
     def to_json(self) -> str:
         """JSON text; `from_json` gives the same program back, bit for bit."""
-        data: dict[str, Any] = {"format": FORMAT}
+        data: dict[str, Any] = {"format": FORMAT if self.clip is None else CLIPPED_FORMAT}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if field.name == "clip":
+                if self.clip is not None:
+                    data["clip"] = self.clip.to_json()
+                continue
             data[field.name] = value.tolist() if isinstance(value, np.ndarray) else value
         return json.dumps(data)
 
@@ -150,14 +166,18 @@ class Program:
         """Raises CorruptError when the text is not a program of this format."""
         try:
             data = json.loads(text)
-            if data.pop("format") != FORMAT:
-                raise CorruptError("a program of another format version", expected=f"format {FORMAT}")
+            if data.pop("format") != (CLIPPED_FORMAT if "clip" in data else FORMAT):
+                raise CorruptError(
+                    "a program of another format version", expected=f"format {FORMAT}, or {CLIPPED_FORMAT} with clip"
+                )
             kinds = {"write": np.int64, "draws": np.bool_}
+            clip = Clip.from_json(data.pop("clip")) if "clip" in data else None
             return cls(
+                clip=clip,
                 **{
                     name: np.array(value, kinds.get(name, np.float64)) if isinstance(value, list) else value
                     for name, value in data.items()
-                }
+                },
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CorruptError(f"this text is not a program: {error}") from error
@@ -178,10 +198,12 @@ def program_from_rows(
     state_scale: Sequence[float],
     final_sigma: float,
     anchored: bool = False,
+    clip_limit: float | None = None,
 ) -> Program:
     """Lay recorded rows out as a program: kept quantities get ring slots, and what nobody remembers is kept raw.
 
     names: sampler, schedule, prediction. init: factors of latent and Gaussian. previews: (x0_x, x0_out) a row.
+    clip_limit: of x0's magnitude, where the rows were recorded with clipping.
     """
     count = len(rows)
     last_use = list(range(count))
@@ -193,18 +215,21 @@ def program_from_rows(
     a, c, c_prev = np.zeros(count), np.zeros(count), np.zeros(count)
     b = np.zeros((count, ring.slots))
     h_x, h_out = np.array([row.h_x for row in rows]), np.array([row.h_out for row in rows])
+    h_clip, x_clip = np.array([row.h_clip for row in rows]), np.zeros(count)
     for i, row in enumerate(rows):
         _check_noise(row, i, rows)
         a[i] = row.after[Symbol("state", i)]
         c[i] = row.after[Symbol("noise", i)]
         c_prev[i] = row.after[Symbol("noise", i - 1)]
+        x_clip[i] = row.after[Symbol("clip", i)]
         for symbol, factor in row.after.terms.items():
             if symbol.kind == "history":
                 b[i, ring.write[symbol.row]] += factor
         if last_use[i] == i:
             a[i] += h_x[i] * b[i, ring.write[i]]
+            x_clip[i] += h_clip[i] * b[i, ring.write[i]]
             b[i, ring.write[i]] *= h_out[i]
-            h_x[i], h_out[i] = 0.0, 1.0
+            h_x[i], h_out[i], h_clip[i] = 0.0, 1.0, 0.0
     sampler, schedule, prediction = names
     return Program(
         sampler=sampler,
@@ -229,12 +254,15 @@ def program_from_rows(
         init_latent=init[0],
         init_noise=init[1],
         anchored=anchored,
+        clip=None if clip_limit is None else Clip(limit=clip_limit, h=h_clip, x=x_clip),
     )
 
 
 def _check_noise(row: Recorded, i: int, rows: Sequence[Recorded]) -> None:
-    """A row may use its own draw and, if both rows draw, the one before."""
+    """A row may use its own draw and, if both rows draw, the one before; of clipping, its own alone."""
     for symbol, factor in row.after.terms.items():
+        if symbol.kind == "clip" and factor != 0.0 and symbol.row != i:
+            raise FewstepError(f"row {i} uses what was clipped at evaluation {symbol.row}, which no row can hold")
         if symbol.kind != "noise" or factor == 0.0 or symbol.row == i:
             continue
         if symbol.row != i - 1 or not (row.draws and rows[i - 1].draws):

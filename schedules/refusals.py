@@ -10,7 +10,6 @@ from ..errors import UnsupportedError
 NOT_LINEAR = {
     "thresholding": "clamps x0 by a quantile of the image",
     "dynamic_thresholding": "clamps x0 by a quantile of the image",
-    "clip_sample": "clamps x0",
     "use_clipped_model_output": "recomputes eps from a clamped x0",
     "guidance_rescale": "divides by standard deviations of the image",
 }
@@ -22,11 +21,19 @@ NOT_DONE = {
 }
 
 
-def refuse_options(options: Mapping[str, Any]) -> None:
-    """Raise UnsupportedError for an option that is set and that cannot be, or is not, done."""
+def refuse_options(options: Mapping[str, Any], *, clips: bool = False) -> None:
+    """Raise UnsupportedError for an option that is set and that cannot be, or is not, done.
+
+    clips: whether x0 may be clipped, as diffusers' conventions know it and fewstep's own do not.
+    """
     for name, value in options.items():
         if not value:
             continue
+        if name == "clip_sample" and not clips:
+            raise UnsupportedError(
+                f"clip_sample={value!r} in fewstep's own conventions",
+                remedy="Pass compat='diffusers', or leave it out.",
+            )
         if name in NOT_LINEAR:
             raise UnsupportedError(
                 f"{name}={value!r}: it {NOT_LINEAR[name]}, which no table of coefficients can do",

@@ -1,8 +1,8 @@
 """Pictures of diffusers' own pipeline, loaded by diffusers' own loaders: what the gate compares whole requests with.
 
 Components that agree one by one may still be put together wrongly, and what both sides of a component's comparison
-leave out shows in neither. So one picture from a prompt, and one from a picture, are made by the library itself from the
-original checkpoint; nothing of an export's reading of it is used. Text encoders are let go of before the UNet is
+leave out shows in neither. So one picture from a prompt, and one from a picture, are made by the library itself from
+the original checkpoint; nothing of an export's reading of it is used. Text encoders are let go of before the UNet is
 loaded, as diffusers' users do where memory is short.
 """
 
@@ -15,7 +15,6 @@ import diffusers
 import numpy as np
 import torch
 from PIL import Image
-
 from safetensors import safe_open
 
 from ..checkpoint.folder import Checkpoint
@@ -177,4 +176,3 @@ def _drawing(side: int) -> np.ndarray:
     disc = (x - 0.5) ** 2 + (y - 0.4) ** 2 < 0.06
     channels = [255 * x, 255 * y, np.where(disc, 220.0, 60.0)]
     return np.stack(channels, -1).round().astype(np.uint8)
-

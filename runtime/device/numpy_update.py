@@ -32,6 +32,7 @@ class _Coefficients:
         later positions make up for that.
     x, out: factors of the state and of the network's output. terms: (slot, factor) of the history.
     c, c_prev: factors of this draw and of the one before. holds: whether the next position reads this draw again.
+    clip: where x0 is clipped, its bound and the factors of what that changes in the stored quantity and in the state.
     """
 
     scale: Scalar | None
@@ -44,6 +45,7 @@ class _Coefficients:
     c_prev: Scalar | None
     holds: bool
     preview: tuple[Scalar | None, Scalar]
+    clip: tuple[Scalar, Scalar | None, Scalar | None] | None
 
 
 def _scalar(value: float) -> Scalar:
@@ -70,6 +72,12 @@ def _compile(program: Program) -> list[_Coefficients]:
             keep = (slot, _unless(p * stored_as[slot], 0.0), _scalar(q * stored_as[slot]))
             if adds:
                 x, out = float(program.a[i]), 0.0
+        clip = None
+        if program.clip is not None:
+            kept, state = float(program.clip.h[i]), float(program.clip.x[i])
+            stored = kept * stored_as[slot] if keep is not None else 0.0
+            moved = state if adds else state + own * kept
+            clip = (_scalar(program.clip.limit), _unless(stored, 0.0), _unless(moved, 0.0))
         following = i + 1 < program.evaluations and bool(program.c_prev[i + 1])
         table.append(
             _Coefficients(
@@ -83,6 +91,7 @@ def _compile(program: Program) -> list[_Coefficients]:
                 c_prev=_unless(float(program.c_prev[i]), 0.0),
                 holds=following,
                 preview=(_unless(float(program.x0_x[i]), 0.0), _scalar(float(program.x0_out[i]))),
+                clip=clip,
             )
         )
     return table
@@ -117,6 +126,7 @@ class SlotState:
         self._held: Float32 = np.zeros((slots, *shape), np.float32)
         self._scratch: Float32 = np.zeros(shape, np.float32)
         self._converted: Float32 = np.zeros(shape, np.float32)
+        self._change: Float32 = np.zeros(shape, np.float32)
         self._latents = list(self.latent)
         self._histories = [list(rings) for rings in self.history]
         self._noises = list(self.noise)
@@ -177,8 +187,13 @@ class SlotState:
 
     def preview(self, slot: int, program: Program, i: int, output: npt.NDArray[Any], into: Float32) -> None:
         """Write x0 as the output at position i implies it into `into`; before `advance`, which moves the state on."""
-        x_factor, out_factor = self.table(slot, program)[i].preview
-        output = self._as_float32(output)
+        step = self.table(slot, program)[i]
+        self._x0(slot, step, self._as_float32(output), into)
+        if step.clip is not None:
+            np.clip(into, -step.clip[0], step.clip[0], out=into)
+
+    def _x0(self, slot: int, step: _Coefficients, output: Float32, into: Float32) -> None:
+        x_factor, out_factor = step.preview
         np.multiply(output, out_factor, out=into)  # x0 = x0_x x + x0_out out
         if x_factor is not None:
             np.multiply(self._latents[slot], x_factor, out=self._scratch)
@@ -202,6 +217,11 @@ class SlotState:
         multiply, add = np.multiply, np.add
         if output.dtype != np.float32:
             output = self._as_float32(output)
+        if step.clip is not None:
+            limit, clip_kept, clip_moved = step.clip
+            self._x0(slot, step, output, self._change)
+            np.clip(self._change, -limit, limit, out=scratch)
+            np.subtract(scratch, self._change, out=self._change)  # d = clip(x0) - x0
         if step.keep is not None:
             ring, p, q = step.keep
             kept = history[ring]
@@ -209,11 +229,17 @@ class SlotState:
             if p is not None:
                 multiply(x, p, scratch)
                 add(kept, scratch, kept)
+            if step.clip is not None and clip_kept is not None:
+                multiply(self._change, clip_kept, scratch)
+                add(kept, scratch, kept)  # + h d
         if step.x is not None:
             multiply(x, step.x, x)  # x' = a x ...
         if step.out is not None:
             multiply(output, step.out, scratch)
             add(x, scratch, x)  # + b[write] H[write], where nothing later reads H[write]: its part in out
+        if step.clip is not None and clip_moved is not None:
+            multiply(self._change, clip_moved, scratch)
+            add(x, scratch, x)  # + x d
         if step.adds:
             add(x, kept, x)  # + b[write] H[write], stored with its factor
         for ring, factor in step.terms:

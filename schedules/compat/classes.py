@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
 
@@ -15,11 +16,12 @@ from ..noise import PREDICTIONS, NoiseSchedule
 from ..options import check_option
 from ..program import Program
 from ..refusals import refuse_options
-from ..solvers import euler
-from ..solvers.registry import Sampler, find_sampler
+from ..solvers.registry import Sampler
 from ..tables import load_table
 from . import layouts as grids
+from . import meanings
 from .layouts import Grid, GridRequest
+from .meanings import Config, Solved
 from .tables import Tables
 
 COMMON = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
@@ -27,14 +29,13 @@ SPACED = ("timestep_spacing", "steps_offset")
 RESPACED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 SOLVER = ("solver_order", "solver_type", "lower_order_final")
 FLOW = ("use_flow_sigmas", "use_dynamic_shifting")
-CLIPPED = ("clip_sample", "thresholding")
+CLIP = ("clip_sample", "clip_sample_range")
+CLIPPED = (*CLIP, "thresholding")
 ZERO_SNR = ("rescale_betas_zero_snr",)
 RANGE = ("sigma_min", "sigma_max", "final_sigmas_type")
 DPM = (*SOLVER, "algorithm_type", "final_sigmas_type", "lambda_min_clipped", "variance_type", "thresholding", *FLOW)
 CHURN = ("s_churn", "s_tmin", "s_tmax", "s_noise")
 
-Config = Mapping[str, Any]
-Solved = tuple[Sampler, dict[str, Any]]
 Solver = Callable[[str, Config, Config], Solved]
 
 
@@ -61,93 +62,12 @@ class SchedulerClass:
     clips: bool = False
 
 
-def _plain(name: str) -> Sampler:
-    return find_sampler(resolve_sampler(name).name)
-
-
-def _churned_late(name: str, config: Config, options: Config) -> Solved:
-    """Euler's classes draw the churn's noise after the network, not before it."""
-    return replace(_plain(name), solve=euler.euler_churned_late), dict(options)
-
-
-def _without_prk(name: str, config: Config, options: Config) -> Solved:
-    if not config.get("skip_prk_steps", False):
-        raise UnsupportedError("PNDM with its Runge-Kutta steps (PRK)", remedy="Set skip_prk_steps to true.")
-    return _plain(name), {**options, "mix_raw": True}
-
-
-def _ddpm(name: str, config: Config, options: Config) -> Solved:
-    kind = str(config.get("variance_type") or "fixed_small")
-    if kind not in ("fixed_small", "fixed_small_log", "fixed_large"):
-        raise UnsupportedError(f"variance_type {kind!r}", expected="fixed_small, fixed_small_log or fixed_large")
-    return _plain(name), {**options, "large_variance": kind == "fixed_large", "variance_floor": 1e-20}
-
-
-def _lcm(name: str, config: Config, options: Config) -> Solved:
-    return _plain(name), {**options, "timestep_scaling": float(config.get("timestep_scaling", 10.0))}
-
-
-def _lms(name: str, config: Config, options: Config) -> Solved:
-    return _plain(name), {**options, "restart": False}
-
-
-def _unipc(name: str, config: Config, options: Config) -> Solved:
-    if not config.get("predict_x0", True):
-        raise UnsupportedError("predict_x0=False", expected="True")
-    kind = str(config.get("solver_type") or "bh2")
-    kind = "bh2" if kind in ("midpoint", "heun", "logrho") else kind
-    if kind not in ("bh1", "bh2"):
-        raise UnknownNameError("solver_type", kind, ("bh1", "bh2"))
-    return _ordered("unipc", config), {
-        "solver_type": kind,
-        "lower_order_final": bool(config.get("lower_order_final", True)),
-        "disable_corrector": tuple(config.get("disable_corrector") or ()),
-    }
-
-
-def _deis(name: str, config: Config, options: Config) -> Solved:
-    return _ordered("deis", config), {"lower_order_final": bool(config.get("lower_order_final", True))}
-
-
-def _multistep(name: str, config: Config, options: Config) -> Solved:
-    sampler, arguments = _dpm("m", config, lower_order_final=True)
-    return sampler, {**arguments, "euler_at_final": bool(config.get("euler_at_final", False))}
-
-
-def _singlestep(name: str, config: Config, options: Config) -> Solved:
-    return _dpm("s", config, lower_order_final=False)
-
-
-def _dpm(form: str, config: Config, *, lower_order_final: bool) -> Solved:
-    algorithm = str(config.get("algorithm_type") or "dpmsolver++")
-    algorithm = "dpmsolver++" if algorithm == "deis" else algorithm
-    if algorithm not in ("dpmsolver++", "sde-dpmsolver++"):
-        raise UnsupportedError(f"algorithm_type {algorithm!r}", expected="'dpmsolver++' or 'sde-dpmsolver++'")
-    if config.get("variance_type"):
-        raise UnsupportedError(f"variance_type {config['variance_type']!r}", expected="none")
-    solver_type = str(config.get("solver_type") or "midpoint")
-    if solver_type in ("logrho", "bh1", "bh2"):
-        solver_type = "midpoint"
-    sampler = _ordered("dpmpp", config, form + ("_sde" if algorithm.startswith("sde") else ""))
-    if solver_type not in ("midpoint", "heun"):
-        raise UnknownNameError("solver_type", solver_type, ("midpoint", "heun"))
-    lower_order_final = bool(config.get("lower_order_final", lower_order_final))
-    return sampler, {"solver_type": solver_type, "lower_order_final": lower_order_final, "published": True}
-
-
-def _ordered(family: str, config: Config, ending: str = "") -> Sampler:
-    order = int(config.get("solver_order", 2))
-    if order not in (1, 2, 3):
-        raise UnsupportedError(f"solver_order {order}", expected="1, 2 or 3")
-    return find_sampler(f"{family}_{order}{ending}")
-
-
 _DPM_SETS = {"algorithm_type": "dpmsolver++", "solver_type": "midpoint"}
 _TWO = ("epsilon", "v_prediction")
 
 CLASSES: dict[str, SchedulerClass] = {
     "EulerDiscreteScheduler": SchedulerClass(
-        solver=_churned_late,
+        solver=meanings.churned_late,
         layout=grids.k_family,
         reads=(*SPACED, *RESPACED, *ZERO_SNR, *RANGE, "interpolation_type", "timestep_type"),
         step_options=CHURN,
@@ -155,13 +75,13 @@ CLASSES: dict[str, SchedulerClass] = {
     "EulerAncestralDiscreteScheduler": SchedulerClass(
         layout=grids.k_family, reads=(*SPACED, *ZERO_SNR), predictions=_TWO
     ),
-    "HeunDiscreteScheduler": SchedulerClass(layout=grids.k_family, reads=(*SPACED, *RESPACED, "clip_sample")),
+    "HeunDiscreteScheduler": SchedulerClass(layout=grids.k_family, reads=(*SPACED, *RESPACED, *CLIP)),
     "KDPM2DiscreteScheduler": SchedulerClass(layout=grids.k_family, reads=(*SPACED, *RESPACED), predictions=_TWO),
     "KDPM2AncestralDiscreteScheduler": SchedulerClass(
         layout=grids.k_family, reads=(*SPACED, *RESPACED), predictions=_TWO
     ),
     "LMSDiscreteScheduler": SchedulerClass(
-        solver=_lms, layout=grids.k_family, reads=(*SPACED, *RESPACED), step_options=("order",)
+        solver=meanings.lms, layout=grids.k_family, reads=(*SPACED, *RESPACED), step_options=("order",)
     ),
     "DPMSolverSDEScheduler": SchedulerClass(
         layout=grids.k_family, reads=(*SPACED, *RESPACED), step_options=("s_noise",), predictions=_TWO
@@ -175,7 +95,7 @@ CLASSES: dict[str, SchedulerClass] = {
         clips=True,
     ),
     "DDPMScheduler": SchedulerClass(
-        solver=_ddpm,
+        solver=meanings.ddpm,
         spacing="leading",
         layout=grids.ddpm_family,
         reads=(*SPACED, *ZERO_SNR, *CLIPPED, "variance_type"),
@@ -183,7 +103,7 @@ CLASSES: dict[str, SchedulerClass] = {
         clips=True,
     ),
     "PNDMScheduler": SchedulerClass(
-        solver=_without_prk,
+        solver=meanings.without_prk,
         spacing="leading",
         sets={"skip_prk_steps": True},
         layout=grids.pndm_family,
@@ -191,21 +111,21 @@ CLASSES: dict[str, SchedulerClass] = {
         predictions=_TWO,
     ),
     "DPMSolverMultistepScheduler": SchedulerClass(
-        solver=_multistep,
+        solver=meanings.multistep,
         sets=_DPM_SETS,
         layout=grids.multistep_family,
         reads=(*SPACED, *RESPACED, *ZERO_SNR, *DPM, "use_lu_lambdas", "euler_at_final"),
     ),
     "DPMSolverSinglestepScheduler": SchedulerClass(
-        solver=_singlestep, sets=_DPM_SETS, layout=grids.multistep_family, reads=(*RESPACED, *DPM)
+        solver=meanings.singlestep, sets=_DPM_SETS, layout=grids.multistep_family, reads=(*RESPACED, *DPM)
     ),
     "DEISMultistepScheduler": SchedulerClass(
-        solver=_deis,
+        solver=meanings.deis,
         layout=grids.multistep_family,
         reads=(*SPACED, *RESPACED, *SOLVER, *FLOW, "algorithm_type", "thresholding"),
     ),
     "UniPCMultistepScheduler": SchedulerClass(
-        solver=_unipc,
+        solver=meanings.unipc,
         sets={"solver_type": "bh2"},
         layout=grids.multistep_family,
         reads=(
@@ -214,7 +134,7 @@ CLASSES: dict[str, SchedulerClass] = {
         ),
     ),
     "LCMScheduler": SchedulerClass(
-        solver=_lcm,
+        solver=meanings.lcm,
         spacing="lcm",
         layout=grids.lcm_family,
         reads=(*ZERO_SNR, *CLIPPED, "original_inference_steps", "timestep_scaling"),
@@ -223,12 +143,28 @@ CLASSES: dict[str, SchedulerClass] = {
     "TCDScheduler": SchedulerClass(
         spacing="lcm",
         layout=grids.lcm_family,
-        reads=(*ZERO_SNR, *CLIPPED, "original_inference_steps"),
+        reads=(*ZERO_SNR, "original_inference_steps"),
         step_options=("eta",),
         exact_zero=True,
     ),
+    "EDMDPMSolverMultistepScheduler": SchedulerClass(
+        solver=meanings.edm_multistep,
+        axis=EDM_PREDICTIONS,
+        layout=grids.edm_family,
+        reads=(
+            *RANGE,
+            *SOLVER,
+            "algorithm_type",
+            "euler_at_final",
+            "thresholding",
+            "sigma_data",
+            "sigma_schedule",
+            "rho",
+        ),
+        predictions=_TWO,
+    ),
     "EDMEulerScheduler": SchedulerClass(
-        solver=_churned_late,
+        solver=meanings.churned_late,
         axis=EDM_PREDICTIONS,
         layout=grids.edm_family,
         reads=(*RANGE, "sigma_data", "sigma_schedule", "rho"),
@@ -241,7 +177,7 @@ CLASSES: dict[str, SchedulerClass] = {
 def solver_of(name: str, config: Config, options: Config) -> Solved:
     """The sampler that a class and its options mean, and the arguments to run it with."""
     solver = CLASSES[name].solver
-    return solver(name, config, options) if solver else (_plain(name), dict(options))
+    return solver(name, config, options) if solver else (meanings.plain(name), dict(options))
 
 
 def program_from_diffusers(
@@ -274,7 +210,7 @@ def program_from_diffusers(
     config["_class_name"] = name
     if kind.clips:
         config.setdefault("clip_sample", True)
-    refuse_options(config)
+    refuse_options(config, clips=True)
     refuse_options(options)
     for option in options:
         if option not in kind.step_options:
@@ -301,7 +237,18 @@ def program_from_diffusers(
         prediction=kind.axis.get(prediction, prediction),
         init=init,
         options=arguments,
+        clip_limit=_clip_limit(config),
     )
+
+
+def _clip_limit(config: Config) -> float | None:
+    """The magnitude to which x0 is clipped, of a config that says so."""
+    if not config.get("clip_sample"):
+        return None
+    limit = config.get("clip_sample_range", 1.0)
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < math.inf:
+        raise ArgumentError(f"clip_sample_range={limit!r}", expected="a finite number above 0")
+    return float(limit)
 
 
 def _check_steps(
@@ -368,16 +315,18 @@ def compile_compat(
 def scheduler_config(sampler: Sampler, noise: NoiseSchedule) -> dict[str, Any]:
     """The config of a sampler's diffusers class on a checkpoint's noise schedule, `_class_name` included.
 
+    What the checkpoint did not state is left to the class, as diffusers' `from_config` does.
+
     Raises UnsupportedError for a sampler that diffusers does not have.
     """
     name = sampler.diffusers
     if name is None:
         raise UnsupportedError(f"sampler {sampler.name!r} with compat='diffusers'", remedy="Use compat=None.")
     kind = CLASSES[name]
-    config: dict[str, Any] = {key: value for key, value in noise.config.items() if key in (*COMMON, *kind.reads)}
+    unstated = noise.config.get("_use_default_values") or ()
+    read = {*COMMON, *kind.reads}.difference(unstated)
+    config: dict[str, Any] = {key: value for key, value in noise.config.items() if key in read}
     config.update(_preset_keys(sampler, kind))
-    if kind.clips:
-        config.setdefault("clip_sample", False)
     return {**config, "_class_name": name}
 
 

@@ -32,6 +32,7 @@ class Sampler:
     that ends at sigma 0, it ends on it.
     infinite_top: whether it can start where no signal is left at all (zero terminal SNR), rather than just below.
     schedule: the spacing it takes if none is asked for.
+    clips: where x0 is clipped, whether eps stays the network's own ("x0") or becomes the clipped x0's ("eps").
     diffusers: its scheduler class there. aliases: its other names, with the options that each implies.
     """
 
@@ -50,6 +51,7 @@ class Sampler:
     infinite_top: bool = False
     schedule: str = "trailing"
     diffusers: str | None = None
+    clips: Literal["x0", "eps"] = "x0"
     aliases: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property

@@ -11,7 +11,7 @@ from .euler import K_DIFFUSION, KARRAS, ancestral_split
 from .sampler import sampler
 
 
-@sampler(space="ve", group="sigma", order=2, source=KARRAS, stages=2, diffusers="HeunDiscreteScheduler")
+@sampler(space="ve", group="sigma", order=2, source=KARRAS, stages=2, diffusers="HeunDiscreteScheduler", clips="eps")
 def heun(model: Tape, path: Path, x: Form) -> Form:
     """Karras et al. 2022 (arXiv 2206.00364), Algorithm 1: Euler, then the mean of the slopes at both ends."""
     for here, there in path.pairs:

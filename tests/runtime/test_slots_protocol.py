@@ -10,15 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from device_models import SDXL, SHAPE, TOKENS, Image, decoder, engine, program, psnr, unet
+from device_models import NOISE, SDXL, SHAPE, TOKENS, Image, decoder, engine, program, psnr, unet
 from fewstep.engines import Engine
-from fewstep.errors import ArgumentError
+from fewstep.errors import ArgumentError, UnsupportedError
 from fewstep.runtime import Slots
 from fewstep.runtime.device.base import Device
 from fewstep.runtime.device.cuda_graphs import GraphCache, TapeRecorder
 from fewstep.runtime.device.numpy_slots import NumpyDevice, NumpySlots
 from fewstep.runtime.device.torch_device import TorchDevice
 from fewstep.runtime.device.torch_slots import TorchSlots
+from fewstep.schedules import program_from_diffusers
 from fewstep.schedules.solvers.registry import SAMPLERS
 
 Make = Callable[..., Slots]
@@ -217,3 +218,15 @@ def test_times_are_those_since_they_were_taken(model: Engine, make: Make) -> Non
     assert len(times.evaluations) == 2
     assert min(times.evaluations) > 0
     assert slots.take_times().evaluations == []
+
+
+def test_clipping_is_done_or_refused_by_name(model: Engine, make: Make) -> None:
+    config = {**NOISE.config, "_class_name": "DDIMScheduler", "clip_sample": True}
+    image = Image(program_from_diffusers(config, steps=4), seed=3, guidance=2.0)
+    slots = make(model, 1)
+    if not slots._clips:
+        with pytest.raises(UnsupportedError, match="clip_sample"):
+            slots.admit(*image.sampling())
+        assert slots.free == [0]
+        return
+    assert psnr(alone(slots, image), reference(model, image)) >= 80.0

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from fewstep.errors import ArgumentError
 from fewstep.runtime.device.numpy_update import SlotState
-from fewstep.schedules import NoiseSchedule, Program, compile_program
+from fewstep.schedules import NoiseSchedule, Program, compile_program, program_from_diffusers
 from fewstep.schedules.solvers.registry import SAMPLERS
 
 SHAPE = (3, 5, 4)
@@ -78,6 +78,34 @@ def test_every_sampler_in_one_batch_is_as_it_is_alone() -> None:
         assert np.abs(state.latent[slot] - expected).max() < 2e-5 * np.abs(expected).max(), program.sampler
         assert np.isfinite(state.latent[slot]).all()
     assert np.isnan(state.latent[-1]).all()
+
+
+CLIPPED = [
+    ("DDIMScheduler", {"eta": 0.4}),
+    ("DDPMScheduler", {}),
+    ("HeunDiscreteScheduler", {}),
+    ("LCMScheduler", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "step"), CLIPPED)
+def test_clipping_is_the_reference_loops(name: str, step: dict[str, Any]) -> None:
+    config = {**NOISE.config, "_class_name": name, "clip_sample": True, "clip_sample_range": 0.7}
+    program = program_from_diffusers(config, steps=6, **step)
+    plain = program_from_diffusers({**config, "clip_sample": False}, steps=6, **step)
+    start, latent, draws = material(1, 20)
+    state, drawn, preview = SlotState(1, SHAPE, 4), iter(draws[:, 0]), np.empty(SHAPE, np.float32)
+    state.latent[:] = program.init_noise * start
+    for i in range(program.evaluations):
+        if program.draws[i]:
+            state.noise[0] = next(drawn)
+        output = network(program.input_scale[i] * state.latent, program.timesteps[i])
+        state.preview(0, program, i, output[0], preview)
+        assert np.abs(preview).max() <= np.float32(0.7)
+        state.advance([0], [program], [i], output)
+    expected = alone(program, start[0], latent[0], draws[:, 0])
+    assert np.abs(state.latent[0] - expected).max() < 2e-5 * np.abs(expected).max()
+    assert np.abs(expected - alone(plain, start[0], latent[0], draws[:, 0])).max() > 0.05
 
 
 def test_what_a_wipe_is_for() -> None:

@@ -81,6 +81,7 @@ def families() -> Iterator[Family]:
     variances = [{"variance_type": v} for v in ("fixed_small", "fixed_small_log", "fixed_large")]
     yield Family("ddpm", {"_class_name": "DDPMScheduler", "clip_sample": False}, every=(SPACINGS, variances))
     yield Family("plms", {"_class_name": "PNDMScheduler", "skip_prk_steps": True}, TWO, (SPACINGS, ends))
+    yield from clipped_families()
     yield from multistep_families()
     yield from cosine_families()
     multi = {"_class_name": "DPMSolverMultistepScheduler"}
@@ -90,11 +91,30 @@ def families() -> Iterator[Family]:
     original = [{}, {"original_inference_steps": 100}]
     yield Family("lcm", {"_class_name": "LCMScheduler"}, every=(original,))
     for eta in (0.0, 0.3, 1.0):
-        yield Family(f"tcd eta {eta}", {"_class_name": "TCDScheduler"}, every=(original,), step={"eta": eta})
+        ignored = {"clip_sample": True, "thresholding": True}
+        yield Family(f"tcd eta {eta}", {"_class_name": "TCDScheduler", **ignored}, every=(original,), step={"eta": eta})
     edm = {"_class_name": "EDMEulerScheduler"}
     ramps = [{"sigma_schedule": "karras"}, {"sigma_schedule": "exponential"}]
     yield Family("edm_euler", edm, TWO, (ramps, LASTS))
     yield Family("edm_euler s_churn", edm, TWO, (ramps, LASTS), step=churn)
+    edm = {"_class_name": "EDMDPMSolverMultistepScheduler"}
+    kinds = [{"solver_order": o, "algorithm_type": a} for o in (1, 2) for a in ("dpmsolver++", "sde-dpmsolver++")]
+    kinds.append({"solver_order": 3})
+    varied = ([{"solver_type": "midpoint"}, {"solver_type": "heun"}], [{}, {"euler_at_final": True}])
+    yield Family("edm dpmpp", edm, TWO, (ramps, LASTS, kinds), varied)
+
+
+def clipped_families() -> Iterator[Family]:
+    """x0 clipped: where a class does so by default its config says nothing; most of the network's x0 lies beyond 1."""
+    limits: Choice = [{}, {"clip_sample_range": 2.5}]
+    yield Family("ddim clipped", {"_class_name": "DDIMScheduler"}, every=(SPACINGS, limits), step={"eta": 0.3})
+    yield Family("ddpm clipped", {"_class_name": "DDPMScheduler"}, every=(SPACINGS, limits))
+    clipped = {"clip_sample": True}
+    yield Family("heun clipped", {"_class_name": "HeunDiscreteScheduler", **clipped}, every=(SPACINGS, limits))
+    yield Family("lcm clipped", {"_class_name": "LCMScheduler", **clipped}, every=(limits,))
+    zero_snr = {"rescale_betas_zero_snr": True}
+    ddim = {"_class_name": "DDIMScheduler", **clipped, **zero_snr}
+    yield Family("ddim clipped zero-snr", ddim, ("v_prediction",), (SPACINGS, limits))
 
 
 def multistep_families() -> Iterator[Family]:

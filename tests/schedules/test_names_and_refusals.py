@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from typing import Any
 
 import numpy as np
@@ -46,8 +48,10 @@ def test_every_alias_leads_somewhere_and_every_class_has_a_name() -> None:
         assert set(resolved.options) <= set(SAMPLERS[resolved.name].options), alias
         compile_program(alias, steps=4, noise=NOISE)
     assert set(SCHEDULE_ALIASES.values()) <= set(SPACINGS)
-    for name in CLASSES:
+    for name in CLASSES.keys() - {"EDMDPMSolverMultistepScheduler"}:
         assert resolve_sampler(name).name in SAMPLERS
+    with pytest.raises(UnsupportedError, match="own scheduler alone"):
+        resolve_sampler("EDMDPMSolverMultistepScheduler")
 
 
 def test_names_carry_their_schedule_and_options_into_the_program() -> None:
@@ -88,9 +92,14 @@ def test_known_samplers_that_are_not_done_are_refused_by_name(name: str) -> None
 
 
 @pytest.mark.parametrize(
-    "option", ["thresholding", "clip_sample", "guidance_rescale", "use_clipped_model_output", "use_flow_sigmas"]
+    ("option", "compat"),
+    [
+        *itertools.product(
+            ["thresholding", "guidance_rescale", "use_clipped_model_output", "use_flow_sigmas"], [None, "diffusers"]
+        ),
+        ("clip_sample", None),
+    ],
 )
-@pytest.mark.parametrize("compat", [None, "diffusers"])
 def test_what_is_not_linear_is_refused_by_name(option: str, compat: str | None) -> None:
     with pytest.raises(UnsupportedError, match=option):
         compile_program("ddim", steps=5, noise=NOISE, compat=compat, **{option: True})
@@ -99,9 +108,8 @@ def test_what_is_not_linear_is_refused_by_name(option: str, compat: str | None) 
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"_class_name": "DDIMScheduler"}, "clip_sample"),
-        ({"_class_name": "DDIMScheduler", "clip_sample": False, "thresholding": True}, "thresholding"),
-        ({"_class_name": "DDPMScheduler", "clip_sample": False, "variance_type": "learned_range"}, "learned_range"),
+        ({"_class_name": "DDIMScheduler", "thresholding": True}, "thresholding"),
+        ({"_class_name": "DDPMScheduler", "variance_type": "learned_range"}, "learned_range"),
         ({"_class_name": "PNDMScheduler"}, "PRK"),
         ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"}, "dpmsolver"),
         ({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas"),
@@ -110,6 +118,14 @@ def test_what_is_not_linear_is_refused_by_name(option: str, compat: str | None) 
         ({"_class_name": "UniPCMultistepScheduler", "predict_x0": False}, "predict_x0"),
         ({"_class_name": "UniPCMultistepScheduler", "solver_p": {"x": 1}}, "solver_p"),
         ({"_class_name": "EulerAncestralDiscreteScheduler", "prediction_type": "sample"}, "sample"),
+        (
+            {
+                "_class_name": "EDMDPMSolverMultistepScheduler",
+                "solver_order": 3,
+                "algorithm_type": "sde-dpmsolver++",
+            },
+            "solver_order 3",
+        ),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "flow matching"),
     ],
 )
@@ -223,9 +239,39 @@ def test_text_that_is_no_program(text: str) -> None:
     [("a", [1.0]), ("write", [0, 1, 2, 9, 0]), ("b", [[float("nan")] * 2] * 5), ("timesteps", []), ("c", [None] * 5)],
 )
 def test_damaged_programs_are_refused(field: str, value: Any) -> None:
-    import json
-
     data = json.loads(compile_program("dpmpp_2m", steps=5, noise=NOISE).to_json())
     data[field] = value
     with pytest.raises(CorruptError):
         Program.from_json(json.dumps(data))
+
+
+CLIPPED = {**NOISE.config, "_class_name": "HeunDiscreteScheduler", "clip_sample": True, "clip_sample_range": 2.0}
+
+
+def test_a_program_that_clips_is_of_a_format_of_its_own() -> None:
+    program = program_from_diffusers(CLIPPED, steps=4)
+    assert program.clip is not None
+    data = json.loads(program.to_json())
+    assert (data["format"], data["clip"]["limit"]) == (2, 2.0)
+    again = Program.from_json(program.to_json())
+    assert again.clip is not None
+    assert again.to_json() == program.to_json()
+    plain = {k: v for k, v in data.items() if k != "clip"}
+    with pytest.raises(CorruptError, match="format"):
+        Program.from_json(json.dumps(plain))
+
+
+@pytest.mark.parametrize(
+    "clip", [{}, None, 3, {"limit": 0.0}, {"limit": 1.0, "h": [0.0], "x": [0.0]}, {"h": None}, {"limit": "x"}]
+)
+def test_damaged_clipping_is_refused(clip: Any) -> None:
+    data = json.loads(program_from_diffusers(CLIPPED, steps=4).to_json())
+    data["clip"] = {**data["clip"], **clip} if isinstance(clip, dict) and clip else clip
+    with pytest.raises(CorruptError):
+        Program.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0, float("nan"), float("inf"), True, "x", None])
+def test_bounds_of_clipping_that_are_none_are_refused(limit: Any) -> None:
+    with pytest.raises(ArgumentError, match="clip_sample_range"):
+        program_from_diffusers({**CLIPPED, "clip_sample_range": limit}, steps=4)
