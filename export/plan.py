@@ -110,11 +110,10 @@ def check_scheduler(config: Mapping[str, Any], *, replaced: bool) -> None:
 
     replaced: whether a preset names another sampler, so that the checkpoint's own is not a request's default.
     """
-    NoiseSchedule.from_diffusers(config)
-    if replaced:
-        return
     try:
-        program_from_diffusers(config, steps=TRIED_STEPS)
+        NoiseSchedule.from_diffusers(config)
+        if not replaced:
+            program_from_diffusers(config, steps=TRIED_STEPS)
     except ArgumentError as error:
         raise UnsupportedError(
             f"the checkpoint's scheduler cannot be run: {error.found}",

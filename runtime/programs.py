@@ -10,7 +10,7 @@ from typing import Any
 from ..bundle import Bundle
 from ..errors import UnknownNameError
 from ..schedules import NoiseSchedule, Program, compile_program, program_from_diffusers
-from ..schedules.compat.classes import CLASSES
+from ..schedules.compat.classes import CLASSES, pipelines_step
 from ..schedules.names import resolve_schedule, scheduler_class
 
 MOST_KEPT = 256
@@ -43,7 +43,7 @@ def choose_program(
     if compat not in (None, "diffusers"):
         raise UnknownNameError("compat", str(compat), ("diffusers",))
     if sampler is None and schedule is None and set(options) <= set(step_options(scheduler)):
-        return _kept(scheduler, {**shared, **options})
+        return _kept(scheduler, {**shared, **pipelines_step(scheduler, options)})
     sampler = str(bundle.scheduler["_class_name"]) if sampler is None else sampler
     return _kept(scheduler, {"sampler": sampler, "schedule": schedule, "compat": compat, **shared, **options})
 

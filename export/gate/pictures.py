@@ -79,7 +79,8 @@ def _load(checkpoint: Checkpoint, *, without: list[str]) -> Any:
     for name in wanted:
         part = checkpoint.parts[name]
         replaced = part.place.parent != checkpoint.folder or part.files[0].parent != part.place
-        if name not in given and replaced and part.files[0] != checkpoint.file:
+        alike = part.files[0] == checkpoint.file and name in _alike(checkpoint)
+        if name not in given and (alike or (replaced and part.files[0] != checkpoint.file)):
             given[name] = load_model(checkpoint, part)
     if checkpoint.file is not None and _is_marked(checkpoint.file):
         given["scheduler"] = getattr(diffusers, checkpoint.scheduler["_class_name"]).from_config(checkpoint.scheduler)
@@ -93,6 +94,12 @@ def _load(checkpoint: Checkpoint, *, without: list[str]) -> Any:
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _alike(checkpoint: Checkpoint) -> set[str]:
+    """Text encoders of one width: diffusers tells those of a single file apart by it, and takes one for the other."""
+    widths = {e.name: checkpoint.parts[e.name].config["hidden_size"] for e in checkpoint.model.text_encoders}
+    return {n for n, width in widths.items() if list(widths.values()).count(width) > 1}
 
 
 def _is_marked(file: Path) -> bool:

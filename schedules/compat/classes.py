@@ -174,6 +174,17 @@ CLASSES: dict[str, SchedulerClass] = {
 }
 
 
+PIPELINES_STEP = {"eta": 0.0}
+"""What diffusers' pipelines hand to `step`, where it takes that and a call says nothing, whatever its own default."""
+
+
+def pipelines_step(scheduler_config: Config, options: Config) -> dict[str, Any]:
+    """The options of `step` with which diffusers' pipelines run this scheduler, given those that were asked for."""
+    kind = CLASSES.get(str(scheduler_config.get("_class_name")))
+    taken = {} if kind is None else {k: v for k, v in PIPELINES_STEP.items() if k in kind.step_options}
+    return {**taken, **options}
+
+
 def solver_of(name: str, config: Config, options: Config) -> Solved:
     """The sampler that a class and its options mean, and the arguments to run it with."""
     solver = CLASSES[name].solver
@@ -307,6 +318,7 @@ def compile_compat(
         elif key != "published":
             accepted = [*kind.step_options, *kind.reads, *COMMON]
             raise UnknownNameError(f"option of {sampler.name} with compat='diffusers'", key, accepted)
+    step_options = pipelines_step(config, step_options)
     if schedule is not None:
         steps, timesteps = _apply_schedule(config, kind, schedule, steps, timesteps, sampler)
     return program_from_diffusers(config, steps=steps, timesteps=timesteps, sigmas=sigmas, start=start, **step_options)
