@@ -194,6 +194,11 @@ def vae_factor(vae: Config) -> int:
     return 1 << (len(blocks) - 1)
 
 
+def vae_samples(vae: Config) -> bool:
+    """Whether a VAE encodes to a distribution, from which a latent is drawn: tiny autoencoders give the latent."""
+    return "encoder_block_out_channels" not in vae
+
+
 _families: dict[str, Family] = {}
 
 

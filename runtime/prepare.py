@@ -67,7 +67,8 @@ def prepare(bundle: Bundle, text: TextEncoders, vae: Vae, request: Request) -> P
         gaussians = np.stack([member.randn(shape) for member in noise.members])
     blends: list[Blend | None] = [None] * request.images
     if pictures is not None and pictures.masks is not None and latents is not None:
-        noise.draw_for_pictures(len(pictures.pixels), shape)  # diffusers encodes the masked picture too
+        if vae.samples:
+            noise.draw_for_pictures(len(pictures.pixels), shape)  # diffusers encodes the masked picture too
         masks = np.broadcast_to(pictures.masks, (request.images, *pictures.masks.shape[1:]))
         blends = [make_blend(request.program, *kept) for kept in zip(masks, latents, gaussians, strict=True)]
     return Prepared(

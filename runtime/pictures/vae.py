@@ -10,6 +10,7 @@ import numpy as np
 from ...bundle import Bundle
 from ...engines.base import Binding, Engine
 from ...errors import BlackImageError, NonFiniteError
+from ...families.base import vae_samples
 from ..arrays import Float32, UInt8
 from ..noise.seeds import RequestNoise
 from .tiles import Tiling, check_when, run_tiled
@@ -22,7 +23,7 @@ class Vae:
     """Decodes and encodes; the encoder is opened when it is first needed. Thread-safe: one batch at a time each way.
 
     tiling: whether large pictures go through in tiles; `"auto"` from `AUTO_PIXELS` on. slicing: whether a batch goes
-    through one by one; `"auto"` as many at once as make `MOST_PIXELS`.
+    through one by one; `"auto"` as many at once as make `MOST_PIXELS`. samples: whether encoding draws noise.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Vae:
         self.tiling, self.slicing = check_when("vae_tiling", tiling), check_when("vae_slicing", slicing)
         self._tile = Tiling.of(bundle.component("vae_decoder").config, bundle.latent.factor)
         self._factor = bundle.latent.factor
+        self.samples = vae_samples(bundle.component("vae_decoder").config)
         self._decoder, self._open_encoder = decoder, open_encoder
         self._encoder: Engine | None = None
         self._bindings: dict[tuple[str, int, int, int], Binding] = {}
@@ -100,7 +102,8 @@ class Vae:
         """Pictures float32 [n, 3, H, W] in [-1, 1], one for all or one an image, to latents float32 [B, C, h, w].
 
         Each image draws its own sample of the latent's distribution, from its own seed and before its starting noise,
-        as diffusers does; images that share a stream share the sample.
+        as diffusers does; images that share a stream share the sample. Of a VAE that gives no distribution none is
+        drawn.
         """
         channels, height, width = shape
         with self._encoding:
@@ -114,8 +117,10 @@ class Vae:
                 else:
                     out = self._moments(picture)
                 moments.append((out[:channels], np.exp(out[channels:])))
+        each = [moments[i % len(moments)] for i in range(len(noise.members))]
+        if not self.samples:
+            return np.stack([mean for mean, _ in each])
         draws = noise.draw_for_pictures(len(pictures), shape)
-        each = [moments[i % len(moments)] for i in range(len(draws))]
         return np.stack([mean + std * d for (mean, std), d in zip(each, draws, strict=True)])
 
     def _moments(self, picture: Float32) -> Float32:
@@ -123,7 +128,8 @@ class Vae:
         binding = self._binding("encoder", 1, *(side // self._factor for side in picture.shape[1:]))
         np.copyto(binding.inputs["image"][0], picture)
         binding.enqueue()
-        return np.concatenate([binding.outputs["mean"][0], np.log(binding.outputs["std"][0])])
+        with np.errstate(divide="ignore"):  # a VAE that gives no distribution says 0
+            return np.concatenate([binding.outputs["mean"][0], np.log(binding.outputs["std"][0])])
 
     def _binding(self, which: str, batch: int, height: int, width: int) -> Binding:
         key = (which, batch, height, width)
