@@ -27,7 +27,8 @@ import torch
 from fewstep.bench.machine import describe
 from fewstep.runtime.device.numpy_update import SlotState
 from fewstep.schedules import NoiseSchedule, Program, program_from_diffusers
-from fewstep.schedules.compat.classes import CLASSES, scheduler_config
+from fewstep.schedules.compat.classes import CLASSES
+from fewstep.schedules.compat.named import scheduler_config
 from fewstep.schedules.solvers.registry import SAMPLERS, Sampler
 
 LIMITS = {"each deterministic": 3.0, "lms": 50.0, "median": 7.0}

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from ..bundle import Bundle
+from ..bundle import Bundle, Defaults
 from ..errors import UnknownNameError
 from ..schedules import NoiseSchedule, Program, compile_program, program_from_diffusers
 from ..schedules.compat.classes import CLASSES, pipelines_step
-from ..schedules.names import resolve_schedule, scheduler_class
+from ..schedules.compat.named import diffusers_has, spacing_keys
+from ..schedules.names import Resolved, resolve_sampler, resolve_schedule, scheduler_class
+from ..schedules.solvers.registry import find_sampler
 
 MOST_KEPT = 256
 
@@ -28,24 +30,60 @@ def choose_program(
     sigmas: Sequence[float] | None = None,
     options: Mapping[str, Any],
 ) -> Program:
-    """The program of a request; without a sampler, the checkpoint's own scheduler, in diffusers' conventions."""
+    """The program of a request.
+
+    Without a sampler, the checkpoint's own scheduler as diffusers runs it. The bundle's own sampler under its own
+    schedule runs as diffusers runs its class on that checkpoint, wherever that library has what is asked for; any other
+    runs in fewstep's conventions, unless `compat` asks for diffusers'.
+    """
     own = bundle.defaults
     scheduler = bundle.noise_config
-    if timesteps is None and sigmas is None and own.timesteps is not None:
-        asked = (sampler, schedule, steps)
-        timesteps = own.timesteps if asked == (own.sampler, own.schedule, len(own.timesteps)) else None
-    if own.options and sampler == own.sampler:
-        options = {**own.options, **options}
-    explicit = timesteps is not None or sigmas is not None
-    shared = {"steps": None if explicit else steps, "start": start, "timesteps": timesteps, "sigmas": sigmas}
-    if schedule is not None and resolve_schedule(schedule) == resolve_schedule("ays"):
-        schedule = bundle.model.schedule
     if compat not in (None, "diffusers"):
         raise UnknownNameError("compat", str(compat), ("diffusers",))
+    given = "timesteps" if timesteps is not None else "sigmas" if sigmas is not None else None
+    if schedule is not None and resolve_schedule(schedule) == resolve_schedule("ays"):
+        schedule = bundle.model.schedule
+    is_own = _is_own(own, sampler, schedule, explicit=given is not None)
+    if own.options and sampler == own.sampler:
+        options = {**own.options, **options}
+    if is_own and given is None and own.timesteps is not None and steps == len(own.timesteps):
+        timesteps = own.timesteps
+    if is_own and compat is None and _as_diffusers(own, steps, given, options):
+        compat, spaced = "diffusers", _schedule(own.schedule, resolve_sampler(str(own.sampler)))
+        if given is not None:
+            options = {**spacing_keys(str(own.sampler), spaced), **options}
+        elif timesteps is None:
+            schedule = spaced
+    explicit = timesteps is not None or sigmas is not None
+    shared = {"steps": None if explicit else steps, "start": start, "timesteps": timesteps, "sigmas": sigmas}
     if sampler is None and schedule is None and set(options) <= set(step_options(scheduler)):
         return _kept(scheduler, {**shared, **pipelines_step(scheduler, options)})
     sampler = str(bundle.scheduler["_class_name"]) if sampler is None else sampler
     return _kept(scheduler, {"sampler": sampler, "schedule": schedule, "compat": compat, **shared, **options})
+
+
+def _is_own(own: Defaults, sampler: str | None, schedule: str | None, *, explicit: bool) -> bool:
+    """Whether this is the sampler that the bundle states, under the schedule that it states with it."""
+    if own.sampler is None or sampler is None:
+        return False
+    asked, stated = resolve_sampler(sampler), resolve_sampler(own.sampler)
+    if explicit and schedule is None:
+        return asked == stated
+    return asked == stated and _schedule(schedule, asked) == _schedule(own.schedule, stated)
+
+
+def _schedule(name: str | None, sampler: Resolved) -> str:
+    """The schedule of a name, or the sampler's own."""
+    return resolve_schedule(name) if name is not None else sampler.schedule or find_sampler(sampler.name).schedule
+
+
+def _as_diffusers(own: Defaults, steps: int, explicit: str | None, options: Mapping[str, Any]) -> bool:
+    """Whether diffusers has the bundle's own sampler with what a request asks of it beside that."""
+    stated = resolve_sampler(str(own.sampler))
+    names = [n for n in (*stated.options, *options) if n != "published"]
+    return diffusers_has(
+        find_sampler(stated.name), _schedule(own.schedule, stated), steps, explicit=explicit, options=names
+    )
 
 
 def _kept(scheduler: Mapping[str, Any], asked: Mapping[str, Any]) -> Program:

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import ArgumentError, UnknownNameError
 from .assemble import assemble
-from .compat.classes import compile_compat
+from .compat.named import compile_compat
 from .levels import EDM_PREDICTIONS, Level, Path
 from .names import resolve_sampler, resolve_schedule
 from .noise import PREDICTIONS, NoiseSchedule

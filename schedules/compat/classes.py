@@ -12,12 +12,10 @@ from ...errors import ArgumentError, UnknownNameError, UnsupportedError
 from ..assemble import assemble
 from ..levels import EDM_PREDICTIONS
 from ..names import resolve_sampler, scheduler_class
-from ..noise import PREDICTIONS, NoiseSchedule
+from ..noise import PREDICTIONS
 from ..options import check_option
 from ..program import Program
 from ..refusals import refuse_options
-from ..solvers.registry import Sampler
-from ..tables import load_table
 from . import layouts as grids
 from . import meanings
 from .layouts import Grid, GridRequest
@@ -45,9 +43,10 @@ class SchedulerClass:
 
     layout: how it lays out its levels. reads: the config keys it reads, any other being ignored as diffusers does.
     step_options: arguments of its `step`. exact_zero: zero terminal SNR is kept at alpha_bar 0. predictions: those
-    it has. clips: the class clips x0 unless its config says otherwise. solver: the sampler that its options mean, and
-    the arguments to run it with. spacing: how it spaces its steps where its config does not say. sets: config keys
-    that its samplers set. axis: predictions by their names on its own axis.
+    it has. takes: the explicit levels that its `set_timesteps` has arguments for. clips: the class clips x0 unless its
+    config says otherwise. solver: the sampler that its options mean, and the arguments to run it with. spacing: how it
+    spaces its steps where its config does not say. sets: config keys that its samplers set. axis: predictions by their
+    names on its own axis.
     """
 
     layout: Callable[[GridRequest], Grid]
@@ -59,6 +58,7 @@ class SchedulerClass:
     step_options: tuple[str, ...] = ()
     exact_zero: bool = False
     predictions: tuple[str, ...] = PREDICTIONS
+    takes: tuple[str, ...] = ()
     clips: bool = False
 
 
@@ -68,6 +68,7 @@ _TWO = ("epsilon", "v_prediction")
 CLASSES: dict[str, SchedulerClass] = {
     "EulerDiscreteScheduler": SchedulerClass(
         solver=meanings.churned_late,
+        takes=("timesteps", "sigmas"),
         layout=grids.k_family,
         reads=(*SPACED, *RESPACED, *ZERO_SNR, *RANGE, "interpolation_type", "timestep_type"),
         step_options=CHURN,
@@ -75,7 +76,9 @@ CLASSES: dict[str, SchedulerClass] = {
     "EulerAncestralDiscreteScheduler": SchedulerClass(
         layout=grids.k_family, reads=(*SPACED, *ZERO_SNR), predictions=_TWO
     ),
-    "HeunDiscreteScheduler": SchedulerClass(layout=grids.k_family, reads=(*SPACED, *RESPACED, *CLIP)),
+    "HeunDiscreteScheduler": SchedulerClass(
+        takes=("timesteps",), layout=grids.k_family, reads=(*SPACED, *RESPACED, *CLIP)
+    ),
     "KDPM2DiscreteScheduler": SchedulerClass(layout=grids.k_family, reads=(*SPACED, *RESPACED), predictions=_TWO),
     "KDPM2AncestralDiscreteScheduler": SchedulerClass(
         layout=grids.k_family, reads=(*SPACED, *RESPACED), predictions=_TWO
@@ -97,6 +100,7 @@ CLASSES: dict[str, SchedulerClass] = {
     "DDPMScheduler": SchedulerClass(
         solver=meanings.ddpm,
         spacing="leading",
+        takes=("timesteps",),
         layout=grids.ddpm_family,
         reads=(*SPACED, *ZERO_SNR, *CLIPPED, "variance_type"),
         exact_zero=True,
@@ -113,11 +117,16 @@ CLASSES: dict[str, SchedulerClass] = {
     "DPMSolverMultistepScheduler": SchedulerClass(
         solver=meanings.multistep,
         sets=_DPM_SETS,
+        takes=("timesteps",),
         layout=grids.multistep_family,
         reads=(*SPACED, *RESPACED, *ZERO_SNR, *DPM, "use_lu_lambdas", "euler_at_final"),
     ),
     "DPMSolverSinglestepScheduler": SchedulerClass(
-        solver=meanings.singlestep, sets=_DPM_SETS, layout=grids.multistep_family, reads=(*RESPACED, *DPM)
+        solver=meanings.singlestep,
+        sets=_DPM_SETS,
+        takes=("timesteps",),
+        layout=grids.multistep_family,
+        reads=(*RESPACED, *DPM),
     ),
     "DEISMultistepScheduler": SchedulerClass(
         solver=meanings.deis,
@@ -136,12 +145,14 @@ CLASSES: dict[str, SchedulerClass] = {
     "LCMScheduler": SchedulerClass(
         solver=meanings.lcm,
         spacing="lcm",
+        takes=("timesteps",),
         layout=grids.lcm_family,
         reads=(*ZERO_SNR, *CLIPPED, "original_inference_steps", "timestep_scaling"),
         exact_zero=True,
     ),
     "TCDScheduler": SchedulerClass(
         spacing="lcm",
+        takes=("timesteps",),
         layout=grids.lcm_family,
         reads=(*ZERO_SNR, "original_inference_steps"),
         step_options=("eta",),
@@ -236,7 +247,9 @@ def program_from_diffusers(
     rescales = "rescale_betas_zero_snr" in kind.reads
     tables = Tables.of(config, rescales=rescales, floored=not kind.exact_zero, single=single)
     _check_steps(steps, timesteps, sigmas, start, tables.count)
-    request = GridRequest(tables=tables, steps=steps, timesteps=timesteps, sigmas=sigmas, start=start, options=options)
+    request = GridRequest(
+        tables=tables, steps=steps, timesteps=timesteps, sigmas=sigmas, start=start, options=options, takes=kind.takes
+    )
     grid = kind.layout(request)
     first = grid.path.calls[0] if grid.path.calls else grid.path.first
     scale = first.scale if sampler.latent_space == "ve" else 1.0
@@ -278,113 +291,4 @@ def _schedule_name(kind: SchedulerClass, config: Config, timesteps: object, sigm
         return "timesteps" if timesteps is not None else "sigmas"
     return grids.respacing(config) or str(
         config.get("timestep_spacing") or config.get("sigma_schedule") or kind.spacing
-    )
-
-
-_RESPACED_BY = {
-    "karras": "use_karras_sigmas",
-    "exponential": "use_exponential_sigmas",
-    "beta": "use_beta_sigmas",
-    "lu": "use_lu_lambdas",
-}
-_DEFAULT_SPACED = ("leading", "linspace", "trailing")
-
-
-def compile_compat(
-    sampler: Sampler,
-    schedule: str | None,
-    steps: int | None,
-    noise: NoiseSchedule,
-    prediction: str | None,
-    start: int,
-    timesteps: Sequence[float] | None,
-    sigmas: Sequence[float] | None,
-    options: Mapping[str, Any],
-) -> Program:
-    """`compile_program(..., compat="diffusers")`: the checkpoint's config under the sampler's class.
-
-    `options` are config keys of that class and arguments of its `step`.
-    """
-    config = scheduler_config(sampler, noise)
-    kind = CLASSES[config["_class_name"]]
-    if prediction is not None:
-        config["prediction_type"] = prediction
-    step_options = {}
-    for key, value in options.items():
-        if key in kind.step_options:
-            step_options[key] = value
-        elif key in (*COMMON, *kind.reads):
-            config[key] = value
-        elif key != "published":
-            accepted = [*kind.step_options, *kind.reads, *COMMON]
-            raise UnknownNameError(f"option of {sampler.name} with compat='diffusers'", key, accepted)
-    step_options = pipelines_step(config, step_options)
-    if schedule is not None:
-        steps, timesteps = _apply_schedule(config, kind, schedule, steps, timesteps, sampler)
-    return program_from_diffusers(config, steps=steps, timesteps=timesteps, sigmas=sigmas, start=start, **step_options)
-
-
-def scheduler_config(sampler: Sampler, noise: NoiseSchedule) -> dict[str, Any]:
-    """The config of a sampler's diffusers class on a checkpoint's noise schedule, `_class_name` included.
-
-    What the checkpoint did not state is left to the class, as diffusers' `from_config` does.
-
-    Raises UnsupportedError for a sampler that diffusers does not have.
-    """
-    name = sampler.diffusers
-    if name is None:
-        raise UnsupportedError(f"sampler {sampler.name!r} with compat='diffusers'", remedy="Use compat=None.")
-    kind = CLASSES[name]
-    unstated = noise.config.get("_use_default_values") or ()
-    read = {*COMMON, *kind.reads}.difference(unstated)
-    config: dict[str, Any] = {key: value for key, value in noise.config.items() if key in read}
-    config.update(_preset_keys(sampler, kind))
-    return {**config, "_class_name": name}
-
-
-def _preset_keys(sampler: Sampler, kind: SchedulerClass) -> dict[str, Any]:
-    """A sampler's presets as config keys of its class."""
-    keys = dict(kind.sets)
-    if "order" in sampler.presets:
-        keys["solver_order"] = sampler.presets["order"]
-    if sampler.presets.get("sde"):
-        keys["algorithm_type"] = f"sde-{keys['algorithm_type']}"
-    return keys
-
-
-def _apply_schedule(
-    config: dict[str, Any],
-    kind: SchedulerClass,
-    schedule: str,
-    steps: int | None,
-    timesteps: Sequence[float] | None,
-    sampler: Sampler,
-) -> tuple[int | None, Sequence[float] | None]:
-    """Say a schedule in the config keys of the class, or as explicit timesteps for the published ones."""
-    for key in _RESPACED_BY.values():
-        config.pop(key, None)
-    if schedule in _DEFAULT_SPACED and "timestep_spacing" in kind.reads:
-        config["timestep_spacing"] = schedule
-        return steps, timesteps
-    if schedule in _RESPACED_BY and _RESPACED_BY[schedule] in kind.reads:
-        config[_RESPACED_BY[schedule]] = True
-        return steps, timesteps
-    if "sigma_schedule" in kind.reads and schedule in ("karras", "exponential"):
-        config["sigma_schedule"] = schedule
-        return steps, timesteps
-    if schedule == "lcm" and kind.layout is grids.lcm_family:
-        return steps, timesteps
-    if schedule.startswith("ays"):
-        table = load_table(schedule)
-        if table.timesteps is not None and steps == len(table.timesteps) - 1:
-            return None, table.timesteps[:-1]
-        raise UnsupportedError(
-            f"schedule {schedule!r} at {steps} steps with compat='diffusers', which has it at its own length only",
-            remedy="Use compat=None, which has it at any step count.",
-        )
-    offered = [s for s in (*_DEFAULT_SPACED, *_RESPACED_BY) if _RESPACED_BY.get(s, "timestep_spacing") in kind.reads]
-    raise UnsupportedError(
-        f"schedule {schedule!r} with {sampler.diffusers} in diffusers",
-        expected=f"one of {', '.join(offered)}" if offered else "no schedule",
-        remedy="Use compat=None, which has every schedule with every sampler.",
     )

@@ -90,7 +90,10 @@ def check_start(start: int, total: int) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GridRequest:
-    """What is asked of a scheduler: its config's levels, or explicit ones, and how many steps to skip."""
+    """What is asked of a scheduler: its config's levels, or explicit ones, and how many steps to skip.
+
+    takes: the explicit levels, `timesteps` and `sigmas`, that its class's `set_timesteps` has arguments for.
+    """
 
     tables: Tables
     steps: int | None
@@ -98,16 +101,17 @@ class GridRequest:
     sigmas: Sequence[float] | None
     start: int
     options: Mapping[str, Any]
+    takes: tuple[str, ...] = ()
 
     @property
     def config(self) -> Mapping[str, Any]:
         return self.tables.config
 
-    def refuse_explicit(self, *names: str) -> None:
+    def refuse_explicit(self) -> None:
         """Raise ArgumentError for explicit levels that this class's `set_timesteps` does not take."""
         for name in ("timesteps", "sigmas"):
             if getattr(self, name) is not None:
-                if name not in names:
+                if name not in self.takes:
                     raise ArgumentError(
                         f"{self.config.get('_class_name', 'this scheduler')} takes no explicit {name} in diffusers",
                         remedy="Use compat=None, which takes them with every sampler.",
@@ -120,8 +124,7 @@ def k_family(request: GridRequest) -> Grid:
     """Euler, Heun, LMS, KDPM2 and DPM SDE: n float32 points; respacing spans the range of the spacing's sigmas."""
     tables, config = request.tables, request.config
     kind = str(config.get("_class_name"))
-    taken = {"EulerDiscreteScheduler": ("timesteps", "sigmas"), "HeunDiscreteScheduler": ("timesteps",)}
-    request.refuse_explicit(*taken.get(kind, ()))
+    request.refuse_explicit()
     table = tables.sigmas.astype(np.float64)
     if request.sigmas is not None:
         sigmas = tables.rounded(np.array(request.sigmas, np.float64))
@@ -165,7 +168,7 @@ def multistep_family(request: GridRequest) -> Grid:
     tables, config = request.tables, request.config
     kind = str(config.get("_class_name"))
     dpm = kind.startswith("DPMSolver")
-    request.refuse_explicit(*(("timesteps",) if dpm else ()))
+    request.refuse_explicit()
     table = tables.sigmas.astype(np.float64)
     t = _multistep_timesteps(request, kind)
     steps = len(t)
@@ -224,13 +227,13 @@ def ddim_family(request: GridRequest) -> Grid:
 
 def ddpm_family(request: GridRequest) -> Grid:
     """DDPM: each step ends where the next begins, the last one at alpha_bar 1."""
-    request.refuse_explicit("timesteps")
+    request.refuse_explicit()
     return _vp_grid(request, _next_pairs(request, _int_timesteps(request), Level(-1.0, 0.0)))
 
 
 def lcm_family(request: GridRequest) -> Grid:
     """LCM and TCD: picked from the timesteps of the distillation."""
-    request.refuse_explicit("timesteps")
+    request.refuse_explicit()
     tables, config = request.tables, request.config
     if request.timesteps is not None:
         t = _int_timesteps(request)

@@ -129,3 +129,31 @@ def test_what_goes_against_a_preset_is_said(
     assert len(found) == (words is not None)
     assert words is None or words in found[0]
     assert preset_warnings(leading, asked) == []
+
+
+def initial(bundle: Bundle, **asked: Any) -> tuple[float, float]:
+    """The factors of noise and picture at the start, and the noise level there."""
+    program = make_request(bundle, "a", seed=0, size=(32, 32), **asked).program
+    return float(program.init_noise), float(program.sigmas[0])
+
+
+def test_a_preset_starts_where_diffusers_does(leading: Bundle) -> None:
+    """Euler under trailing timesteps starts from sigma_max noise, Hyper-SD's DDIM from unit noise."""
+    turbo = preset_bundle(leading, "sdxl-lightning-4")
+    noise, sigma = initial(turbo)
+    assert noise == pytest.approx(sigma / np.hypot(1.0, sigma))
+    assert noise < 0.9977
+    assert initial(turbo, timesteps=[999, 499]) == (noise, sigma)
+    assert initial(preset_bundle(leading, "hyper-sd-4"))[0] == 1.0
+
+
+def test_naming_the_presets_sampler_changes_nothing(leading: Bundle) -> None:
+    turbo = preset_bundle(leading, "sdxl-lightning-4")
+    own = make_request(turbo, "a", seed=0, size=(32, 32)).program
+    for asked in ({"sampler": "euler", "schedule": "trailing"}, {"sampler": "Euler"}, {"compat": "diffusers"}):
+        assert make_request(turbo, "a", seed=0, size=(32, 32), **asked).program.to_json() == own.to_json(), asked
+
+
+@pytest.mark.parametrize("asked", [{"schedule": "kl_optimal"}, {"last_sigma": "sigma_min"}, {"sampler": "heun"}])
+def test_what_diffusers_has_not_runs_in_fewsteps_conventions(leading: Bundle, asked: dict[str, Any]) -> None:
+    assert initial(preset_bundle(leading, "sdxl-lightning-4"), steps=4, **asked)[0] == 1.0
