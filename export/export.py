@@ -101,10 +101,10 @@ def export_bundle(
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
     try:
         plans = plan_components(checkpoint, dtypes)
-        graphs = {p.kind: _graph(p, progress) for p in plans}
+        graphs = {p.kind: find_or_trace(p, progress) for p in plans}
         shapes = {p.kind: (p.config, {w.key: w.shape for w in graphs[p.kind].parameters}) for p in plans}
         fusion = match_loras(checkpoint.loras, shapes)
-        components = {p.kind: _export_component(p, graphs[p.kind], fusion, staging, progress) for p in plans}
+        components = {p.kind: export_component(p, graphs[p.kind], fusion, staging, progress) for p in plans}
         components = {n: replace(c, source={**c.source, "precision": precisions[n].why}) for n, c in components.items()}
         bundle = _assemble(checkpoint, staging, components, name or target.name, chosen)
         report = SWITCHED_OFF
@@ -151,7 +151,8 @@ def _put_in_place(staging: Path, target: Path) -> None:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def _graph(plan: ComponentPlan, progress: Progress) -> TracedGraph:
+def find_or_trace(plan: ComponentPlan, progress: Progress) -> TracedGraph:
+    """A component's graph: packaged, in the cache, or traced now."""
     graph = find_graph(plan.key)
     if graph is None:
         progress.stage(f"trace {plan.kind}")
@@ -159,9 +160,10 @@ def _graph(plan: ComponentPlan, progress: Progress) -> TracedGraph:
     return graph
 
 
-def _export_component(
+def export_component(
     plan: ComponentPlan, graph: TracedGraph, fusion: Fusion, folder: Path, progress: Progress
 ) -> Component:
+    """Write a component's graph and weights into a folder, and say what they are."""
     progress.stage(f"weights {plan.kind}")
     tensors = read_tensors(plan.part, open_tensors(plan.part.files), [p.key for p in graph.parameters])
     weights = f"{plan.kind}.safetensors"

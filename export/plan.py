@@ -69,6 +69,12 @@ def choose_precisions(
     return precisions
 
 
+def precision_for(part: str, config: Mapping[str, Any], stored: str) -> str:
+    """The precision of a part that is exported as it is stored (`F32`, `F16` or `BF16`), by the same policy."""
+    dtype = {"F16": "float16", "BF16": "bfloat16"}.get(stored, "float32")
+    return "float32" if part == "vae" and dtype == "float16" and config.get("force_upcast") else dtype
+
+
 def _read_precisions(text: str, kinds: list[str]) -> tuple[str, dict[str, str]]:
     """The precision for all, and those by component."""
     general = "float32"

@@ -11,8 +11,9 @@ from itertools import pairwise
 from typing import Any
 
 from ..bundle import Bundle
-from ..errors import ArgumentError, CancelledError
+from ..errors import ArgumentError, CancelledError, UnsupportedError
 from .call import takes_a_call
+from .device.base import Device
 from .pipeline import Pipeline, follow
 from .prepare import Prepared
 from .request import Request
@@ -30,7 +31,20 @@ class PipelineGroup:
         if not devices or isinstance(devices, str):
             raise ArgumentError(f"devices is {devices!r}", expected="a list of at least one device")
         self.pipelines = tuple(Pipeline(bundle, device=d, **options) for d in devices)
-        self.bundle, self.devices = bundle, tuple(devices)
+        self.bundle, self.devices, self._options = bundle, tuple(devices), options
+
+    @property
+    def device(self) -> Device:
+        """The first device, on which prompts are encoded."""
+        return self.pipelines[0].device
+
+    def reopened(self, bundle: Bundle | None = None, *, device: str | None = None) -> PipelineGroup:
+        """Another group on the same devices with the same options, of another bundle."""
+        if device is not None:
+            raise UnsupportedError(
+                f"moving {len(self.devices)} devices' pipelines to {device}", remedy="Load it there."
+            )
+        return PipelineGroup(self.bundle if bundle is None else bundle, devices=self.devices, **self._options)
 
     @takes_a_call
     def __call__(

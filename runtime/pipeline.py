@@ -71,6 +71,7 @@ class Pipeline:
     ) -> None:
         if mode not in (None, *MODES):
             raise ArgumentError(f"mode is {mode!r}", expected=f"one of {', '.join(MODES)}")
+        self._given = {k: v for k, v in locals().items() if k not in ("self", "bundle")}
         self.bundle, self.threads = bundle, threads
         self.device = open_device(device, backend=backend, graphs=graphs, graphs_kept=graphs_kept)
         self.mode = mode or ("latency" if self.device.whole_requests else "shared")
@@ -102,6 +103,11 @@ class Pipeline:
             slicing=vae_slicing,
         )
         self._pool = SlotPool(self.make_slots, keep=check_integer("most_contexts", most_contexts, 0, 1024))
+
+    def reopened(self, bundle: Bundle | None = None, *, device: str | None = None) -> Pipeline:
+        """Another pipeline with the same options, of another bundle or on another device."""
+        moved = {} if device is None else {"device": device}
+        return Pipeline(self.bundle if bundle is None else bundle, **{**self._given, **moved})
 
     def _open(self, names: Sequence[str]) -> dict[str, Engine]:
         with self.device.guard_memory("the engines"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -96,11 +96,13 @@ def make_request(
     prompt: str | Sequence[str] | None = None,
     *,
     default_size: tuple[int, int] | None = None,
+    compile_from: Callable[[int], Program] | None = None,
     **given: Any,
 ) -> Request:
     """Fill what was left out from the bundle's defaults and check the rest; `ArgumentError` says what is wrong.
 
     given: the fields of `Call`, and options of the sampler. default_size: (width, height) where none is asked for.
+    compile_from: makes the program from the number of steps to skip, instead of sampler, schedule and options.
     """
     call = make_call(prompt, given)
     defaults = bundle.defaults
@@ -126,16 +128,21 @@ def make_request(
     if sampler is None:
         sampler = defaults.sampler
         schedule = defaults.schedule if schedule is None and not explicit else schedule
-    program = choose_program(
-        bundle,
-        sampler=sampler,
-        schedule=schedule,
-        steps=steps,
-        start=0 if pictures is None else start_step(steps, strength),
-        compat=call.compat,
-        timesteps=timesteps,
-        sigmas=sigmas,
-        options=call.options,
+    start = 0 if pictures is None else start_step(steps, strength)
+    program = (
+        choose_program(
+            bundle,
+            sampler=sampler,
+            schedule=schedule,
+            steps=steps,
+            start=start,
+            compat=call.compat,
+            timesteps=timesteps,
+            sigmas=sigmas,
+            options=call.options,
+        )
+        if compile_from is None
+        else compile_from(start)
     )
     if pictures is not None:
         pictures = pictures.of_images(len(seeds))

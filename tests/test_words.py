@@ -24,7 +24,7 @@ NAMED = {
     "export/checkpoint/folder.py": "names of models that are not exported",
     "export/checkpoint/singlefile.py": "names of models that are not exported",
     "schedules/names.py": "ComfyUI names a node so",
-    "runtime/diffusers_adapter.py": "diffusers has a class a family, and so has its stand-in",
+    "runtime/diffusers_adapter/classes.py": "diffusers has a class a family, and so has its stand-in",
 }
 BACKENDS = [rf"[\"'`]{re.escape(n)}[\"'`]" for n in backend_names() if not makes_in_memory(n)]
 

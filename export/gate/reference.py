@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,25 +31,34 @@ LARGEST_SIDE, QUICK_SIDE = 32, 16
 DOUBLE_LIMIT = 40_000_000
 
 
-def make_reference(checkpoint: Checkpoint, path: Path, *, dtypes: Mapping[str, str], quick: bool = False) -> None:
+def make_reference(
+    checkpoint: Checkpoint,
+    path: Path,
+    *,
+    dtypes: Mapping[str, str],
+    quick: bool = False,
+    plans: Sequence[ComponentPlan] | None = None,
+    context: Mapping[str, dict[str, np.ndarray]] | None = None,
+) -> None:
     """Write inputs, float32 outputs, and torch's own error in each component's precision.
 
     Tensors are named `unet/0/in/sample`, `unet/0/out/out`; the metadata's `cases` holds JSON: the dimensions of each
     case and `torch_error`, the relative L2 error of torch in `dtypes[component]` (for float32: against float64, where
     the model is small enough, and in bfloat16, which an engine of a float32 graph may use too). `quick` keeps one case
-    a component (two of an encoder), for models of full size.
+    a component (two of an encoder), for models of full size. plans: of some components alone; context: the outputs of
+    the encoders that are not among them.
     """
     tensors: dict[str, np.ndarray] = {}
     cases: dict[str, Any] = {}
-    context: dict[str, dict[str, np.ndarray]] = {}
-    for plan in plan_components(checkpoint, dtypes):
+    known = dict(context or {})
+    for plan in plan_components(checkpoint, dtypes) if plans is None else plans:
         model = load_model(checkpoint, plan.part)
         traceable = _in(plan, model, "float32")
         fewer = 2 if plan.kind.startswith("text_encoder") else 1  # an encoder's second case skips a layer
-        inputs = list(_cases(plan, traceable, context, quick=quick))[: fewer if quick else None]
+        inputs = list(_cases(plan, traceable, known, quick=quick))[: fewer if quick else None]
         outputs = [_run(traceable, case) for case in inputs]
         if plan.kind.startswith("text_encoder"):
-            context[plan.kind] = outputs[0]
+            known[plan.kind] = outputs[0]
         errors = _own_errors(checkpoint, plan, traceable, inputs, outputs)
         if plan.dtype == "float32":
             errors = [e | b for e, b in zip(errors, _bfloat16_errors(plan, model, inputs, outputs), strict=True)]

@@ -210,6 +210,7 @@ def program_from_diffusers(
     sigmas: Sequence[float] | None = None,
     start: int = 0,
     single: bool = True,
+    layout: Callable[[GridRequest], Grid] | None = None,
     **options: Any,
 ) -> Program:
     """Compile what a diffusers pipeline with this scheduler does: its class, its options, its conventions.
@@ -218,6 +219,7 @@ def program_from_diffusers(
         ignored, as diffusers ignores them.
     steps, or timesteps or sigmas where diffusers' `set_timesteps` takes them. start: steps skipped (img2img).
     single: hold the tables in float32 as diffusers does; False is for telling its rounding apart.
+    layout: lays out levels of their own (`held_layout`) instead of the class's.
     options: arguments of the scheduler's `step` (eta, s_churn, ...).
 
     Raises UnknownNameError, ArgumentError, and UnsupportedError for what rows cannot do.
@@ -250,7 +252,7 @@ def program_from_diffusers(
     request = GridRequest(
         tables=tables, steps=steps, timesteps=timesteps, sigmas=sigmas, start=start, options=options, takes=kind.takes
     )
-    grid = kind.layout(request)
+    grid = (layout or kind.layout)(request)
     first = grid.path.calls[0] if grid.path.calls else grid.path.first
     scale = first.scale if sampler.latent_space == "ve" else 1.0
     init = (0.0, grid.init_noise * scale) if start == 0 else (first.scale, first.noise_scale)

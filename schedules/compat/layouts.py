@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -221,14 +221,14 @@ def ddim_family(request: GridRequest) -> Grid:
     tables = request.tables
     t = _int_timesteps(request)
     ratio = tables.count // len(t) if request.steps is None else tables.count // int(request.steps)
-    pairs = [(tables.at_timestep(ti), _or_end(request, ti - ratio, keep=False)) for ti in t]
-    return _vp_grid(request, pairs)
+    pairs = [(tables.at_timestep(ti), or_end(request, ti - ratio, keep=False)) for ti in t]
+    return vp_grid(request, pairs)
 
 
 def ddpm_family(request: GridRequest) -> Grid:
     """DDPM: each step ends where the next begins, the last one at alpha_bar 1."""
     request.refuse_explicit()
-    return _vp_grid(request, _next_pairs(request, _int_timesteps(request), Level(-1.0, 0.0)))
+    return vp_grid(request, next_pairs(request, _int_timesteps(request), Level(-1.0, 0.0)))
 
 
 def lcm_family(request: GridRequest) -> Grid:
@@ -243,8 +243,12 @@ def lcm_family(request: GridRequest) -> Grid:
             raise ArgumentError(f"steps={steps}", expected=f"at most original_inference_steps={taught}")
         origin = np.arange(taught, 0, -1) * (tables.count // taught) - 1
         t = origin[np.floor(np.linspace(0, taught, steps, endpoint=False)).astype(int)].astype(np.float64)
-    end = tables.at_timestep(0) if config.get("_class_name") == "TCDScheduler" else Level(0.0, 0.0)
-    return _vp_grid(request, _next_pairs(request, t, end))
+    return vp_grid(request, next_pairs(request, t, end_of_lcm(request)))
+
+
+def end_of_lcm(request: GridRequest) -> Level:
+    """Where the last step of LCM and TCD ends."""
+    return request.tables.at_timestep(0) if request.config.get("_class_name") == "TCDScheduler" else Level(0.0, 0.0)
 
 
 def pndm_family(request: GridRequest) -> Grid:
@@ -263,7 +267,7 @@ def pndm_family(request: GridRequest) -> Grid:
         if count == 1:
             pairs.append((tables.at_timestep(ti + ratio), tables.at_timestep(ti)))
         else:
-            pairs.append((tables.at_timestep(ti), _or_end(request, ti - ratio, keep=True)))
+            pairs.append((tables.at_timestep(ti), or_end(request, ti - ratio, keep=True)))
     path = Path(
         pairs=pairs,
         skipped=request.start,
@@ -308,7 +312,7 @@ def _int_timesteps(request: GridRequest) -> Array:
     return np.trunc(spaced.round())
 
 
-def _or_end(request: GridRequest, t: float, *, keep: bool) -> Level:
+def or_end(request: GridRequest, t: float, *, keep: bool) -> Level:
     """The level of a timestep, or beyond the last: sigma 0, or the least one if the config says so."""
     if t >= 0:
         return request.tables.at_timestep(t)
@@ -316,12 +320,12 @@ def _or_end(request: GridRequest, t: float, *, keep: bool) -> Level:
     return Level(t, 0.0) if to_one else request.tables.at_timestep(0)
 
 
-def _next_pairs(request: GridRequest, t: Array, end: Level) -> list[tuple[Level, Level]]:
+def next_pairs(request: GridRequest, t: Iterable[float], end: Level) -> list[tuple[Level, Level]]:
     levels = [*(request.tables.at_timestep(ti) for ti in t), end]
     return list(itertools.pairwise(levels))
 
 
-def _vp_grid(request: GridRequest, pairs: list[tuple[Level, Level]]) -> Grid:
+def vp_grid(request: GridRequest, pairs: list[tuple[Level, Level]]) -> Grid:
     check_start(request.start, len(pairs))
     path = Path(
         pairs=pairs[request.start :],

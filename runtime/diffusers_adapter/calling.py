@@ -1,0 +1,191 @@
+"""A call in diffusers' signature as a request: its arguments read, and what cannot be honoured refused by its name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from ...bundle import Bundle
+from ...errors import ArgumentError, UnknownNameError, UnsupportedError
+from ..pictures.reading import as_stored
+from ..programs import step_options
+from ..request import Request, make_request
+from ..result import Result, Step
+from .components import Opened
+from .outputs import Output, as_asked, as_tensor
+from .schedulers import has_own_levels, run_own_levels
+from .streams import Streams, read_streams
+
+REFUSED = (
+    "ip_adapter_image",
+    "ip_adapter_image_embeds",
+    "cross_attention_kwargs",
+    "guidance_rescale",
+    "denoising_start",
+    "denoising_end",
+    "masked_image_latents",
+    "padding_mask_crop",
+)
+_EMBEDS = ("prompt_embeds", "negative_prompt_embeds")
+_POOLED = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+
+
+class Called(Protocol):
+    """What a call reads of a pipeline: its class's signature and task, its bundle, the scheduler that was set."""
+
+    @property
+    def ARGUMENTS(self) -> Mapping[str, Any]: ...
+    @property
+    def BIG(self) -> bool: ...
+    @property
+    def task(self) -> str: ...
+    @property
+    def pipeline(self) -> Opened: ...
+    @property
+    def bundle(self) -> Bundle: ...
+    @property
+    def held_scheduler(self) -> Any: ...
+
+
+def call(pipe: Called, positional: Sequence[Any], named: Mapping[str, Any]) -> Any:
+    """Make images; the result is diffusers' `Output`, or its tuple with `return_dict=False`."""
+    given = read_arguments(pipe, positional, named)
+    _refuse(pipe, given)
+    streams = read_streams(given["generator"], pipe.pipeline.device.name)
+    request = make_call_request(pipe, given, streams)
+    try:
+        result = _run(pipe, request, given)
+    finally:
+        streams.leave()
+    images = as_asked(result, given["output_type"])
+    if given["return_dict"]:
+        return Output(images)
+    return (images,) if pipe.BIG else (images, None)
+
+
+def read_arguments(pipe: Called, positional: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name, with diffusers' defaults; `UnknownNameError` for one that its signature has not."""
+    names = pipe.ARGUMENTS
+    for name in named:
+        if name not in names:
+            raise UnknownNameError(f"argument of {type(pipe).__name__}", name, names)
+    try:
+        bound = _signature(names).bind(*positional, **named)
+    except TypeError as error:
+        raise ArgumentError(f"the arguments of {type(pipe).__name__}: {error}") from error
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def _signature(arguments: Mapping[str, Any]) -> inspect.Signature:
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return inspect.Signature([inspect.Parameter(n, kind, default=v) for n, v in arguments.items()])
+
+
+def _refuse(pipe: Called, given: Mapping[str, Any]) -> None:
+    for name in (*REFUSED, *(("latents",) if pipe.task == "image" else ())):
+        if name in given and given[name] not in (None, 0.0):
+            raise UnsupportedError(f"{name} in a call in diffusers' signature", remedy="Leave it out.")
+    if given["output_type"] not in ("pil", "np", "pt", "latent"):
+        raise ArgumentError(f"output_type is {given['output_type']!r}", expected="pil, np, pt or latent")
+    tensors = list(given["callback_on_step_end_tensor_inputs"] or [])
+    if set(tensors) - {"latents"}:
+        raise UnsupportedError(f"callback_on_step_end_tensor_inputs {tensors}", expected="latents alone")
+
+
+def make_call_request(pipe: Called, given: Mapping[str, Any], streams: Streams) -> Request:
+    """The request of a call."""
+    bundle = pipe.bundle
+    config, factor = bundle.component("unet").config, bundle.latent.factor
+    asked: dict[str, Any] = {
+        "negative": given["negative_prompt"],
+        "guidance": given["guidance_scale"],
+        "images_per_prompt": given["num_images_per_prompt"],
+        "clip_skip": given["clip_skip"] or 0,
+        **{k: given[k] for k in (*_EMBEDS, *(_POOLED if pipe.BIG else ()))},
+        **_steps(pipe, bundle.scheduler, given),
+    }
+    if given.get("latents") is not None:
+        asked["latents"] = given["latents"]
+    side = int(config.get("sample_size") or 64) * factor
+    size = (given.get("width") or side, given.get("height") or side)
+    if pipe.task != "text":
+        pictures = _pictures("image", given["image"])
+        asked |= {"image": pictures, "strength": given["strength"]}
+        if pipe.task == "image":
+            size = (pictures[0].width // factor * factor, pictures[0].height // factor * factor)
+        else:
+            asked["mask"] = _pictures("mask_image", given["mask_image"])
+    if pipe.BIG:
+        asked |= {"prompt_2": given["prompt_2"], "negative_2": given["negative_prompt_2"]}
+        asked |= _sizes(pipe.task, given)
+    asked |= {"size": size, "shared_stream": streams.shared}
+    prompts = given["prompt"] if given["prompt_embeds"] is None else given["prompt_embeds"]
+    images = (1 if isinstance(prompts, str) or prompts is None else len(prompts)) * given["num_images_per_prompt"]
+    if streams.sources and not streams.shared and len(streams.sources) != images:
+        raise ArgumentError(
+            f"{len(streams.sources)} generators for {images} images", expected="one an image, or one for all"
+        )
+    request = make_request(bundle, given["prompt"], **asked, **streams.seeds)
+    return replace(request, generators=streams.drawn, first_draws=pipe.task == "inpaint")
+
+
+def _steps(pipe: Called, config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a call asks of its sampler: steps or explicit levels, and the options that the scheduler's `step` takes."""
+    eta = {"eta": given["eta"]} if "eta" in step_options(config) and given["eta"] else {}
+    levels = {"timesteps": given["timesteps"], "sigmas": given["sigmas"]}
+    held = pipe.held_scheduler
+    if held is not None and has_own_levels(held):
+        own = run_own_levels(held, steps=given["num_inference_steps"], options=eta, **levels)
+        return {"steps": own.steps, "compile_from": own.compile}
+    explicit = given["timesteps"] is not None or given["sigmas"] is not None
+    return {"steps": None if explicit else given["num_inference_steps"], **levels, **eta}
+
+
+def _sizes(task: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """diffusers' (height, width) as ours, and what each of its pipelines makes of the negative ones."""
+    negative = {f"negative_{n}": given[f"negative_{n}"] for n in ("original_size", "target_size")}
+    crop = given["negative_crops_coords_top_left"]
+    if task != "text":
+        crop = given["crops_coords_top_left"]  # diffusers reads the other one here
+    elif None in negative.values():
+        negative, crop = dict.fromkeys(negative), None
+    sizes = {"original_size": given["original_size"], "target_size": given["target_size"], **negative}
+    return {
+        **{k: None if v is None else tuple(v)[::-1] for k, v in sizes.items()},
+        "crop_top_left": tuple(given["crops_coords_top_left"]),
+        "negative_crop_top_left": None if crop is None else tuple(crop),
+    }
+
+
+def _run(pipe: Called, request: Request, given: Mapping[str, Any]) -> Result:
+    callback = given["callback_on_step_end"]
+    with_latents = "latents" in (given["callback_on_step_end_tensor_inputs"] or ())
+    on_step = None if callback is None else lambda step: _tell(pipe, callback, step, with_latents=with_latents)
+    return pipe.pipeline.run(request, on_step=on_step)
+
+
+def _tell(pipe: Called, callback: Any, step: Step, *, with_latents: bool) -> None:
+    """Call back after an evaluation; what it gives back may look at the latents and not replace them."""
+    handed = {"latents": as_tensor(step.latents())} if with_latents else {}
+    before = np.array(handed["latents"]) if with_latents else None
+    answer = callback(pipe, step.index, step.timestep, dict(handed))
+    if not isinstance(answer, Mapping):
+        raise ArgumentError(f"the callback returned {type(answer).__name__}", expected="its dictionary")
+    if with_latents and not np.array_equal(np.asarray(answer.get("latents", before)), np.asarray(before)):
+        raise UnsupportedError("a callback that changes the latents", expected="one that looks at them")
+
+
+def _pictures(name: str, given: Any) -> list[Any]:
+    """Pillow images, one or several, as their pixels lie: diffusers turns them in `load_image` and nowhere else."""
+    from PIL import Image as pillow
+
+    pictures = list(given) if isinstance(given, (list, tuple)) else [given]
+    if not pictures or not all(isinstance(p, pillow.Image) for p in pictures):
+        kinds = ", ".join(sorted({type(p).__name__ for p in pictures})) or "nothing"
+        raise UnsupportedError(f"{name} is {kinds}", expected="a Pillow image, or a list of them")
+    return [as_stored(p) for p in pictures]
