@@ -31,7 +31,18 @@ EMPTY = ("safety_checker", "feature_extractor", "image_encoder")
 """Components of diffusers' pipelines that bundles do not hold: `None`, and nothing else can be set."""
 
 
-class DiffusionPipeline:
+class _Refusing(type):
+    """Refuses by its name what diffusers' classes have, and these have not."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(f"{cls.__name__} has no {name!r}")
+        raise UnsupportedAttributeError(
+            f"{cls.__name__}.{name}", expected="what docs/diffusers.md lists", remedy=REFUSED.get(name, "")
+        )
+
+
+class DiffusionPipeline(metaclass=_Refusing):
     """A pipeline in diffusers' words. This class itself only loads: `from_pretrained` gives the class of the bundle.
 
     `scheduler` may be replaced by any of diffusers' schedulers that the samplers cover, or a subclass with its own
@@ -63,7 +74,7 @@ class DiffusionPipeline:
             self._set("_scheduler", check_scheduler(given["scheduler"]))
         zeros = components.get("force_zeros_for_empty_prompt", self.bundle.force_zeros)
         if bool(zeros) != self.bundle.force_zeros:
-            raise UnsupportedError(f"force_zeros_for_empty_prompt={zeros}", expected=f"{self.bundle.force_zeros}")
+            raise UnsupportedError(f"force_zeros_for_empty_prompt is {zeros}", expected=f"{self.bundle.force_zeros}")
 
     @classmethod
     def from_pretrained(cls: type[P], bundle: Any, **options: Any) -> P:
@@ -215,9 +226,7 @@ class DiffusionPipeline:
             return None
         if name in part_names(self._pipeline.bundle):
             return self._component(name)
-        raise UnsupportedAttributeError(
-            f"{type(self).__name__}.{name}", expected="what docs/diffusers.md lists", remedy=REFUSED.get(name, "")
-        )
+        return getattr(type(self), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "scheduler":

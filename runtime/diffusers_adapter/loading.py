@@ -44,7 +44,7 @@ def open_pretrained(source: Any, options: Mapping[str, Any]) -> tuple[Opened, di
         if options.get(name):
             raise UnsupportedError(f"{name} in from_pretrained", remedy="Leave it out: bundles hold none.")
     if options.get("use_safetensors") is False:
-        raise UnsupportedError("use_safetensors=False", expected="safetensors: pickles are not read")
+        raise UnsupportedError("use_safetensors is False", expected="safetensors: pickles are not read")
     parts = {k: v for k, v in options.items() if k in component_options() and v is not None}
     if isinstance(source, (Pipeline, PipelineGroup)):
         _check_bundle(source.bundle, options)
