@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ...engines import Engine, RunOptions
-from ...errors import ArgumentError, MismatchError, NonFiniteError, UnsupportedError
+from ...errors import ArgumentError, MismatchError, NonFiniteError
 from ...schedules import Program
 from ..arrays import Float32, Shape, UInt8
 from ..conditioning import Conditioning, check_conditioning
@@ -89,11 +89,7 @@ class Slots(ABC):
 
     Not thread-safe: one thread at a time. Devices say how state is kept and moved (`_place`, `_clear`, `_evaluate`,
     `_finish`, `_state`); who is in which slot, what is admitted and who shares an evaluation is said here.
-
-    _clips: whether its updates clip x0 where a program says so; programs that do are refused where they do not.
     """
-
-    _clips = False
 
     def __init__(self, engine: Engine, *, slots: int, shape: Shape, most_rows: int) -> None:
         self._engine, self.shape, self._most_rows = engine, shape, max(2, most_rows)
@@ -128,12 +124,6 @@ class Slots(ABC):
             raise ArgumentError(f"all {self.count} slots are in use", remedy="Release one first.")
         check_conditioning(sampling.conditioning, self._engine.inputs, self._sides)
         program, slot = sampling.program, self.free[0]
-        if program.clip is not None and not self._clips:
-            raise UnsupportedError(
-                f"{program.sampler!r} clips x0 (clip_sample), which this device's updates do not do yet",
-                expected="a sampler that does not clip",
-                remedy="Use device='cpu', another sampler, or clip_sample=False with compat='diffusers'.",
-            )
         # x_0 = init_noise n + init_latent z
         start = program.init_noise * gaussian.astype(np.float64)
         if program.init_latent:

@@ -179,7 +179,7 @@ class GraphKey:
     """What captured work depends on besides the contents of its buffers.
 
     kind: `"request"` or `"tick"`. shape: (C, h, w). slots, rows, tokens: of one evaluation. evaluations: how many.
-    engines: identities of the bindings. previews: whether x0 is written. blends: whether a picture is blended in.
+    engines: identities of the bindings. extras: what updates do beside the programs' rows.
     """
 
     kind: str
@@ -189,8 +189,7 @@ class GraphKey:
     tokens: int
     evaluations: int
     engines: tuple[int, ...]
-    previews: bool = False
-    blends: bool = False
+    extras: tuple[bool, ...] = ()
 
 
 @dataclass(slots=True)

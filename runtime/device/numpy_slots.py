@@ -52,8 +52,6 @@ class NumpyDevice:
 class NumpySlots(Slots):
     """Slots as NumPy arrays; see `Slots`."""
 
-    _clips = True
-
     def __init__(self, engine: Engine, *, slots: int, shape: Shape, most_rows: int = MOST_ROWS) -> None:
         super().__init__(engine, slots=slots, shape=shape, most_rows=most_rows)
         self._values = SlotState(slots, shape, MOST_HISTORY)

@@ -27,7 +27,7 @@ from .cuda_graphs import GraphCache, GraphKey
 from .memory import guard_memory
 from .torch_decoder import Decoder
 from .torch_tables import Batch, DeviceCopies
-from .torch_update import TorchSlotState
+from .torch_update import Extras, TorchSlotState
 
 
 class TorchSlots(Slots):
@@ -118,12 +118,12 @@ class TorchSlots(Slots):
 
     def _evaluate(self, slots: list[int], tokens: int, rows: int, previews: Mapping[int, Float32]) -> None:
         with self._here():
-            batch, blends = self._batch(slots, tokens, rows), self._blends(slots)
+            batch, extras = self._batch(slots, tokens, rows), self._extras(slots, previews=bool(previews))
 
             def body() -> None:
-                self._tick(batch, previews=bool(previews), blends=blends)
+                self._tick(batch, extras)
 
-            self._do("tick", batch, 1, body, previews=bool(previews), blends=blends)
+            self._do("tick", batch, 1, body, extras)
             for i, slot in enumerate(slots):
                 if slot in previews:
                     np.copyto(previews[slot], batch.x0[i].cpu().numpy())
@@ -131,17 +131,17 @@ class TorchSlots(Slots):
     def _run(self, slots: list[int], tokens: int, evaluations: int, decoder: Engine) -> Decoded:
         """On CUDA nobody waits before all of it is enqueued, what is read back among it."""
         with self._here():
-            batch, blends = self._batch(slots, tokens, 0), self._blends(slots)
+            batch, extras = self._batch(slots, tokens, 0), self._extras(slots)
             decoding = self._bind_decoder(decoder, len(slots))
 
             def body() -> None:
                 for _ in range(evaluations):
-                    self._tick(batch, previews=False, blends=blends)
+                    self._tick(batch, extras)
                 decoding.run(self._values.finish(batch.slots))
 
             capturable = decoder.capture == "whole_request"
             owners = (decoding.binding,)
-            self._do("request", batch, evaluations, body, owners, blends=blends, capturable=capturable)
+            self._do("request", batch, evaluations, body, extras, owners, capturable=capturable)
             tensor = decoding.image.clone()
         self.wait()
         return decoding.taken(tensor)
@@ -159,10 +159,9 @@ class TorchSlots(Slots):
         batch: Batch,
         evaluations: int,
         body: Callable[[], None],
+        extras: Extras,
         owners: tuple[object, ...] = (),
         *,
-        previews: bool = False,
-        blends: bool = False,
         capturable: bool = True,
     ) -> None:
         """Run work eagerly, or captured where there is a cache and the engines admit a caller's graph."""
@@ -179,8 +178,7 @@ class TorchSlots(Slots):
             tokens=batch.tokens,
             evaluations=evaluations,
             engines=(id(self._engine), *(id(o) for o in owners)),
-            previews=previews,
-            blends=blends,
+            extras=extras,
         )
         buffers = (*self._values.buffers, *batch.tensors)
         self._clock.suspend()
@@ -191,7 +189,7 @@ class TorchSlots(Slots):
         finally:
             self._clock.resume(evaluations)
 
-    def _tick(self, batch: Batch, *, previews: bool, blends: bool) -> None:
+    def _tick(self, batch: Batch, extras: Extras) -> None:
         """One evaluation of a batch: nothing here depends on what the tensors hold."""
         values, clock = self._values, self._clock
         clock.mark("gather")
@@ -199,12 +197,16 @@ class TorchSlots(Slots):
         clock.mark("evaluations")
         batch.binding.enqueue()  # out = unet(in_i, t_i, conditioning)
         clock.mark("update")
-        x0 = batch.x0 if previews else None
-        values.step(batch.out, batch.rows_of, batch.weights, batch.slots, x0=x0, blends=blends)
+        values.step(batch.out, batch.rows_of, batch.weights, batch.slots, x0=batch.x0, extras=extras)
         clock.mark("")
 
-    def _blends(self, slots: list[int]) -> bool:
-        return any(self.sampling(s).blend is not None for s in slots)
+    def _extras(self, slots: list[int], *, previews: bool = False) -> Extras:
+        samplings = [self.sampling(s) for s in slots]
+        return Extras(
+            previews=previews,
+            blends=any(s.blend is not None for s in samplings),
+            clips=any(s.program.clip is not None for s in samplings),
+        )
 
     def _batch(self, slots: list[int], tokens: int, least_rows: int) -> Batch:
         """The buffers of an evaluation of so many slots and rows, its tables saying which these are."""

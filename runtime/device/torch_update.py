@@ -8,6 +8,7 @@ program is another table. It has been run on CPU tensors against the NumPy kerne
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +20,20 @@ from ..pictures.inpaint import Blend
 from .torch_records import Fields, Records
 
 _OF_PROGRAM = ("input_scale", "timesteps", "h_x", "h_out", "a", "c", "c_prev", "x0_x", "x0_out")
-_SCALARS = (*_OF_PROGRAM, "holds", "kept_latent", "kept_noise")
+_SCALARS = (*_OF_PROGRAM, "holds", "kept_latent", "kept_noise", "limit", "clip_h", "clip_x")
 COLUMN = {name: column for column, name in enumerate(_SCALARS)}
+
+
+class Extras(NamedTuple):
+    """What an update does beside the rows of programs, for any of its slots: x0 is written out (`previews`), something
+    of a picture is blended in (`blends`), x0 is clipped (`clips`)."""
+
+    previews: bool = False
+    blends: bool = False
+    clips: bool = False
+
+
+NOTHING = Extras()
 
 
 class TorchSlotState:
@@ -138,7 +151,9 @@ class TorchSlotState:
             )
         holds = np.append(program.c_prev[1:] != 0.0, False).astype(np.float64)
         factors = np.zeros((length, 2)) if blend is None else blend.factors
-        columns = [*(getattr(program, name) for name in _OF_PROGRAM), holds, *factors.T]
+        clip = program.clip
+        clips = np.zeros((3, length)) if clip is None else np.stack([np.full(length, clip.limit), clip.h, clip.x])
+        columns = [*(getattr(program, name) for name in _OF_PROGRAM), holds, *factors.T, *clips]
         own = self.own.of(slot)
         for table in own.values():
             table[...] = 0
@@ -183,10 +198,10 @@ class TorchSlotState:
         weights: torch.Tensor,
         slots: torch.Tensor,
         *,
-        x0: torch.Tensor | None = None,
-        blends: bool = False,
+        x0: torch.Tensor,
+        extras: Extras,
     ) -> None:
-        """Guidance over the network's rows `out` [R, *shape], then `advance`; x0 [A, *shape], if given, gets previews.
+        """Guidance over the network's rows `out` [R, *shape], then `advance`; x0 [A, *shape] gets previews, if any.
 
         rows_of: int64 [A, 2] and weights: float32 [A, 2] say from which rows, with which factors, a slot's output is.
         """
@@ -194,26 +209,32 @@ class TorchSlotState:
         factors = (-1, *(1,) * (out.ndim - 1))
         # u + g (c - u) = (1 - g) u + g c
         outputs = weights[:, 0].reshape(factors) * first + weights[:, 1].reshape(factors) * second
-        if x0 is not None:
+        if extras.previews:
             x0.copy_(self.preview(slots, outputs))
-        self.advance(slots, outputs, blends=blends)
+        self.advance(slots, outputs, extras)
 
     def preview(self, slots: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
-        """float32 [A, *shape]: x0 as these slots' outputs imply it. Call it before `advance`."""
+        """float32 [A, *shape]: x0 as these slots' outputs imply it, clipped where that is done. Before `advance`."""
         factors = self._factors(slots)
-        # x0 = x0_x x + x0_out out
-        return factors("x0_x") * self.latent[slots] + factors("x0_out") * outputs.float()
+        limit = factors("limit")
+        x0 = self._x0(factors, self.latent[slots], outputs.float())
+        return torch.where(limit > 0.0, torch.clamp(x0, -limit, limit), x0)
 
-    def advance(self, slots: torch.Tensor, outputs: torch.Tensor, *, blends: bool = False) -> None:
+    def advance(self, slots: torch.Tensor, outputs: torch.Tensor, extras: Extras = NOTHING) -> None:
         """Apply the coefficients at each slot's own position, given outputs [A, *shape] of the network, and move on.
 
-        slots: int64 [A] on the device, no slot twice. blends: whether any of them keeps something of a picture.
+        slots: int64 [A] on the device, no slot twice.
         """
         position, factors = self.position[slots], self._factors(slots)
-        x, previous = self.latent[slots], self._held[slots]
+        x, previous, outputs = self.latent[slots], self._held[slots], outputs.float()
         noise = self.draws[slots, self._draw_at[slots, position]]
         # H[write] = h_x x + h_out out
-        kept = factors("h_x") * x + factors("h_out") * outputs.float()
+        kept = factors("h_x") * x + factors("h_out") * outputs
+        change: torch.Tensor | None = None
+        if extras.clips:
+            x0, limit = self._x0(factors, x, outputs), factors("limit")
+            change = torch.where(limit > 0.0, torch.clamp(x0, -limit, limit) - x0, torch.zeros_like(x0))
+            kept = kept + factors("clip_h") * change  # + h d
         self.history[slots, self._write[slots, position]] = kept
         b = self._b[slots, position]
         weights = b.reshape(*b.shape, *(1,) * len(self.shape))
@@ -221,13 +242,20 @@ class TorchSlotState:
         # x' = a x + sum_k b[k] H[k] + c n_i + c_prev n_{i-1}
         x = factors("a") * x + (weights * past).sum(dim=1)
         x = x + factors("c") * noise + factors("c_prev") * previous
-        if blends:
+        if change is not None:
+            x = x + factors("clip_x") * change  # + x d
+        if extras.blends:
             # m x' + f_z (1 - m) z + f_n (1 - m) n
             x = self._mask[slots] * x + factors("kept_latent") * self._kept_latent[slots]
             x = x + factors("kept_noise") * self._kept_noise[slots]
         self.latent[slots] = x
         self._held[slots] = torch.where(factors("holds") != 0.0, noise, previous)
         self.position[slots] = torch.clamp(position + 1, max=self.longest_program - 1)
+
+    @staticmethod
+    def _x0(factors: Callable[[str], torch.Tensor], x: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+        """x0 = x0_x x + x0_out out."""
+        return factors("x0_x") * x + factors("x0_out") * outputs
 
     def _factors(self, slots: torch.Tensor) -> Callable[[str], torch.Tensor]:
         """The coefficients at each slot's position, gathered once: by name, [A, 1, 1, ...]."""

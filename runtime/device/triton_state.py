@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import torch
 
-from .torch_update import COLUMN, TorchSlotState
+from .torch_update import COLUMN, Extras, TorchSlotState
 from .triton_update import advance, gather
 
-_ADVANCED = ("h_x", "h_out", "a", "c", "c_prev", "x0_x", "x0_out", "holds", "kept_latent", "kept_noise")
+_ADVANCED = (
+    "h_x",
+    "h_out",
+    "a",
+    "c",
+    "c_prev",
+    "x0_x",
+    "x0_out",
+    "holds",
+    "kept_latent",
+    "kept_noise",
+    "limit",
+    "clip_h",
+    "clip_x",
+)
 
 
 class TritonSlotState(TorchSlotState):
@@ -24,11 +38,10 @@ class TritonSlotState(TorchSlotState):
         weights: torch.Tensor,
         slots: torch.Tensor,
         *,
-        x0: torch.Tensor | None = None,
-        blends: bool = False,
+        x0: torch.Tensor,
+        extras: Extras,
     ) -> None:
         columns = [COLUMN[n] for n in _ADVANCED]
         tables = (self._scalars, self._b, self._write, self._draw_at)
         state = (self.latent, self.history, self.draws, self._held, self._mask, self._kept_latent, self._kept_noise)
-        preview = self.latent.new_empty(0) if x0 is None else x0
-        advance(out, rows_of, weights, slots, self.position, *tables, *state, preview, columns, x0 is not None, blends)
+        advance(out, rows_of, weights, slots, self.position, *tables, *state, x0, columns, *extras)

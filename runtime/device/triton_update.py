@@ -36,7 +36,8 @@ def _advance_kernel(
     mask, kept_latent, kept_noise, x0, size, cells, columns, floats, integers, work, drawn, kept_floats,
     K: tl.constexpr, H_X: tl.constexpr, H_OUT: tl.constexpr, A: tl.constexpr, C: tl.constexpr, C_PREV: tl.constexpr,
     X0_X: tl.constexpr, X0_OUT: tl.constexpr, HOLDS: tl.constexpr, LATENT: tl.constexpr, NOISE: tl.constexpr,
-    PREVIEWS: tl.constexpr, BLENDS: tl.constexpr, BLOCK: tl.constexpr,
+    LIMIT: tl.constexpr, CLIP_H: tl.constexpr, CLIP_X: tl.constexpr,
+    PREVIEWS: tl.constexpr, BLENDS: tl.constexpr, CLIPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i, at = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
@@ -53,6 +54,12 @@ def _advance_kernel(
     noise = tl.load(draws + slot * drawn + draw * size + at, mask=inside, other=0.0)
     # H[write] = h_x x + h_out out
     kept = tl.load(own + H_X) * x + tl.load(own + H_OUT) * output
+    # x0 = x0_x x + x0_out out
+    implied = tl.load(own + X0_X) * x + tl.load(own + X0_OUT) * output
+    limit = tl.load(own + LIMIT)
+    clipped = tl.where(limit > 0.0, tl.minimum(tl.maximum(implied, -limit), limit), implied)
+    if CLIPS:
+        kept += tl.load(own + CLIP_H) * (clipped - implied)  # + h d
     target = tl.load(write + slot * integers + step)
     # x' = a x + sum_k b[k] H[k] + c n_i + c_prev n_{i-1}
     new = tl.load(own + A) * x + tl.load(own + C) * noise + tl.load(own + C_PREV) * previous
@@ -65,8 +72,9 @@ def _advance_kernel(
                 new += factor * tl.load(history + slot * work + k * size + at, mask=inside, other=0.0)
     tl.store(history + slot * work + target * size + at, kept, mask=inside)
     if PREVIEWS:
-        # x0 = x0_x x + x0_out out
-        tl.store(x0 + i * size + at, tl.load(own + X0_X) * x + tl.load(own + X0_OUT) * output, mask=inside)
+        tl.store(x0 + i * size + at, clipped, mask=inside)
+    if CLIPS:
+        new += tl.load(own + CLIP_X) * (clipped - implied)  # + x d
     if BLENDS:
         # m x' + f_z (1 - m) z + f_n (1 - m) n
         new = tl.load(mask + slot * kept_floats + at % cells, mask=inside, other=0.0) * new
@@ -130,19 +138,21 @@ def advance(
     columns: list[int],
     previews: bool,
     blends: bool,
+    clips: bool,
 ) -> None:
     """Guidance over the network's rows `out` [R, *shape], the update of each slot, and its position moved on.
 
-    columns: of `scalars`, those of h_x, h_out, a, c, c_prev, x0_x, x0_out, holds, kept_latent, kept_noise. The other
-    arrays are as `TorchSlotState` and `Batch` have them.
+    columns: of `scalars`, those of h_x, h_out, a, c, c_prev, x0_x, x0_out, holds, kept_latent, kept_noise, limit,
+    clip_h, clip_x. The other arrays are as `TorchSlotState` and `Batch` have them.
     """
     size, count = latent[0].numel(), len(slots)
-    h_x, h_out, a, c, c_prev, x0_x, x0_out, holds, of_latent, of_noise = columns
+    h_x, h_out, a, c, c_prev, x0_x, x0_out, holds, of_latent, of_noise, limit, clip_h, clip_x = columns
     _advance_kernel[count, triton.cdiv(size, BLOCK)](
         out, rows_of, weights, slots, position, scalars, b, write, draw_at, latent, history, draws, held,
         mask, kept_latent, kept_noise, x0, size, mask[0].numel(), scalars.shape[2],
         latent.stride(0), position.stride(0), held.stride(0), draws.stride(0), mask.stride(0),
         K=b.shape[2], H_X=h_x, H_OUT=h_out, A=a, C=c, C_PREV=c_prev, X0_X=x0_x, X0_OUT=x0_out, HOLDS=holds,
-        LATENT=of_latent, NOISE=of_noise, PREVIEWS=previews, BLENDS=blends, BLOCK=BLOCK,
+        LATENT=of_latent, NOISE=of_noise, LIMIT=limit, CLIP_H=clip_h, CLIP_X=clip_x,
+        PREVIEWS=previews, BLENDS=blends, CLIPS=clips, BLOCK=BLOCK,
     )  # fmt: skip
     _move_kernel[1,](slots, position, count, scalars.shape[1], position.stride(0), BLOCK=triton.next_power_of_2(count))

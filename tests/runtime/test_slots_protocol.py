@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from device_models import NOISE, SDXL, SHAPE, TOKENS, Image, decoder, engine, program, psnr, unet
 from fewstep.engines import Engine
-from fewstep.errors import ArgumentError, UnsupportedError
+from fewstep.errors import ArgumentError
 from fewstep.runtime import Slots
 from fewstep.runtime.device.base import Device
 from fewstep.runtime.device.cuda_graphs import GraphCache, TapeRecorder
@@ -220,13 +220,20 @@ def test_times_are_those_since_they_were_taken(model: Engine, make: Make) -> Non
     assert slots.take_times().evaluations == []
 
 
-def test_clipping_is_done_or_refused_by_name(model: Engine, make: Make) -> None:
-    config = {**NOISE.config, "_class_name": "DDIMScheduler", "clip_sample": True}
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "HeunDiscreteScheduler", "LCMScheduler"])
+def test_clipping_is_done(model: Engine, make: Make, name: str) -> None:
+    """Beside an image whose sampler does not clip, in the same evaluations."""
+    config = {**NOISE.config, "_class_name": name, "clip_sample": True, "clip_sample_range": 0.7}
     image = Image(program_from_diffusers(config, steps=4), seed=3, guidance=2.0)
-    slots = make(model, 1)
-    if not slots._clips:
-        with pytest.raises(UnsupportedError, match="clip_sample"):
-            slots.admit(*image.sampling())
-        assert slots.free == [0]
-        return
-    assert psnr(alone(slots, image), reference(model, image)) >= 80.0
+    other = Image(program_from_diffusers({**NOISE.config, "_class_name": "DDIMScheduler"}, steps=4), seed=5)
+    slots = make(model, 2)
+    admitted = [slots.admit(*i.sampling()) for i in (image, other)]
+    previews = {s: np.zeros(SHAPE, np.float32) for s in admitted}
+    for _ in range(image.sampling()[0].program.evaluations):
+        slots.tick([s for s in admitted if not slots.sampling(s).done], previews)
+        assert np.abs(previews[admitted[0]]).max() <= np.float32(0.7)
+    assert np.abs(previews[admitted[1]]).max() > 0.7
+    for slot, one in zip(admitted, (image, other), strict=True):
+        out = np.zeros(SHAPE, np.float32)
+        slots.result(slot, out)
+        assert psnr(out, reference(model, one)) >= 80.0

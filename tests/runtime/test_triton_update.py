@@ -15,10 +15,10 @@ pytest.importorskip("triton")
 
 import torch
 from fewstep.runtime.device.base import MOST_HISTORY
-from fewstep.runtime.device.torch_update import TorchSlotState
+from fewstep.runtime.device.torch_update import Extras, TorchSlotState
 from fewstep.runtime.device.triton_state import TritonSlotState
 from fewstep.runtime.pictures.inpaint import make_blend
-from fewstep.schedules import NoiseSchedule, Program, compile_program
+from fewstep.schedules import NoiseSchedule, Program, compile_program, program_from_diffusers
 from fewstep.schedules.solvers.registry import SAMPLERS
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,8 +35,15 @@ def on_the_device() -> Iterator[None]:
         yield
 
 
+CLIPPED = {**NOISE.config, "_class_name": "DDIMScheduler", "clip_sample": True, "clip_sample_range": 0.7}
+
+
 def programs(names: list[str]) -> list[Program]:
-    return [compile_program(n, steps=3 + i % 3, noise=NOISE) for i, n in enumerate(names)]
+    """One of each, and two that clip x0."""
+    clipped = [
+        program_from_diffusers({**CLIPPED, "_class_name": n}, steps=4) for n in ("DDIMScheduler", "LCMScheduler")
+    ]
+    return [*(compile_program(n, steps=3 + i % 3, noise=NOISE) for i, n in enumerate(names)), *clipped]
 
 
 def states(chosen: list[Program], *, blends: bool) -> tuple[TorchSlotState, TritonSlotState]:
@@ -82,13 +89,14 @@ def test_a_mixed_batch_is_what_torch_s_operations_make_of_it(at: int, blends: bo
         assert torch.allclose(fed[0][0].float(), fed[1][0].float(), rtol=1e-3, atol=1e-6)
         out = torch.from_numpy(rng.standard_normal(tuple(fed[0][0].shape))).to(DEVICE, dtype)
         previews = [torch.zeros((len(active), *SHAPE)) for _ in range(2)]
+        before = theirs.latent.abs().amax((1, 2, 3))
         for state, x0 in zip((ours, theirs), previews, strict=True):
-            wanted = x0 if tick % 2 else None
-            state.step(out, rows_of, weights, torch.tensor(active), x0=wanted, blends=blends)
+            extras = Extras(previews=bool(tick % 2), blends=blends, clips=any(chosen[s].clip for s in active))
+            state.step(out, rows_of, weights, torch.tensor(active), x0=x0, extras=extras)
         assert torch.allclose(previews[0], previews[1], rtol=2e-5, atol=1e-5)
         assert torch.equal(ours.position, theirs.position)
         for slot, program in zip(active, (chosen[s] for s in active), strict=True):
-            scale = theirs.latent[slot].abs().max()
+            scale = max(theirs.latent[slot].abs().max(), before[slot])
             assert (ours.latent[slot] - theirs.latent[slot]).abs().max() <= 3e-6 * scale, program.sampler
     assert ours.latent[-1].isnan().all(), "a slot that takes no part is left alone"
 
@@ -106,11 +114,12 @@ def test_a_tick_is_three_kernels() -> None:
                 self.names.append(str(func))
             return func(*args, **(kwargs or {}))
 
-    chosen = programs(["euler", "dpmpp_2m"])
+    chosen = programs(["euler", "dpmpp_2m"])[:2]
     _, state = states(chosen, blends=False)
     slots, rows = torch.tensor([0, 1]), torch.tensor([[0, 0], [1, 1]])
     sample, timestep, weights = torch.empty((2, *SHAPE)), torch.empty(2), torch.tensor([[0.0, 1.0]] * 2)
+    x0 = torch.empty((2, *SHAPE))
     with Count() as seen:
         state.model_input(slots, sample, timestep)
-        state.step(sample, rows, weights, slots)
+        state.step(sample, rows, weights, slots, x0=x0, extras=Extras())
     assert seen.names == ["fewstep.gather.default", "fewstep.advance.default"]
