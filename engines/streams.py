@@ -6,6 +6,7 @@ one does would go into this one's capture. Here a stream is given once, and agai
 
 from __future__ import annotations
 
+import gc
 import threading
 import weakref
 from typing import Any
@@ -23,6 +24,20 @@ def take_stream(torch: Any, device: int) -> Any:
 
     torch: the module, which the caller has loaded. device: the index of a CUDA device.
     """
+    stream = _untaken(torch, device)
+    if stream is None:
+        gc.collect()  # a pipeline that nobody holds any more keeps its streams until then
+        stream = _untaken(torch, device)
+    if stream is not None:
+        return stream
+    raise FewstepError(
+        f"all {MOST} streams of CUDA device {device} are taken",
+        expected="fewer sets of slots and engines at once",
+        remedy="Lower most_contexts, or serve fewer sizes in one process.",
+    )
+
+
+def _untaken(torch: Any, device: int) -> Any:
     with _lock:
         for _ in range(MOST):
             stream = torch.cuda.Stream(device=device)
@@ -31,8 +46,4 @@ def take_stream(torch: Any, device: int) -> Any:
                 _held.add(key)
                 weakref.finalize(stream, _held.discard, key)
                 return stream
-    raise FewstepError(
-        f"all {MOST} streams of CUDA device {device} are taken",
-        expected="fewer sets of slots and engines at once",
-        remedy="Lower most_contexts, or serve fewer sizes in one process.",
-    )
+    return None
