@@ -62,6 +62,11 @@ def execute(options: argparse.Namespace) -> int:
     metrics = Metrics()
     service = Service(lambda: _load(options, bundle, metrics))
     host = f"[{options.host}]" if ":" in options.host else options.host
+    waiting = options.slots + options.queue
+    own = bundle.defaults.width, bundle.defaults.height
+    largest = max(options.size or [own], key=lambda s: s[0] * s[1])
+    bound = settings.uploads_bytes(waiting, largest) / 2**30
+    say(f"bodies and pictures that come in take {bound:.2f} GiB at most, beside the model's memory")
     say(f"serving {settings.model} on http://{host}:{listening[0].getsockname()[1]}")
     serve(
         make_app(service, settings, metrics=metrics, routes=add_live(service, settings, metrics)),

@@ -40,9 +40,11 @@ class Scheduler:
         failed: Callable[[FewstepError], None],
         observer: Observer,
         cpu: CpuLock,
+        most_slots: int,
     ) -> None:
         self._pipeline, self._pools, self._observer = pipeline, pools, observer
         self._estimates, self._finished, self._failed, self._cpu = estimates, finished, failed, cpu
+        self._most_slots = most_slots
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._waiting: list[Job] = []
         self._active: list[Job] = []
@@ -127,13 +129,17 @@ class Scheduler:
             self._end(job)
 
     def _admit(self) -> None:
-        """Give slots to who waits, earliest due first; nobody is overtaken because his request has many images."""
+        """Give slots to who waits, earliest due first; nobody is overtaken because his request has many images.
+
+        What there is beyond `most_slots` is for short requests.
+        """
         if not self._waiting:
             return
         blocked: set[Shape] = set()
         for job in sorted(self._waiting, key=lambda j: self._candidate(j).due(1.0)):
             slots = self._pools[job.prepared.shape][0]
-            if job.prepared.shape in blocked or len(slots.free) < job.images:
+            free = len(slots.free) - (0 if job.ticket.short else slots.count - self._most_slots)
+            if free < job.images or (job.prepared.shape in blocked and not job.ticket.short):
                 blocked.add(job.prepared.shape)
                 continue
             self._waiting.remove(job)

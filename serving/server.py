@@ -23,6 +23,7 @@ from .cpu_lock import CpuLock
 from .job import Job, check_prepared
 from .observe import Counters, Observer, ServerStats
 from .policy import STRETCHES
+from .room import Held, Room, kept
 from .scheduler import Scheduler
 from .ticket import Ticket
 from .warm_up import make_pools
@@ -41,7 +42,8 @@ class Server:
     that are worth it, measured); a single one makes an image's bits independent of its company. row_threads: threads
     among which the rows of an evaluation are split, on a CPU; one a core when the pipeline was loaded with
     `threads=1`, else one. queue: images accepted beyond the slots. most_work_s: seconds of work accepted ahead of a
-    request. hung_s: after a tick of that length the engine counts as failed. image: warm the VAE's encoder too.
+    request. (An eighth on top of slots, queue and work is kept for requests that are short beside what is there.)
+    hung_s: after a tick of that length the engine counts as failed. image: warm the VAE's encoder too.
 
     Everything is warm when the constructor returns. Thread-safe. A context manager: leaving it drains and closes.
     """
@@ -79,18 +81,20 @@ class Server:
             self.pipeline,
             self._parallel or unet,
             self.sizes,
-            slots=self.most_slots,
+            slots=self.most_slots + kept(self.most_slots),
             rows=_candidates(buckets, check_integer("most_rows", most_rows, 1, 1024)),
             fixed=buckets is not None,
             image=image,
         )
         self._state = "ready"
         self._lock = threading.Condition()
-        self._outstanding: dict[Ticket, float] = {}
+        self._room = Room(images=self.most_slots + self._queue, work_s=self._most_work_s)
+        self._outstanding: dict[Ticket, Held] = {}
         self._accepted = 0
         self._scheduler = Scheduler(
             self.pipeline,
             self._pools,
+            most_slots=self.most_slots,
             estimates=self._estimates,
             finished=lambda job: self._decoder.put(_turn(job.ticket), lambda: self._decode(job)),
             failed=self._engine_failed,
@@ -119,23 +123,32 @@ class Server:
         deadline_s: float | None = None,
         previews: bool = False,
         name: str | None = None,
+        owner: str | None = None,
         **options: Any,
     ) -> Ticket:
         """Accept a request; returns at once.
 
         Takes what a pipeline's call takes, and `deadline_s`: seconds from now after which it ends with
-        `DeadlineError`. previews: its steps can show what they see. name: for logs.
+        `DeadlineError`. previews: its steps can show what they see. name: for logs. owner: whose it is; one caller's
+        requests take three quarters of the room at most.
 
         Raises `ArgumentError` for what is wrong with it, `QueueFullError` when there is too much work already and
         `UnavailableError` when the server is draining, closed or failed.
         """
+        request = self.request(prompt, **options)
+        return self.submit_request(request, deadline_s=deadline_s, previews=previews, name=name, owner=owner)
+
+    def request(self, prompt: str | Sequence[str], **options: Any) -> Request:
+        """What a call means, checked, for `submit_request`; its pictures have the size that the model takes.
+
+        Raises `ArgumentError`, and `UnavailableError` when the server is draining, closed or failed.
+        """
         self._check_open()
         try:
-            request = self.pipeline.request(prompt, **options)
+            return self.pipeline.request(prompt, **options)
         except FewstepError as error:
             self._counters.rejected(type(error).__name__)
             raise
-        return self.submit_request(request, deadline_s=deadline_s, previews=previews, name=name)
 
     def submit_request(
         self,
@@ -145,6 +158,7 @@ class Server:
         deadline_s: float | None = None,
         previews: bool = False,
         name: str | None = None,
+        owner: str | None = None,
     ) -> Ticket:
         """As `submit`, for a request that was made before.
 
@@ -161,10 +175,11 @@ class Server:
         work_s = self._estimates.work_s(request, shape, rows)
         alone_s = self._estimates.alone_s(request, shape, rows)
         ticket = Ticket(request, deadline_s=deadline_s, previews=previews, name=name, alone_s=alone_s)
+        held = Held(images=request.images, work_s=work_s, owner=owner)
         with self._lock:
             self._check_open()
-            self._check_room(request)
-            self._outstanding[ticket] = work_s
+            ticket.short = self._admit(held)
+            self._outstanding[ticket] = held
             self._accepted += 1
         ticket.on_done(self._settled)
         self._encoder.put(ticket.arrival + alone_s, lambda: self._prepare(ticket, prepare))
@@ -180,7 +195,7 @@ class Server:
 
     def stats(self) -> ServerStats:
         with self._lock:
-            work_s, outstanding = sum(self._outstanding.values()), len(self._outstanding)
+            work_s, outstanding = sum(h.work_s for h in self._outstanding.values()), len(self._outstanding)
         outcomes, counters, factor = self._counters.outcomes, self._counters, self.pipeline.bundle.latent.factor
         known = {n: outcomes.get(n, 0) for n in ("ok", "CancelledError", "DeadlineError")}
         return ServerStats(
@@ -261,17 +276,19 @@ class Server:
             raise ArgumentError("guidance takes two rows of the UNet", expected="guidance of at most 1 on this server")
         return shape, rows
 
-    def _check_room(self, request: Request) -> None:
-        """`QueueFullError` when there are too many images or too much work; a server with nothing to do takes any."""
-        images = sum(t.request.images for t in self._outstanding)
-        work_s = sum(self._outstanding.values())
-        full = images + request.images > self.most_slots + self._queue
-        if self._outstanding and (full or work_s > self._most_work_s):
+    def check_room(self) -> None:
+        """`QueueFullError` or `UnavailableError` where not even a short request is taken: ask before reading one."""
+        with self._lock:
+            self._check_open()
+            self._admit(Held(images=1, work_s=0.0))
+
+    def _admit(self, held: Held) -> bool:
+        """Whether there is room, and the request is short; `QueueFullError` where there is none."""
+        try:
+            return self._room.admit(held, self._outstanding.values())
+        except QueueFullError:
             self._counters.rejected("QueueFullError")
-            each_s = work_s / max(1, images)
-            wait_s = max(work_s - self._most_work_s, each_s * request.images, 0.05)
-            what = f"{images} images" if full else f"{work_s:.1f} s of work"
-            raise QueueFullError(f"{what} are waiting already", retry_after_s=wait_s, remedy="Try again later.")
+            raise
 
     def _prepare(self, ticket: Ticket, prepare: Callable[[], Prepared] | None) -> None:
         """On the encode thread: text and picture encoded, noise drawn."""

@@ -24,7 +24,7 @@ class Ticket:
     """A request that a server has accepted: wait for it, follow it, or cancel it. Thread-safe.
 
     `arrival` and `deadline` are seconds of `time.monotonic`; `alone_s` is what it should take alone. A ticket is
-    settled once, with a `Result` or an error.
+    settled once, with a `Result` or an error. `short` says that it may have places kept for short requests.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class Ticket:
         alone_s: float = 0.0,
     ) -> None:
         self.request, self.previews, self.alone_s = request, previews, alone_s
+        self.short = False
         self.number = next(_numbers)
         self.name = name or f"request-{self.number}"
         self.arrival = time.monotonic()

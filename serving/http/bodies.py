@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
-from ...errors import ArgumentError, CorruptError
+from ...errors import ArgumentError, CorruptError, QueueFullError
 from ...runtime.pictures.reading import open_alpha, open_image
 from .errors import HttpError, shown
 
@@ -21,6 +21,31 @@ if TYPE_CHECKING:
 
 MOST_FIELDS = 40
 MOST_FILES = 4
+
+
+class BodyBudget:
+    """Bytes of bodies that are read, or wait to be decoded, at once. For one event loop."""
+
+    def __init__(self, most: int) -> None:
+        self._most = self._left = most
+
+    @contextmanager
+    def hold(self, request: Request, limit: int) -> Iterator[None]:
+        """Count a body's bytes within: those it declares, or `limit`; `QueueFullError` if that is too much."""
+        declared = request.headers.get("content-length", "")
+        needed = min(int(declared), limit) if declared.isdigit() else limit
+        if needed > self._left:
+            raise QueueFullError(
+                f"{self._most - self._left} bytes of bodies are being read",
+                expected=f"at most {self._most} at once",
+                retry_after_s=1.0,
+                remedy="Try again later.",
+            )
+        self._left -= needed
+        try:
+            yield
+        finally:
+            self._left += needed
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -126,6 +151,7 @@ def encode_picture(pixels: Any, kind: str, quality: int | None) -> bytes:
 
 
 __all__ = [
+    "BodyBudget",
     "ClientDisconnect",
     "check_content_type",
     "encode_picture",

@@ -12,10 +12,11 @@ import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 
+from ...runtime.request import Request as RuntimeRequest
 from ...runtime.result import Result, Step
 from ..server import Server
 from ..ticket import Ticket
-from .bodies import check_content_type, encode_picture, open_clear_mask, open_picture, read_body, read_form
+from .bodies import BodyBudget, check_content_type, encode_picture, open_clear_mask, open_picture, read_body, read_form
 from .calls import Calls, arguments, make_calls
 from .errors import HttpError, describe, json_response
 from .service import Service
@@ -28,6 +29,8 @@ class ImageRoutes:
     def __init__(self, service: Service, settings: Settings) -> None:
         self._service, self._settings = service, settings
         self._calls: Calls | None = None
+        self._bodies = BodyBudget(settings.bodies_bytes)
+        self._decoders = asyncio.Semaphore(settings.decoders)
 
     def _ready(self) -> tuple[Server, Calls]:
         """The server and its call types; raises `UnavailableError` while there is none."""
@@ -37,29 +40,47 @@ class ImageRoutes:
         return server, self._calls
 
     async def generate(self, request: Request) -> Response:
-        check_content_type(request, "application/json")
-        body = await read_body(request, self._settings.json_bytes)
-        server, calls = self._ready()
-        return await self._run(request, server, calls.generation_from(body), {}, "image_generation")
+        return await self._run(request, *await self._read_generation(request), "image_generation")
 
     async def edit(self, request: Request) -> Response:
-        fields, files = await read_form(request, self._settings.body_bytes)
-        server, calls = self._ready()
-        call = calls.edit_from(fields)
-        pictures = await asyncio.to_thread(_pictures, files, self._settings.picture_pixels)
-        return await self._run(request, server, call, {**pictures, "strength": call.strength}, "image_edit")
+        return await self._run(request, *await self._read_edit(request), "image_edit")
 
-    async def _run(self, request: Request, server: Server, call: Any, extra: dict[str, Any], kind: str) -> Response:
+    async def _read_generation(self, request: Request) -> tuple[Server, Any, RuntimeRequest]:
+        check_content_type(request, "application/json")
+        with self._bodies.hold(request, self._settings.json_bytes):
+            body = await read_body(request, self._settings.json_bytes)
+            server, calls = self._ready()
+            call = self._checked(calls.generation_from(body))
+        return server, call, await asyncio.to_thread(server.request, call.prompt, **arguments(call))
+
+    async def _read_edit(self, request: Request) -> tuple[Server, Any, RuntimeRequest]:
+        """What is asked for, with pictures of the size that the model takes; what came is let go of here."""
+        server, calls = self._ready()
+        server.check_room()  # before anything of it is read
+        with self._bodies.hold(request, self._settings.body_bytes):
+            fields, files = await read_form(request, self._settings.body_bytes)
+            call = self._checked(calls.edit_from(fields))
+            async with self._decoders:
+                return server, call, await asyncio.to_thread(self._edit, server, call, files)
+
+    def _edit(self, server: Server, call: Any, files: dict[str, list[bytes]]) -> RuntimeRequest:
+        server.check_room()
+        pictures = _pictures(files, self._settings.picture_pixels)
+        return server.request(call.prompt, **arguments(call), **pictures, strength=call.strength)
+
+    def _checked(self, call: Any) -> Any:
         if call.model is not None and call.model not in self._settings.models:
             raise HttpError(404, "model_not_found", "there is no model of that name here")
+        return call
+
+    async def _run(self, request: Request, server: Server, call: Any, made: RuntimeRequest, kind: str) -> Response:
         ticket = await asyncio.to_thread(
-            server.submit,
-            call.prompt,
+            server.submit_request,
+            made,
             deadline_s=call.deadline_s or self._settings.deadline_s,
             previews=bool(call.stream and call.partial_images),
             name=request.scope["state"].get("request_id"),
-            **arguments(call),
-            **extra,
+            owner=None if request.client is None else request.client.host,
         )
         if call.stream:
             return StreamingResponse(_events(ticket, call, kind), media_type="text/event-stream", headers=_NO_CACHE)

@@ -12,9 +12,10 @@ class Settings:
     """model, aliases: names that requests may give as `model`. token: what callers must present, if anything.
 
     hosts: values of the `Host` header that are answered (without their port), all when empty: a service on loopback
-    names its own, so that no web page can reach it through a name of its making. Limits: body_bytes of a request,
-    picture_pixels of an upload before it is decoded, prompt_characters, images and steps of a request, previews of a
-    stream. deadline_s: after which a request is given up. drain_s: how long SIGTERM waits for requests in progress.
+    names its own, so that no web page can reach it through a name of its making. Limits: body_bytes of a request and
+    bodies_bytes of all that are read or wait to be decoded, decoders that decode pictures at once, picture_pixels of an
+    upload before it is decoded, prompt_characters, images and steps of a request, previews of a stream. deadline_s:
+    after which a request is given up. drain_s: how long SIGTERM waits for requests in progress.
     """
 
     model: str
@@ -22,6 +23,8 @@ class Settings:
     token: str | None = None
     hosts: tuple[str, ...] = ()
     body_bytes: int = 16 * 1024 * 1024
+    bodies_bytes: int = 64 * 1024 * 1024
+    decoders: int = 2
     json_bytes: int = 256 * 1024
     picture_pixels: int = 4096 * 4096
     prompt_characters: int = 4000
@@ -34,6 +37,15 @@ class Settings:
     def __post_init__(self) -> None:
         if self.token is not None and len(self.token) < 16:
             raise ArgumentError(f"the token has {len(self.token)} characters", expected="at least 16")
+
+    def uploads_bytes(self, images: int, size: tuple[int, int]) -> int:
+        """The most memory that bodies, decoding, and the pictures of so many waiting images of this size take together.
+
+        Decoding takes a picture as it is stored, a turned copy, and one in RGB: 4 bytes a pixel each at most, and half
+        of that again while it is resized. An image waits in float32, with a mask.
+        """
+        decoding = self.decoders * self.picture_pixels * 18
+        return self.bodies_bytes + decoding + images * size[0] * size[1] * 4 * 4
 
     @property
     def models(self) -> tuple[str, ...]:

@@ -7,10 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -63,20 +65,21 @@ def wait_until(condition: Any, timeout: float = 60.0) -> None:
 
 @contextmanager
 def serve_process(*arguments: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """`fewstep serve student` as a process, once it is ready."""
+    """`fewstep serve student` as a process, once it is ready. Its log is `process.stderr`, read or not."""
     port = free_port()
     command = [sys.executable, "-m", "fewstep", "serve", "student", "--port", str(port), "--threads", "1"]
-    process = subprocess.Popen(
-        [*command, "--rows", "4", *arguments], stderr=subprocess.PIPE, text=True, env={**os.environ}
-    )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_until(lambda: process.poll() is not None or is_ready(url), 120)
-        yield url, process
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-        process.wait(20)
+    # a pipe that nobody reads would fill, and stop it
+    with tempfile.NamedTemporaryFile("w+", suffix=".log") as log, Path(log.name).open() as read:
+        process = subprocess.Popen([*command, "--rows", "4", *arguments], stderr=log, text=True, env={**os.environ})
+        process.stderr = read
+        url = f"http://127.0.0.1:{port}"
+        try:
+            wait_until(lambda: process.poll() is not None or is_ready(url), 120)
+            yield url, process
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+            process.wait(20)
 
 
 def is_ready(url: str) -> bool:
