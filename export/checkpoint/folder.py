@@ -286,7 +286,7 @@ def check_unet(config: Mapping[str, Any], family: Family) -> None:
     addition = config.get("addition_embed_type")
     if addition is not None and addition not in family.addition_types:
         raise UnsupportedError(
-            f"the UNet has addition_embed_type={addition!r}",
+            f"the UNet states addition_embed_type {addition!r}",
             expected=f"{' or '.join(map(repr, family.addition_types)) or 'none'}, as {family.title} has",
         )
 
@@ -305,6 +305,14 @@ def check_parts(parts: Mapping[str, Part], family: Family) -> None:
 def read_part(place: Path, name: str, class_name: str, family: Family, variant: str | None) -> Part:
     """A component from its own folder, which holds its configuration and its weights."""
     config = read_json(place / "config.json")
+    if "_class_name" in config:
+        config["_class_name"] = class_name  # the index's counts
+    if config.get("quantization_config"):
+        raise UnsupportedError(
+            f"the {name} is quantized (quantization_config)",
+            expected="float32, float16 or bfloat16 weights",
+            remedy="Take the checkpoint that it was made of.",
+        )
     needed = family.parts[name].classes[class_name]
     missing = [k for k in needed if not isinstance(config.get(k), (int, list, tuple)) or not config[k]]
     if missing:

@@ -339,6 +339,10 @@ def refused() -> Iterator[Entry]:
     ):
         yield Entry(f"refused: {name} {config}", base, scheduler(name, **config), refused=words)
     mask = edit_json("text_encoder/config.json", use_attention_mask=True)
+    nested = edit_json("text_encoder/config.json", only={"model_type": "clip", "text_config": {"hidden_size": 32}})
+    yield Entry("refused: a text encoder inside CLIP's configuration", "sd1", (nested,), refused="hidden_size")
+    quantized = unet(quantization_config={"quant_method": "bitsandbytes"})
+    yield Entry("refused: quantized weights", "sd1", (quantized,), refused="quantization_config")
     yield Entry("refused: a masked prompt", "sd1", (mask,), refused="use_attention_mask")
     yield Entry("refused: an embedding of classes", "sd1", (unet(num_class_embeds=10),), refused="num_class_embeds")
     yield Entry(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -105,6 +106,17 @@ def test_it_is_refused_by_name(entry: Entry, folder: Path) -> None:
         exported(entry, folder)
     assert refusal.value.expected or refusal.value.remedy
     assert not (folder.parent / "bundle").exists()
+
+
+def test_the_documents_rules_name_entries_that_there_are() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\|.*\| ([^|]*) \|$", page.partition("## What diffusers changes")[2].partition("## The gate")[0], re.M
+    )
+    named = [name for row in rows for name in re.findall(r'"([^"]+)"', row)]
+    assert len(rows) > 20
+    assert set(named) <= {e.name for e in ENTRIES}
+    assert f"{len(ENTRIES)} checkpoints" in page
 
 
 def test_the_corpus_is_large() -> None:

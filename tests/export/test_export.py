@@ -161,6 +161,18 @@ def test_only_what_is_needed_is_fetched_from_a_hub() -> None:
     assert {f for f in half if f.startswith("unet/diff")} == {"unet/diffusion_pytorch_model.fp16.safetensors"}
 
 
+def test_parts_without_the_variant_are_fetched_plain(tmp_path: Path) -> None:
+    from fewstep.export.checkpoint.folder import plain_files
+
+    for name in ("unet", "vae", "text_encoder", "tokenizer"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "unet" / "diffusion_pytorch_model.fp16.safetensors").touch()
+    (tmp_path / "vae" / "config.json").touch()
+    index: dict[str, Any] = {"unet": [], "vae": [], "text_encoder": [], "tokenizer": [], "scheduler": []}
+    wanted = {"vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"}
+    assert {p for p in plain_files(tmp_path, index, "fp16") if "[" not in p} == wanted
+
+
 def test_a_reference_inside_a_checkpoint_is_not_trusted(tiny_sd1: Path, tmp_path: Path) -> None:
     """A folder that carries its own truth, here that of another model, is compared with torch all the same."""
     other = copy(tiny_sd1, tmp_path / "other")

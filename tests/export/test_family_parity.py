@@ -170,7 +170,7 @@ def test_loras_of_sd1(
 ) -> None:
     file = lora_file(tiny_sd1, tmp_path / f"{name}.safetensors")
     bundle = exported(tiny_sd1, tmp_path / "b", preset, loras=[(file, 1.0)])
-    pipe = with_lora(StableDiffusionPipeline, tiny_sd1, file, scheduler, clip_sample=False, **changes)
+    pipe = with_lora(StableDiffusionPipeline, tiny_sd1, file, scheduler, **changes)
     assert psnr(ours(bundle), theirs(pipe, steps, guidance, **given)) >= LEAST
 
 

@@ -17,7 +17,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 
-LEAST_PSNR = 50.0
+LEAST_PSNR = 75.0
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

@@ -61,7 +61,7 @@ def both(request: pytest.FixtureRequest) -> dict[str, Any]:
 def theirs(both: dict[str, Any], kind: str, scheduler: str, seeds: list[int], **given: Any) -> np.ndarray:
     pipe = both[kind]
     before = pipe.scheduler
-    pipe.scheduler = SCHEDULERS[scheduler].from_config({**before.config, "clip_sample": False})
+    pipe.scheduler = SCHEDULERS[scheduler].from_config(before.config)
     try:
         return pixels(pipe(generator=generators(seeds), output_type="np", **given))
     finally:
