@@ -20,7 +20,7 @@ import torch
 from fewstep.bundle import Bundle
 from fewstep.engines.gate.reference import read_reference
 from fewstep.export.embedded import embedded_bundle
-from fewstep.schedules import NoiseSchedule, compile_program
+from fewstep.schedules import NoiseSchedule, compile_program, program_from_diffusers
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
@@ -106,10 +106,14 @@ class Reader:
         drawn = before = np.zeros_like(x)
         for i, timestep in enumerate(p["timesteps"]):
             out = network(p["input_scale"][i] * x, timestep)
-            remembered[p["write"][i]] = p["h_x"][i] * x + p["h_out"][i] * out
+            clip, changed = p.get("clip"), 0.0
+            if clip:
+                x0 = p["x0_x"][i] * x + p["x0_out"][i] * out
+                changed = np.minimum(np.maximum(x0, -clip["limit"]), clip["limit"]) - x0
+            remembered[p["write"][i]] = p["h_x"][i] * x + p["h_out"][i] * out + (clip["h"][i] * changed if clip else 0)
             if p["draws"][i]:
                 before, drawn = drawn, draw()
-            x = p["a"][i] * x + p["c"][i] * drawn + p["c_prev"][i] * before
+            x = p["a"][i] * x + p["c"][i] * drawn + p["c_prev"][i] * before + (clip["x"][i] * changed if clip else 0)
             x = x + sum(b * h for b, h in zip(p["b"][i], remembered, strict=True) if b)
         outputs = self.run("vae_decoder", latent=(p["state_scale"][-1] * x).astype(np.float32))
         assert outputs["finite"].all()
@@ -145,6 +149,20 @@ def test_a_reader_written_from_the_page_makes_the_picture(
     assert error.max() <= 1
     assert (error != 0).mean() < 0.01
     assert picture.std() > 1, "a picture of one colour agrees with anything"
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "heun"])
+def test_a_program_that_clips_is_read_from_the_page_too(student: Bundle, sampler: str) -> None:
+    asked: dict[str, Any] = {"steps": 3, "schedule": "trailing", "compat": "diffusers", "clip_sample": True}
+    noise = NoiseSchedule.from_diffusers(student.noise_config)
+    program = json.loads(compile_program(sampler, noise=noise, **asked).to_json())
+    assert program["format"] == 2
+    picture = Reader(student.folder).picture(program, 5, 3.0, None)
+    pipe = fewstep.load(student, backend="ort-cpu")
+    result = pipe(PROMPT, seed=5, guidance=3.0, sampler=sampler, **asked)
+    assert np.abs(result.images.astype(int) - picture.astype(int)).max() <= 1
+    unclipped = pipe(PROMPT, seed=5, guidance=3.0, sampler=sampler, **{**asked, "clip_sample": False})
+    assert np.abs(result.images.astype(int) - unclipped.images.astype(int)).max() > 10
 
 
 def test_files_are_as_they_are_stated(bundle: Bundle) -> None:
@@ -189,6 +207,8 @@ def test_the_page_names_every_key(bundle: Bundle) -> None:
     stated = keys(Reader(bundle.folder).manifest)
     program = compile_program("euler", schedule="trailing", steps=2, noise=NoiseSchedule.scaled_linear())
     stated |= json.loads(program.to_json()).keys()
+    clipped = {"_class_name": "DDIMScheduler", "clip_sample": True}
+    stated |= json.loads(program_from_diffusers(clipped, steps=2).to_json())["clip"].keys() | {"clip"}
     assert len(stated) > 50
     named = set(re.findall(r"`(\w+)`", PAGE))
     assert stated - named == set()
