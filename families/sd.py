@@ -32,10 +32,13 @@ class StableDiffusion(Family):
         """
         if pipeline == _CONSISTENCY:
             return dict(config)
-        corrections: dict[str, Any] = {"steps_offset": 1}
-        if config.get("clip_sample", True) is True:
+        scheduler = config.get("_class_name")
+        corrections: dict[str, Any] = {}
+        if config.get("steps_offset", 1 if scheduler in _WITHOUT_OFFSET else 0) != 1:
+            corrections["steps_offset"] = 1
+        if config.get("clip_sample", scheduler in _CLIPPING) is True:
             corrections["clip_sample"] = False
-        if pipeline == _INPAINT and config.get("skip_prk_steps", False) is False:
+        if pipeline == _INPAINT and config.get("skip_prk_steps", scheduler != "PNDMScheduler") is False:
             corrections["skip_prk_steps"] = True
         unstated = sorted(corrections.keys() - config.keys())
         return {**config, **corrections, **({"_use_default_values": unstated} if unstated else {})}
@@ -51,6 +54,10 @@ class StableDiffusion(Family):
 
 _INPAINT, _CONSISTENCY = "StableDiffusionInpaintPipeline", "LatentConsistencyModelPipeline"
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", _INPAINT, _CONSISTENCY)
+_CLIPPING = ("DDIMScheduler", "DDPMScheduler")
+"""diffusers' schedulers that clip unless they are told not to."""
+_WITHOUT_OFFSET = ("DPMSolverSinglestepScheduler", "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+"""Those that know no `steps_offset`."""
 _VERSION = re.compile(r"(\d+)(?:\.(\d+))?")
 _ENCODER = TextEncoder(
     name="text_encoder",
