@@ -89,19 +89,13 @@ def _make(bundle: Bundle, parts: Mapping[str, Any], places: Mapping[str, Path], 
         components = {**bundle.components, **_borrowed(bundle, parts, staging)}
         components |= {p.kind: _export(p, staging) for p in plans}
         tokenizers = _tokenizers(bundle, parts, places, staging)
-        for name, component in components.items():
+        for component in components.values():
             for file in (component.graph, component.weights):
                 _share(bundle, file, staging)
-            components[name] = component
         for record in tokenizers:
             _share(bundle, record.file, staging)
         unet, vae = components["unet"].config, components["vae_decoder"].config
-        channels, factor, multiple = bundle.model.geometry(unet, vae)
-        if (channels, factor) != (bundle.latent.channels, bundle.latent.factor) or factor != vae_factor(vae):
-            raise ArgumentError(
-                f"a VAE with latents of {channels} channels and {factor} pixels a cell",
-                expected=f"{bundle.latent.channels} channels and {bundle.latent.factor} pixels",
-            )
+        _, _, multiple = bundle.model.geometry(unet, vae)
         made = replace(
             bundle,
             folder=staging,
@@ -128,10 +122,16 @@ def _plans(bundle: Bundle, name: str, place: Path) -> Iterator[ComponentPlan]:
     kinds = HALVES.get(name, (name,))
     if name == "unet":
         check_unet(part.config, family)
+    fitting = {"latent_channels": bundle.latent.channels} if name == "vae" else bundle.component(name).config
     for key in ("cross_attention_dim", "hidden_size", "in_channels", "latent_channels"):
-        own = bundle.component(kinds[0]).config.get(key)
-        if name != "vae" and own is not None and part.config.get(key) != own:
-            raise ArgumentError(f"a {name} with {key} {part.config.get(key)}", expected=f"{own}, as the bundle's")
+        if fitting.get(key) is not None and part.config.get(key) != fitting[key]:
+            raise ArgumentError(
+                f"a {name} with {key} {part.config.get(key)}", expected=f"{fitting[key]}, as the bundle's other parts"
+            )
+    if name == "vae" and vae_factor(part.config) != bundle.latent.factor:
+        raise ArgumentError(
+            f"a vae of {vae_factor(part.config)} pixels a cell", expected=f"{bundle.latent.factor}, as the bundle's"
+        )
     with safe_open(part.files[0], framework="np") as file:
         stored = next(iter(file.get_slice(k).get_dtype() for k in file.keys()))  # noqa: SIM118
     dtype = precision_for(name, part.config, stored)

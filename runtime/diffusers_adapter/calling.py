@@ -136,7 +136,7 @@ def make_call_request(pipe: Called, given: Mapping[str, Any], streams: Streams) 
 
 def _steps(pipe: Called, config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """What a call asks of its sampler: steps or explicit levels, and the options that the scheduler's `step` takes."""
-    eta = {"eta": given["eta"]} if "eta" in step_options(config) and given["eta"] else {}
+    eta = {"eta": given["eta"]} if "eta" in step_options(config) else {}
     levels = {"timesteps": given["timesteps"], "sigmas": given["sigmas"]}
     held = pipe.held_scheduler
     if held is not None and has_own_levels(held):
