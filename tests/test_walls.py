@@ -73,7 +73,10 @@ def test_import_fewstep_is_lean() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["fewstep.schedules", "fewstep.engines", "fewstep.runtime", "fewstep.bundle", "fewstep.cli", "fewstep.export"],
+    [
+        *("fewstep.schedules", "fewstep.engines", "fewstep.runtime", "fewstep.runtime.diffusers_adapter"),
+        *("fewstep.bundle", "fewstep.cli", "fewstep.export"),
+    ],
 )
 def test_rooms_load_nothing_heavy(module: str) -> None:
     assert not loaded_by(f"import {module}") & HEAVY

@@ -27,6 +27,7 @@ from .methods import INSTEAD, REFUSED, quiet_method
 from .schedulers import check_scheduler, config_of, make_scheduler
 
 P = TypeVar("P", bound="DiffusionPipeline")
+CONSISTENCY = "LatentConsistencyModelPipeline"
 EMPTY = ("safety_checker", "feature_extractor", "image_encoder")
 """Components of diffusers' pipelines that bundles do not hold: `None`, and nothing else can be set."""
 
@@ -260,20 +261,21 @@ class DiffusionPipeline(metaclass=_Refusing):
 
     def _replace(self, parts: Mapping[str, Any]) -> None:
         """Export what is new among the components, and open the engines of the bundle that this makes."""
+        inner = {n: uncompiled(v) for n, v in parts.items()}
         changed: dict[str, Any] = {}
-        for name, value in parts.items():
+        for name, value in inner.items():
             if isinstance(value, ComponentView):
                 if value.name != name:
                     raise ArgumentError(f"the {value.name} of a pipeline as its {name}", expected=f"a {name}")
                 if value.origin is not self._pipeline:
                     changed[name] = value.origin.bundle
             elif name not in self._held or self._held[name] != (value, state_of(value)):
-                changed[name] = uncompiled(value)
+                changed[name] = value
         if not changed:
             return
         self._adopt(self._pipeline.reopened(open_library().export_parts(self._pipeline.bundle, changed)))
         held = {n: v for n, v in self._held.items() if n not in changed}
-        own = {n: (parts[n], state_of(parts[n])) for n in changed if not isinstance(parts[n], ComponentView)}
+        own = {n: (inner[n], state_of(inner[n])) for n in changed if not isinstance(inner[n], ComponentView)}
         self._set("_held", {**held, **own})
 
     def _follow_modules(self) -> None:
@@ -282,7 +284,15 @@ class DiffusionPipeline(metaclass=_Refusing):
 
 
 def class_for(bundle: Bundle, task: str) -> type[DiffusionPipeline]:
-    """diffusers' class for a bundle and a task: `text`, `image` or `inpaint`."""
+    """diffusers' class for a bundle and a task: `text`, `image` or `inpaint`.
+
+    Raises `UnsupportedError` for a bundle whose class there is not done here.
+    """
+    if bundle.guidance_embedding and CONSISTENCY in bundle.model.pipelines:
+        raise UnsupportedError(
+            f"{CONSISTENCY}, which is diffusers' class for the bundle {bundle.name!r}",
+            remedy=f"Use {bundle.model.pipelines[0]}, whose defaults differ: 4 steps at guidance 8.5 are that one's.",
+        )
     return next(c for c in _classes(DiffusionPipeline) if c.task == task and c.__name__ in bundle.model.pipelines)
 
 

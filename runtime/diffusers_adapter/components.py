@@ -13,6 +13,7 @@ from ..group import PipelineGroup
 from ..pipeline import Pipeline
 
 Opened = Pipeline | PipelineGroup
+_WRAPPED = ("_orig_mod", "_torchdynamo_orig_callable", "__wrapped__")
 HALVES = {"vae": "vae_decoder"}
 
 
@@ -87,6 +88,12 @@ class ComponentView:
             remedy=f"To change it, set the pipeline's {self.name} to an object of diffusers' own.",
         )
 
+    def to(self, *given: Any, memory_format: Any = None) -> ComponentView:
+        """Nothing for a `memory_format`, which the engine chooses; anything else is refused."""
+        if given or memory_format is None:
+            raise UnsupportedError(f"{self.name}.to({', '.join(map(str, given))})", remedy="Move the pipeline.")
+        return self
+
     def __call__(self, *_: Any, **__: Any) -> Any:
         raise UnsupportedError(f"calling the {self.name} by itself", remedy="Call the pipeline.")
 
@@ -117,10 +124,11 @@ def part_names(bundle: Bundle) -> tuple[str, ...]:
 
 
 def state_of(module: Any) -> int | None:
-    """A number that changes with a module's weights: their places, types and counts of changes in place.
-
-    `None` for what has no weights.
+    """A number that changes with a module's weights (their places, types and counts of changes in place), or with a
+    tokenizer's tokens; `None` for anything else.
     """
+    if hasattr(module, "special_tokens_map"):
+        return hash((len(module), str(module.special_tokens_map), str(sorted(module.get_added_vocab().items()))))
     if not hasattr(module, "state_dict"):
         return None
     kept = [
@@ -129,6 +137,10 @@ def state_of(module: Any) -> int | None:
     return hash(tuple(kept))
 
 
-def uncompiled(module: Any) -> Any:
-    """The module inside what `torch.compile` made of it; compiling changes speed alone."""
-    return getattr(module, "_orig_mod", module) if hasattr(module, "state_dict") else module
+def uncompiled(value: Any) -> Any:
+    """What is inside what `torch.compile` made; compiling changes speed alone."""
+    while True:
+        inner = next((v for n in _WRAPPED if (v := getattr(value, n, None)) is not None), None)
+        if inner is None:
+            return value
+        value = inner

@@ -12,6 +12,7 @@ import pytest
 import torch
 from checkpoints import BETAS, copy, make_lora, make_sd1, psnr, write_lora
 from diffusers import (
+    AutoPipelineForImage2Image,
     DDIMScheduler,
     EulerDiscreteScheduler,
     LatentConsistencyModelPipeline,
@@ -22,6 +23,7 @@ from diffusers import (
 )
 from fewstep.export import export_bundle
 from fewstep.presets import PRESETS
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 PROMPT = "a red circle, hello! Émile's café"
@@ -79,13 +81,29 @@ def with_lora(cls: Any, checkpoint: Path, file: Path, scheduler: Any, **changes:
     return pipe
 
 
+def from_a_picture(bundle: Any, pipe: Any) -> None:
+    """Image to image by the preset's sampler, and with explicit timesteps."""
+    y, x = np.mgrid[:32, :32] * 8
+    picture = Image.fromarray(np.stack([x, y, 255 - x], -1).astype(np.uint8))
+    image = AutoPipelineForImage2Image.from_pipe(pipe)
+    image.set_progress_bar_config(disable=True)
+    generator = [torch.Generator().manual_seed(7)]
+    call = {"image": picture, "strength": 0.5, "guidance_scale": 0.0, "generator": generator}
+    expected = np.stack([np.asarray(p) for p in image(PROMPT, num_inference_steps=4, **call).images])
+    assert psnr(ours(bundle, image=picture, strength=0.5, steps=4), expected) >= LEAST
+    if isinstance(pipe.scheduler, EulerDiscreteScheduler):
+        explicit = ours(bundle, timesteps=[999, 600, 200])
+        assert psnr(explicit, theirs(pipe, None, timesteps=[999, 600, 200])) >= LEAST
+
+
 @pytest.mark.parametrize("steps", [1, 4])
 def test_sd_turbo(steps: int, tiny_sd2: Path, sd2_bundle: Any, tmp_path: Path) -> None:
     folder = with_scheduler(tiny_sd2, tmp_path / "sd-turbo", {"_class_name": "EulerDiscreteScheduler", **TURBO})
     bundle = exported(folder, tmp_path / "b", "sd-turbo")
     asked = {} if steps == 1 else {"steps": steps}
-    expected = theirs(StableDiffusionPipeline.from_pretrained(folder), steps)
-    assert psnr(ours(bundle, **asked), expected) >= LEAST
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    assert psnr(ours(bundle, **asked), theirs(pipe, steps)) >= LEAST
+    from_a_picture(bundle, pipe)
 
 
 @pytest.mark.parametrize("steps", [1, 4])
@@ -94,8 +112,9 @@ def test_sdxl_turbo(steps: int, tiny_sdxl: Path, sdxl_bundle: Any, tmp_path: Pat
     folder = with_scheduler(tiny_sdxl, tmp_path / "sdxl-turbo", config)
     bundle = exported(folder, tmp_path / "b", "sdxl-turbo")
     asked = {} if steps == 1 else {"steps": steps}
-    expected = theirs(StableDiffusionXLPipeline.from_pretrained(folder), steps)
-    assert psnr(ours(bundle, **asked), expected) >= LEAST
+    pipe = StableDiffusionXLPipeline.from_pretrained(folder)
+    assert psnr(ours(bundle, **asked), theirs(pipe, steps)) >= LEAST
+    from_a_picture(bundle, pipe)
 
 
 def other_unet(checkpoint: Path, path: Path) -> Path:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
+import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ import torch
 from checkpoints import _text, _unet, _vae, psnr
 from fewstep.errors import ArgumentError, FewstepError, MissingError, UnknownNameError, UnsupportedError
 from fewstep.runtime import diffusers_adapter
+from fewstep.runtime.diffusers_adapter import base, calling, loading
 from fewstep.runtime.diffusers_adapter.methods import INSTEAD, REFUSED
 from peers import pipelines
 from test_tasks import disc, drawing
@@ -70,6 +74,8 @@ def test_replaced_components(pair: tuple[Any, Any], tmp_path: Path) -> None:
     seen.append(alike(theirs, ours))
     with torch.no_grad():
         parts["vae"].decoder.conv_out.bias += 0.3
+    seen.append(alike(theirs, ours))
+    tokenizer.pad_token = "a"
     seen.append(alike(theirs, ours))
     for before, after in pairwise(seen):
         assert psnr(before, after) < LEAST, "what was set changed nothing"
@@ -237,6 +243,21 @@ def test_what_cannot_be_set_is_refused_and_changes_nothing(loaded: Any, name: st
     assert pipe.pipeline is loaded
 
 
+def test_compiling_changes_nothing(pair: tuple[Any, Any]) -> None:
+    """`torch.compile` of an engine's component is that component, and of a module the module."""
+    theirs, ours = pair
+    before = ours.pipeline
+    ours.unet = torch.compile(ours.unet, mode="reduce-overhead", fullgraph=True)
+    assert ours.unet.to(memory_format=torch.channels_last) is not None
+    assert ours.pipeline is before
+    theirs.vae = _vae(51)
+    ours.vae = torch.compile(theirs.vae)
+    assert ours.vae is theirs.vae
+    alike(theirs, ours)
+    with pytest.raises(UnsupportedError, match=r"unet\.to"):
+        ours.unet.to("cuda")
+
+
 def test_empty_components_are_empty(loaded: Any) -> None:
     pipe = diffusers_adapter.StableDiffusionPipeline.from_pretrained(loaded, safety_checker=None)
     pipe.safety_checker = None
@@ -325,3 +346,49 @@ def test_the_classes_that_choose(loaded: Any, sdxl_bundle: Any) -> None:
             assert type(made).__name__ == pattern.format(family)
         with pytest.raises(ArgumentError, match=name):
             getattr(diffusers_adapter, name)()
+    consistent = replace(loaded.bundle, guidance_embedding=8)
+    with pytest.raises(UnsupportedError, match="LatentConsistencyModelPipeline"):
+        base.class_for(consistent, "text")
+
+
+def test_the_document_names_what_is_quiet_and_what_is_refused() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "diffusers.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"\w+", text))
+    lora = {n for n in REFUSED if "lora" in n or "adapter" in n}
+    assert {*INSTEAD, *(set(REFUSED) - lora), *calling.REFUSED, *loading.IGNORED, *loading.ABSENT, *loading.READ} - {
+        "ip_adapter_image_embeds",  # written with its shorter kin
+    } <= listed
+    assert {p.__name__ for p in diffusers_adapter.PIPELINES if "XL" not in p.__name__} - listed == {
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
+    }
+
+
+BARE = """
+import sys
+for name in ("torch", "diffusers", "transformers"):
+    sys.modules[name] = None
+from fewstep.runtime.diffusers_adapter import StableDiffusionPipeline
+assert "fewstep.export" not in sys.modules
+pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1])
+picture = pipe("a red circle", num_inference_steps=2, generator=3).images[0]
+assert "fewstep.export" not in sys.modules
+shown = pipe.scheduler
+assert shown.config.steps_offset == 1 and repr(shown).startswith("PNDMScheduler {")
+for use in (lambda: shown.compatibles, lambda: setattr(pipe, "vae", object())):
+    try:
+        use()
+    except Exception as error:
+        print(type(error).__name__, error)
+print(picture.size)
+"""
+
+
+def test_without_diffusers_and_torch(sd1_bundle: Any) -> None:
+    command = [sys.executable, "-c", BARE, str(sd1_bundle.folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first, second, size = done.stdout.splitlines()
+    assert first.startswith("UnsupportedAttributeError scheduler.compatibles without diffusers")
+    assert second.startswith("MissingExtraError Exporting a component needs the module 'diffusers'")
+    assert size == "(32, 32)"
