@@ -139,11 +139,19 @@ class Tokenizer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Latent:
-    """The latent's geometry: channels, pixels per cell, and the multiple that the UNet asks of height and width."""
+    """The latent's geometry: channels, pixels per cell, and the multiple that the UNet asks of height and width.
+
+    The multiple is 1 where the UNet's graph interpolates to whatever size its skip connections have.
+    """
 
     channels: int
     factor: int
     multiple: int
+
+    @property
+    def unit(self) -> int:
+        """Pixels of which a picture's width and height are multiples."""
+        return self.factor * self.multiple
 
     def __post_init__(self) -> None:
         for name in ("channels", "factor", "multiple"):

@@ -50,10 +50,9 @@ def _bundle(options: argparse.Namespace) -> int:
     bundle = open_bundle(options.path)
     d, latent = bundle.defaults, bundle.latent
     origin = f"from {bundle.source.get('checkpoint')}, licence {bundle.licence or 'not stated'}"
-    unit = latent.factor * latent.multiple
     lines = [
         f"{bundle.name}: {bundle.family}, {d.width}x{d.height}, {origin}",
-        f"  latent: {latent.channels} channels, {latent.factor} pixels a cell; sizes in multiples of {unit}",
+        f"  latent: {latent.channels} channels, {latent.factor} pixels a cell; sizes in multiples of {latent.unit}",
         f"  scheduler: {bundle.scheduler.get('_class_name')}, {bundle.noise_config.get('prediction_type', 'epsilon')}",
         f"  {f'preset {d.preset}' if d.preset else 'defaults'}: {defaults_line(d)}",
     ]

@@ -116,7 +116,7 @@ def _activations(name: str, part: Component, dims: Mapping[str, int], on_cpu: bo
     channels = [int(c) for c in config["block_out_channels"]]
     layers = int(config.get("layers_per_block", 1))
     cells = dims["height"] * dims["width"]
-    levels = [max(1, cells >> 2 * i) for i in range(len(channels))]
+    levels = [-(-dims["height"] >> i) * -(-dims["width"] >> i) for i in range(len(channels))]
     if name == "unet":
         skips = sum((layers + 1) * c * levels[i] for i, c in enumerate(channels))
         widest = max((c + channels[max(i - 1, 0)]) * levels[i] for i, c in enumerate(channels))

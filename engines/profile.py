@@ -160,7 +160,7 @@ def profiles_for(
 
 def _cells(bundle: Bundle, size: tuple[int, int]) -> tuple[int, int]:
     """Image size (width, height) in pixels to latent height and width in cells."""
-    step = bundle.latent.factor * bundle.latent.multiple
+    step = bundle.latent.unit
     width, height = size
     if width < step or height < step or width % step or height % step:
         raise ArgumentError(

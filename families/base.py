@@ -20,6 +20,8 @@ UNET_KEYS = ("block_out_channels", "cross_attention_dim", "in_channels", "out_ch
 VAE_KEYS = ("block_out_channels", "latent_channels", "in_channels", "out_channels")
 TINY_KEYS = ("encoder_block_out_channels", "decoder_block_out_channels", "latent_channels", "in_channels")
 LATENT_STATISTICS = ("latents_mean", "latents_std")
+SIZED_UP_BLOCKS = frozenset({"UpBlock2D", "CrossAttnUpBlock2D"})
+"""Blocks that interpolate to a given size (`upsample_size` in diffusers' `UNet2DConditionModel.forward`)."""
 TEXT_KEYS = ("hidden_size", "max_position_embeddings", "vocab_size")
 
 
@@ -167,7 +169,7 @@ class Family:
 
     def geometry(self, unet: Config, vae: Config) -> tuple[int, int, int]:
         """The latent's channels, its pixels per cell, and the multiple that the UNet asks of its height and width."""
-        return int(vae["latent_channels"]), vae_factor(vae), 2 ** (len(unet["block_out_channels"]) - 1)
+        return int(vae["latent_channels"]), vae_factor(vae), latent_multiple(unet)
 
 
 GUIDANCE_INPUT = "timestep_cond"
@@ -186,6 +188,21 @@ def guidance_embedding(guidance: float, width: int) -> Float32:
     angles = (guidance - 1.0) * 1000.0 * rates  # w_k = 1000 (g - 1) / 10000^(k / (half - 1))
     vector = np.concatenate([np.sin(angles), np.cos(angles)]).astype(np.float32)
     return np.pad(vector, (0, width - len(vector)))
+
+
+def halvings(unet: Config) -> int:
+    """How often a UNet of this configuration halves height and width on the way down."""
+    return len(unet["block_out_channels"]) - 1
+
+
+def latent_multiple(unet: Config) -> int:
+    """What a latent's height and width must be multiples of for a UNet of this configuration.
+
+    1 where diffusers tells every upsampler the size of the skip connection that its output meets; other kinds of blocks
+    double, which meets it only where no level's size is odd.
+    """
+    told = SIZED_UP_BLOCKS.issuperset(unet.get("up_block_types") or ())
+    return 1 if told else 1 << halvings(unet)
 
 
 def vae_factor(vae: Config) -> int:

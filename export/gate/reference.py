@@ -19,6 +19,7 @@ import torch
 from safetensors.numpy import save_file
 from torch import nn
 
+from ...families.base import halvings, latent_multiple
 from ..checkpoint.compose import compose_checkpoint
 from ..checkpoint.folder import Checkpoint
 from ..plan import ComponentPlan, plan_components
@@ -167,7 +168,7 @@ def _cases(
     if plan.kind.startswith("text_encoder"):
         yield from (_token_case(plan, rng, prompts, skip) for prompts, skip in ((2, 0), (1, 1), (3, 0)))
     elif plan.kind == "unet":
-        yield from _unet_cases(plan, traceable, context, rng, largest=QUICK_SIDE if quick else LARGEST_SIDE)
+        yield from _unet_cases(plan, traceable, context, rng, quick=quick)
     else:
         name = traceable.inputs[0].name
         channels = int(traceable.inputs[0].shape[1])
@@ -196,14 +197,17 @@ def _unet_cases(
     context: Mapping[str, Mapping[str, np.ndarray]],
     rng: np.random.Generator,
     *,
-    largest: int,
+    quick: bool,
 ) -> Iterator[dict[str, np.ndarray]]:
-    multiple = 2 ** (len(plan.config["block_out_channels"]) - 1)
+    whole = 1 << halvings(plan.config)
+    odd = int(latent_multiple(plan.config) < whole)  # sizes at which upsamplers are told where to end
+    largest = QUICK_SIDE if quick else LARGEST_SIDE
     size = plan.config.get("sample_size") or largest
-    side = max(multiple, min(size if isinstance(size, int) else size[0], largest) // multiple * multiple)
+    side = max(whole, min(size if isinstance(size, int) else size[0], largest) // whole * whole)
     hidden = plan.family.join([context[e.name] for e in plan.family.text_encoders])["encoder_hidden_states"][:1]
     at = 0
-    for rows, height, width in ((1, side, side), (2, side, side + multiple), (3, multiple * 2, multiple * 2)):
+    sizes = ((1, side, side), (2, side, side + whole), (3, 2 * whole + odd, 2 * whole - odd))
+    for rows, height, width in ((1, side + odd, side),) if quick else sizes:
         t = np.array([TIMESTEPS[(at + i) % len(TIMESTEPS)] for i in range(rows)], np.float32)
         at += rows
         shapes = {

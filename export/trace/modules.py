@@ -9,15 +9,17 @@ import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ...engines.base import TensorSpec
-from ...families.base import LATENT_STATISTICS, Condition, Family, vae_factor
+from ...families.base import LATENT_STATISTICS, Condition, Family, halvings, latent_multiple, vae_factor
 from ..checkpoint.configs import TINY_DEFAULTS, VAE_DEFAULTS, is_tiny
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -82,6 +84,22 @@ class UpcastAttention:
 
         out = nn.functional.scaled_dot_product_attention(heads(query), heads(key), heads(value))
         return attn.to_out[0](out.transpose(1, 2).reshape(rows, -1, width).to(hidden_states.dtype))
+
+
+def plain_upsamplers(module: nn.Module) -> None:
+    """Have a UNet's upsamplers interpolate and convolve, and no more, so that they trace in a moment.
+
+    diffusers asks before whether the tensors are too large for older kernels of torch's. Where sizes are symbols, those
+    questions take as long as all the rest of a trace, and no answer changes a value.
+    """
+    for upsampler in module.modules():
+        if isinstance(upsampler, Upsample2D) and upsampler.norm is None and isinstance(upsampler.conv, nn.Conv2d):
+            upsampler.forward = partial(_interpolate, upsampler.conv)
+
+
+def _interpolate(conv: nn.Conv2d, hidden_states: torch.Tensor, output_size: Sequence[int] | None = None) -> Any:
+    scale = 2.0 if output_size is None else None
+    return conv(nn.functional.interpolate(hidden_states, size=output_size, scale_factor=scale, mode="nearest"))
 
 
 class TextStates(nn.Module):
@@ -300,10 +318,11 @@ def _wrap_unet(model: nn.Module, config: Mapping[str, Any], family: Family) -> T
         TensorSpec(name="timestep", dtype="float32", shape=("rows",)),
         *(TensorSpec(name=c.name, dtype="float32", shape=("rows", *c.shape)) for c in conditions),
     ]
-    multiple = 2 ** (len(config["block_out_channels"]) - 1)
+    whole = 1 << halvings(config)
+    odd = int(latent_multiple(config) < whole)  # sizes at which diffusers tells its upsamplers where to end
     return Traceable(
         module=UNet(model, conditions).eval(),
         inputs=tuple(inputs),
         outputs=(TensorSpec(name="out", dtype="float32", shape=("rows", config["out_channels"], "height", "width")),),
-        example={"rows": 2, "height": 2 * multiple, "width": 3 * multiple, "tokens": 154},
+        example={"rows": 2, "height": 2 * whole + odd, "width": 3 * whole + odd, "tokens": 154},
     )

@@ -25,7 +25,7 @@ from ...errors import FewstepError, UnsupportedError
 from ...families import Family
 from .graphs import Parameter, TracedGraph
 from .layout import plan_layout
-from .modules import Traceable, build_model, wrap
+from .modules import Traceable, build_model, plain_upsamplers, wrap
 
 OPSET = 23
 IR_VERSION = 10
@@ -42,6 +42,8 @@ def trace_component(kind: str, config: Mapping[str, Any], dtype: str, family: Fa
     with _quiet(), _refusing(kind):
         with FakeTensorMode(allow_non_fake_inputs=True):
             traceable = wrap(kind, build_model(kind, config, dtype), config, dtype, family)
+            if kind == "unet":
+                plain_upsamplers(traceable.module)
             program = torch.onnx.export(
                 traceable.module,
                 kwargs=_example(traceable),

@@ -44,8 +44,11 @@ def student() -> Bundle:
 
 
 def sizes_of(bundle: Bundle) -> list[tuple[int, int]]:
-    """Two sizes in the ratio of 512 to 1024, the larger first: an order that text and numbers see otherwise."""
-    side = bundle.latent.factor * bundle.latent.multiple * 2
+    """Two sizes in the ratio of 512 to 1024, the larger first: an order that text and numbers see otherwise.
+
+    Latents of 10 and 5 cells a side, which no UNet halves without a rest.
+    """
+    side = bundle.latent.unit * 5
     return [(2 * side, 2 * side), (side, side)]
 
 

@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from fewstep.engines.graph.accounting import ATTENTION, count_operators
 from fewstep.engines.graph.rewrite import rewrite_for_cpu
@@ -65,6 +67,33 @@ def test_every_graph_is_sound_onnx() -> None:
         assert graph is not None
         model = onnx.load_from_string(graph.onnx)
         onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+
+
+def sizes_asked(model: onnx.ModelProto, height: int, width: int) -> list[tuple[int, int]]:
+    """To which heights and widths a UNet's graph has its upsamplers interpolate for a latent, deepest first."""
+    makers = {o: n for n in model.graph.node for o in n.output}
+    resizes = [n for n in model.graph.node if n.op_type == "Resize"]
+    assert not any(n.input[2] for n in resizes), "a factor instead of a size"
+    names = [makers[n.input[3]].input[1] for n in resizes]  # the first is rows and channels
+    cut = onnx.utils.Extractor(model).extract_model(["sample"], names)
+    for output in cut.graph.output:
+        output.type.CopyFrom(onnx.helper.make_tensor_type_proto(onnx.TensorProto.INT64, [2]))
+    session = onnxruntime.InferenceSession(cut.SerializeToString(), providers=["CPUExecutionProvider"])
+    return [tuple(v.tolist()) for v in session.run(None, {"sample": np.zeros((2, 4, height, width), np.float32)})]
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("name", [n for n in STANDARD if n != "taesd"])
+def test_upsamplers_meet_their_skips_at_every_size(name: str, dtype: str) -> None:
+    """Each halving rounds up, so level k has ceil(h / 2^k) cells, and that is what the way up asks for."""
+    config = dict(standard_components(name))["unet"]
+    graph = find_graph(graph_key("unet", config, dtype))
+    assert graph is not None
+    model = onnx.load_from_string(graph.onnx)
+    levels = range(len(config["block_out_channels"]) - 2, -1, -1)
+    for height, width in ((17, 17), (64, 65), (64, 114), (1, 2), (64, 64), (127, 33)):
+        expected = [(-(-height >> k), -(-width >> k)) for k in levels]
+        assert sizes_asked(model, height, width) == expected
 
 
 @pytest.mark.parametrize("name", STANDARD)

@@ -152,8 +152,7 @@ def test_results_callbacks_and_classes(pairs: dict[str, Any]) -> None:
     image = diffusers_adapter.StableDiffusionImg2ImgPipeline.from_pretrained(pairs["sd1"]["ours"])
     with pytest.raises(UnsupportedError, match="image is ndarray"):
         image("x", image=np.zeros((32, 32, 3)), num_inference_steps=2)
-    with pytest.raises(ArgumentError, match="multiple of 4"):
-        image("x", image=drawing(34, 32), num_inference_steps=2)
+    assert image("x", image=drawing(35, 32), num_inference_steps=2).images[0].size == (34, 32)
 
 
 class CudaGenerator:

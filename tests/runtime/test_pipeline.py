@@ -161,7 +161,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"seed": -1}, "seed is -1"),
     ({"seed": [1, 2.0]}, "seed is 2.0"),
     ({"seed": []}, "0 images"),
-    ({"size": (33, 32)}, "width is 33; expected a multiple of 4. Use 32 or 36"),
+    ({"size": (33, 32)}, "width is 33; expected a multiple of 2. Use 32 or 34"),
     ({"size": (32, 0)}, "height is 0"),
     ({"size": 32}, "size is 32"),
     ({"sampler": "eulr"}, "expected one like euler"),
