@@ -6,10 +6,13 @@ import argparse
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .common import add_engine_options, between, say, size
 from .sampling import sampler_options
+
+if TYPE_CHECKING:
+    from ..bundle import Bundle
 
 SIZES = ("original_size", "target_size", "negative_original_size", "negative_target_size")
 CROPS = ("crop_top_left", "negative_crop_top_left")
@@ -71,7 +74,7 @@ def add_picture_options(parser: argparse.ArgumentParser, *, many: bool) -> None:
     parser.add_argument(
         "--fit",
         choices=("stretch", "cover", "contain", "diffusers"),
-        help="what becomes of a picture of another size; diffusers: take its own, rounded down (default: stretch)",
+        help="what becomes of a picture where --size is another; diffusers does what stretch does (default: stretch)",
     )
     parser.add_argument(
         "--seed-device", metavar="cpu|cuda", help="whose noise: torch's on the CPU or on CUDA (default: cpu)"
@@ -87,16 +90,29 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_options(options: argparse.Namespace) -> dict[str, Any]:
-    """What `fewstep.load` is told."""
+def load_options(options: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
+    """What `fewstep.load` is told; without a size that of the picture, for engines that are built for one."""
     return {
         "backend": options.backend,
         "threads": options.threads,
-        "size": options.size,
+        "size": options.size or _own_size(options, bundle),
         "vae_tiling": SPARING[options.vae_tiling],
         "vae_slicing": SPARING[options.vae_slicing],
         "keep_text_encoders": not options.drop_text_encoders,
     }
+
+
+def _own_size(options: argparse.Namespace, bundle: Bundle) -> tuple[int, int] | None:
+    """The size that the first picture's own makes, said; `None` without a picture."""
+    from ..runtime.pictures.images import open_image
+    from ..runtime.pictures.resize import size_of
+
+    if not options.image:
+        return None
+    picture = open_image(options.image[0] if isinstance(options.image, list) else options.image)
+    width, height = size_of(bundle, picture)
+    say(f"size {width}x{height}: that of the picture, {picture.width}x{picture.height}, as --size is not given")
+    return width, height
 
 
 def call_options(options: argparse.Namespace) -> dict[str, Any]:

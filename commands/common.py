@@ -86,7 +86,7 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance", type=float, help="guidance scale; 1 or less: no negative prompt (default: the bundle's)"
     )
-    parser.add_argument("--size", type=size, metavar="WxH", help="pixels (default: the bundle's)")
+    parser.add_argument("--size", type=size, metavar="WxH", help="pixels (default: the picture's, or the bundle's)")
     parser.add_argument(
         "--compat", choices=("diffusers",), help="follow that library's sampler conventions, quirks included"
     )

@@ -64,7 +64,8 @@ def execute(options: argparse.Namespace) -> int:
     if options.prompt is None and "prompt" not in (columns[0], rows[0]):
         raise ArgumentError("no prompt was given", expected="--prompt, or an axis of prompts")
     register_torch(options.backend)
-    pipe = load(open_bundle(options.bundle), **load_options(options))
+    bundle = open_bundle(options.bundle)
+    pipe = load(bundle, **load_options(options, bundle))
     shared = call_options(options)
     cells: list[list[Any]] = []
     seconds = []

@@ -57,7 +57,7 @@ def execute(options: argparse.Namespace) -> int:
     bundle = open_bundle(options.bundle)
     if bundle.defaults.preset:
         say(f"preset {bundle.defaults.preset}: {defaults_line(bundle.defaults)}")
-    pipe = load(bundle, **load_options(options))
+    pipe = load(bundle, **load_options(options, bundle))
     with warnings_shown(), bar(None, "it", "denoise") as progress:
 
         def on_step(step: Any) -> None:

@@ -34,14 +34,15 @@ class Call:
     whole batch from the first seed, as diffusers does for a single generator. images_per_prompt: images, with
     successive seeds, of each prompt.
 
-    size: (width, height) in pixels. original_size, target_size (width, height) and crop_top_left (top, left): what
-    some families' UNets are told of a picture; the negative ones default to them. latents: float32 [B, C, h, w], unit
-    noise to start from instead of the seeds'.
+    size: (width, height) in pixels; without it a picture's own, else the size that was loaded. original_size,
+    target_size (width, height) and crop_top_left (top, left): what some families' UNets are told of a picture; the
+    negative ones default to them. latents: float32 [B, C, h, w], unit noise to start from instead of the seeds'.
 
     image: start from a picture, or from one an image (or a prompt): a path, a Pillow image or uint8 [H, W, 3].
     strength: how much of it to change, 0 to 1; steps x strength must be 1 or more; 0.8 without a mask and 1 with one.
-    fit: where the picture has another size, `"stretch"` it, `"cover"` the size asked for and crop, `"contain"` it in
-    that and repeat its edges, or `"diffusers"`: take the picture's own size rounded down, unless a size is given.
+    Without a size the picture keeps its own, rounded down to what the model takes. fit: where that or the size asked
+    for is another, `"stretch"` it (or `"diffusers"`, the same), `"cover"` the size and crop, or `"contain"` it in the
+    size and repeat its edges.
     mask: white where the picture is made anew, black where it stays. mask_threshold: from which grey on it is white;
     `None` leaves it soft, which samplers that step from older states refuse.
     """

@@ -14,8 +14,9 @@ import numpy as np
 
 from ..bundle import Bundle
 from ..engines import Engine, RunOptions, Store, open_engines
+from ..engines.find import command
 from ..engines.memory import largest_batch
-from ..errors import ArgumentError, BlackImageError, CancelledError, NonFiniteError, OutOfMemoryError
+from ..errors import ArgumentError, BlackImageError, CancelledError, MismatchError, NonFiniteError, OutOfMemoryError
 from ..schedules import Program
 from .arguments import check_integer
 from .arrays import Float32, Shape
@@ -155,9 +156,18 @@ class Pipeline:
         return follow(self.stream(request), on_step, [cancel])
 
     @takes_a_call
-    def request(self, prompt: str | Sequence[str] | None = None, **given: Any) -> Request:
-        """A checked `Request` for this bundle; takes what a call takes, pictures included."""
-        request = make_request(self.bundle, prompt, default_size=self.size, **given)
+    def request(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        sizes: Sequence[tuple[int, int]] | None = None,
+        **given: Any,
+    ) -> Request:
+        """A checked `Request` for this bundle; takes what a call takes, pictures included.
+
+        sizes: those (width, height) that may be made, where not any may; checked before a picture is fitted.
+        """
+        request = make_request(self.bundle, prompt, default_size=self.size, sizes=sizes, **given)
         for warning in set(request.warnings) - self._warned:
             log.warning("%s", warning)
         self._warned.update(request.warnings)
@@ -175,17 +185,36 @@ class Pipeline:
 
     def prepare(self, request: Request) -> Prepared:
         """The request with prompts and picture encoded and noise drawn, ready for slots."""
-        return prepare(self.bundle, self.text, self.vae, request)
+        with self._own_size_explained(request):
+            return prepare(self.bundle, self.text, self.vae, request)
 
     def make(self, prepared: Prepared, *, previews: bool = False) -> Generator[Step, None, ResultPart]:
         """The pictures of a prepared request, or of a part of one, step by step or as one piece of work."""
         images, request = len(prepared.samplings), prepared.request
         try:
-            with self.device.guard_memory(f"{images} image{'s' * (images > 1)} of {request.width}x{request.height}"):
+            what = f"{images} image{'s' * (images > 1)} of {request.width}x{request.height}"
+            with self.device.guard_memory(what), self._own_size_explained(request):
                 return (yield from self._make(prepared, previews=previews))
         except OutOfMemoryError as error:
             fits = self._would_fit((request.width, request.height), images)
             raise OutOfMemoryError(error.found, expected=fits, remedy=error.remedy) from error
+
+    @contextmanager
+    def _own_size_explained(self, request: Request) -> Iterator[None]:
+        """Where engines do not admit the size of a picture that was given without one, say that it is the picture's."""
+        try:
+            yield
+        except MismatchError as error:
+            if not request.own_size:
+                raise
+            factor, backend = self.bundle.latent.factor, self.engines["unet"].backend
+            dims = {"height": request.height // factor, "width": request.width // factor}
+            raise MismatchError(
+                f"the own size of the picture, as none is asked for, is {request.width}x{request.height}, "
+                f"and {error.found}",
+                expected=error.expected,
+                remedy=f"Pass a size to fit it to, or build for its own: {command(self.bundle, backend, dims)}",
+            ) from error
 
     def _make(self, prepared: Prepared, *, previews: bool) -> Generator[Step, None, ResultPart]:
         began, program = time.perf_counter(), prepared.request.program

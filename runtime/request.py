@@ -14,6 +14,7 @@ import numpy as np
 
 from ..bundle import Bundle
 from ..errors import ArgumentError
+from ..families.base import latent_multiple
 from ..presets import preset_warnings
 from ..schedules import Program
 from .arguments import check_flag, check_levels, check_pair, check_real, check_seed
@@ -42,7 +43,8 @@ class Request:
     what the prompt's row and the negative's are told of them. `gaussians` float32 [B, C, h, w], if given, are the noise
     to start from; `generators` draw instead of the seeds', one an image, or one where the stream is shared. With
     `first_draws` only the first of them draws for the latents of a picture that several images share, as diffusers
-    does in inpainting. `warnings` say what goes against the bundle's preset. `recorded` are arguments for a picture's
+    does in inpainting. `own_size` says that no size was asked for and the first picture's was taken. `warnings` say
+    what goes against the bundle's preset or a picture's proportions. `recorded` are arguments for a picture's
     parameters that have no field here.
     """
 
@@ -63,6 +65,7 @@ class Request:
     seed_device: str = "cpu"
     generators: tuple[Gaussians, ...] | None = None
     first_draws: bool = False
+    own_size: bool = False
     shared_stream: bool = False
     warnings: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -97,12 +100,14 @@ def make_request(
     *,
     default_size: tuple[int, int] | None = None,
     compile_from: Callable[[int], Program] | None = None,
+    sizes: Sequence[tuple[int, int]] | None = None,
     **given: Any,
 ) -> Request:
     """Fill what was left out from the bundle's defaults and check the rest; `ArgumentError` says what is wrong.
 
-    given: the fields of `Call`, and options of the sampler. default_size: (width, height) where none is asked for.
-    compile_from: makes the program from the number of steps to skip, instead of sampler, schedule and options.
+    given: the fields of `Call`, and options of the sampler. default_size: (width, height) where none is asked for and
+    there is no picture that has one. compile_from: makes the program from the number of steps to skip, instead of
+    sampler, schedule and options. sizes: those that may be made, where not any may.
     """
     call = make_call(prompt, given)
     defaults = bundle.defaults
@@ -118,8 +123,10 @@ def make_request(
     opened = open_pictures(call)
     if call.image is None and strength < 1.0 and call.strength is not None:
         raise ArgumentError(f"strength {strength:g} without an image", remedy="Pass image, or leave strength out.")
-    own = size_of(bundle, opened[0][0]) if call.fit == "diffusers" and opened[0] else None
+    own = size_of(bundle, opened[0][0]) if opened[0] and call.size is None else None
     width, height = check_size(bundle, call.size or own or default_size or (defaults.width, defaults.height))
+    if sizes is not None:
+        check_among((width, height), sizes, own=own is not None)
     guidance = check_real("guidance", defaults.guidance if call.guidance is None else call.guidance, 0.0, 1000.0)
     wording, seeds = _images(bundle, call, len(opened[0]))
     check_seed_device(call.seed_device)
@@ -165,7 +172,11 @@ def make_request(
         gaussians=_gaussians(bundle, call, (len(seeds), height, width), program),
         seed_device=call.seed_device,
         shared_stream=call.shared_stream,
-        warnings=tuple(preset_warnings(bundle, {k: getattr(call, k) for k in PRESET_ARGUMENTS})),
+        own_size=own is not None,
+        warnings=(
+            *preset_warnings(bundle, {k: getattr(call, k) for k in PRESET_ARGUMENTS}),
+            *(() if own is None else rounding_warnings(bundle, opened[0][0].size, own)),
+        ),
         options={**call.options, **levels},
         recorded={**recorded(call), **_names(call)},
     )
@@ -245,7 +256,7 @@ def check_size(bundle: Bundle, size: tuple[int, int]) -> tuple[int, int]:
         width, height = size
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"size is {size!r}", expected="(width, height) in pixels") from error
-    unit = bundle.latent.factor * bundle.latent.multiple
+    unit = bundle.latent.unit
     for name, value in (("width", width), ("height", height)):
         check_integer(name, value, 1, LARGEST_SIDE)
         if value % unit:
@@ -253,9 +264,33 @@ def check_size(bundle: Bundle, size: tuple[int, int]) -> tuple[int, int]:
             raise ArgumentError(
                 f"{name} is {value}",
                 expected=f"a multiple of {unit}",
-                remedy=f"Use {low} or {value // unit * unit + unit}.",
+                remedy=" ".join([f"Use {low} or {value // unit * unit + unit}.", *_finer(bundle)]),
             )
     return int(width), int(height)
+
+
+def check_among(size: tuple[int, int], sizes: Sequence[tuple[int, int]], *, own: bool) -> None:
+    """`ArgumentError` for a size (width, height) that is not among those; `own`: a picture's, none was asked for."""
+    if size not in sizes:
+        raise ArgumentError(
+            f"{'the own size of the picture, as none is asked for,' if own else 'size'} is {size[0]}x{size[1]}",
+            expected=f"one of {', '.join(f'{w}x{h}' for w, h in sizes)}",
+            remedy="Ask for one of these: the picture is fitted to it." if own else "",
+        )
+
+
+def rounding_warnings(bundle: Bundle, picture: tuple[int, int], size: tuple[int, int]) -> list[str]:
+    """A warning where a picture (width, height) was rounded to `size` by more than its VAE asks, else none."""
+    if all(a - b < bundle.latent.factor for a, b in zip(picture, size, strict=True)):
+        return []
+    words = f"the picture is {picture[0]}x{picture[1]} and becomes {size[0]}x{size[1]}, in multiples of"
+    return [" ".join([f"{words} {bundle.latent.unit}.", *_finer(bundle)])]
+
+
+def _finer(bundle: Bundle) -> list[str]:
+    """What gives a bundle the sizes that it refuses, if anything does: its UNet was traced before it interpolated."""
+    finer = bundle.latent.factor * latent_multiple(bundle.component("unet").config)
+    return [] if finer == bundle.latent.unit else [f"Exported again, it takes multiples of {finer}."]
 
 
 def _images(bundle: Bundle, call: Call, pictures: int) -> tuple[Wording, tuple[int, ...]]:

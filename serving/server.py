@@ -17,7 +17,7 @@ from ..errors import ArgumentError, EngineFailedError, FewstepError, QueueFullEr
 from ..runtime.loader import load
 from ..runtime.pipeline import Pipeline
 from ..runtime.prepare import Prepared, latent_shape
-from ..runtime.request import Request, check_integer, check_size
+from ..runtime.request import Request, check_among, check_integer, check_size
 from ..runtime.result import Result, ResultPart, make_result
 from .cpu_lock import CpuLock
 from .job import Job, check_prepared
@@ -145,7 +145,7 @@ class Server:
         """
         self._check_open()
         try:
-            return self.pipeline.request(prompt, **options)
+            return self.pipeline.request(prompt, sizes=self.sizes, **options)
         except FewstepError as error:
             self._counters.rejected(type(error).__name__)
             raise
@@ -264,11 +264,7 @@ class Server:
     def check(self, request: Request) -> tuple[tuple[int, int, int], int]:
         """The request's latent shape and the UNet rows of an image; `ArgumentError` if this server does not take it."""
         shape = latent_shape(self.pipeline.bundle, request)
-        if shape not in self._pools:
-            raise ArgumentError(
-                f"size is {request.width}x{request.height}",
-                expected=f"one of {', '.join(f'{w}x{h}' for w, h in self.sizes)}",
-            )
+        check_among((request.width, request.height), self.sizes, own=request.own_size)
         if request.images > self.most_slots:
             raise ArgumentError(f"{request.images} images in one request", expected=f"at most {self.most_slots}")
         rows = 2 if request.guided and not self.pipeline.bundle.guidance_embedding else 1

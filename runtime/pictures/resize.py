@@ -80,7 +80,7 @@ def _listed(given: Any) -> Sequence[Any]:
 
 def size_of(bundle: Bundle, picture: Image) -> tuple[int, int]:
     """(width, height) of a picture, each rounded down to what the model takes, as diffusers rounds."""
-    unit = bundle.latent.factor * bundle.latent.multiple
+    unit = bundle.latent.unit
     width, height = (side // unit * unit for side in picture.size)
     if not (width and height):
         raise ArgumentError(f"the picture is {picture.width}x{picture.height}", expected=f"at least {unit}x{unit}")
@@ -103,7 +103,7 @@ def fit_pictures(
 def fit_picture(picture: Image, width: int, height: int, fit: str) -> Image:
     """The picture at width x height.
 
-    `"stretch"` ignores its proportions (as diffusers does where a size is given), and so does `"diffusers"`. `"cover"`
+    `"stretch"` ignores its proportions, as diffusers does, and so does `"diffusers"`, another word for it. `"cover"`
     keeps them and crops what stands over, in the middle. `"contain"` keeps them and repeats the edges around it.
     Resizing is Lanczos.
     """

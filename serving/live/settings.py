@@ -87,7 +87,7 @@ class LiveSettings:
             schedule=self.schedule,
             guidance=self.guidance,
             seed=self.seed,
-            size=self.size,
+            size=self.size or pipeline.size,
             image=np.full((8, 8, 3), 128, np.uint8) if image else None,
             # half a step more than the steps that are kept, so that rounding keeps them
             strength=min(1.0, (steps + 0.5) / scheduled),

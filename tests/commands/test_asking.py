@@ -86,6 +86,21 @@ def test_usage_errors(capsys: pytest.CaptureFixture[str], sd1_bundle: Any, argum
 
 
 @pytest.mark.usefixtures("pictures")
+def test_a_picture_keeps_its_size_unless_another_is_asked_for(
+    capsys: pytest.CaptureFixture[str], sd1_bundle: Any, tmp_path: Path
+) -> None:
+    Image.new("RGB", (47, 37), (90, 20, 60)).save(tmp_path / "odd.png")
+    plain = ["run", str(sd1_bundle.folder), "--prompt=x", "--image=odd.png", "--steps=2", "--output=out.png"]
+    code, _, err = call(capsys, *plain)
+    assert (code, "size 46x36: that of the picture, 47x37" in err) == (0, True), err
+    assert Image.open("out.png").size == (46, 36)
+    code, _, err = call(capsys, *plain, "--size=32x32")
+    assert (code, "that of the picture" in err, Image.open("out.png").size) == (0, False, (32, 32))
+    code, _, err = call(capsys, *plain, "--size=47x37")
+    assert (code, "width is 47; expected a multiple of 2. Use 46 or 48." in err) == (2, True), err
+
+
+@pytest.mark.usefixtures("pictures")
 def test_a_grid_takes_the_same(capsys: pytest.CaptureFixture[str], sd1_bundle: Any) -> None:
     code, out, err = call(
         capsys,

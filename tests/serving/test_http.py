@@ -92,6 +92,18 @@ def test_an_edit_is_the_pipelines_image_to_image(url: str, student: fewstep.Pipe
     assert psnr(pixels(answer.json()["data"][0]["b64_json"]), alone.images[0]) >= 50.0
 
 
+def test_an_edit_of_another_size_is_fitted_where_a_size_is_asked_for(url: str) -> None:
+    """Without one it would have its own, which a server of fixed sizes may not serve: it says so, and which it has."""
+    fields, files = {"prompt": "a ring", "num_inference_steps": "2"}, {"image": ("x.png", png(913, 512))}
+    refused = httpx.post(f"{url}/v1/images/edits", data=fields, files=files, timeout=60)
+    assert refused.status_code == 422
+    words = refused.json()["error"]["message"]
+    assert "the own size of the picture, as none is asked for, is 912x512; expected one of 64x64" in words
+    assert "Ask for one of these" in words
+    fitted = httpx.post(f"{url}/v1/images/edits", data={**fields, "size": "64x64"}, files=files, timeout=60)
+    assert (fitted.status_code, fitted.json()["size"]) == (200, "64x64")
+
+
 BAD_JSON = [
     (b"", 400),
     (b"{", 400),
