@@ -104,7 +104,7 @@ def load_options(options: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
 
 def _own_size(options: argparse.Namespace, bundle: Bundle) -> tuple[int, int] | None:
     """The size that the first picture's own makes, said; `None` without a picture."""
-    from ..runtime.pictures.images import open_image
+    from ..runtime.pictures.reading import open_image
     from ..runtime.pictures.resize import size_of
 
     if not options.image:
