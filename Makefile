@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 CORE := $(VENV)/.core
 FULL := $(VENV)/.full
 
-.PHONY: bench-export bench-sd15 bench-sd15-request bench-sdxl bench-peers demo test lint parity bench bindings-check install-check ray-test load-bench load-bench-sd15 soak live-bench model clean
+.PHONY: bench-export bench-sd15 bench-sd15-request bench-sdxl bench-peers demo test lint parity bench bindings-check install-check ray-test load-bench load-bench-sd15 soak live-bench door-bench model clean
 
 demo: $(CORE)
 	$(BIN)/fewstep demo
@@ -113,6 +113,9 @@ soak: $(FULL)
 	$(BIN)/python bench/soak.py --json $(RESULTS)/soak-cpu.json
 
 # In the browser, against a server of its own: needs Debian's chromium and chromium-driver.
+door-bench: $(FULL)
+	$(BIN)/python bench/door.py --output $(RESULTS)/door-cpu.json
+
 live-bench: $(FULL)
 	$(BIN)/python bench/live.py --output $(RESULTS)/live-cpu.json
 

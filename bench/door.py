@@ -1,0 +1,129 @@
+"""What the doors add: HTTP and WebSocket beside the server's own time, on connections that are kept.
+
+python bench/door.py [--repeat 200] [--output FILE]
+
+`fewstep serve` runs the embedded student at 64x64 with one step, in a process of its own. Of each answer its own word
+for how long the server took is subtracted, and for HTTP the time that making the PNG takes; what is left is the door's:
+parsing, threads, sockets. The client takes its own share of the machine's cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import http.client
+import io
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+from fewstep.bench.machine import describe
+from fewstep.serving.http.bodies import encode_picture
+from fewstep.serving.live.protocol import FRAME, FRAME_HEADER, SUBPROTOCOL
+from live import percentile, serving
+from PIL import Image
+
+BODY = {"prompt": "a red circle on a blue background", "num_inference_steps": 1, "guidance_scale": 0}
+WARM_UP = 20
+
+
+def summary(milliseconds: list[float]) -> dict[str, float]:
+    return {f"p{p}_ms": round(percentile(milliseconds, p), 3) for p in (50, 90, 99)}
+
+
+def http_door(address: str, repeat: int) -> dict[str, Any]:
+    """Health, and pictures of one step, one after the other."""
+    connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=60)
+
+    def asked(method: str, path: str, body: dict[str, Any] | None = None) -> tuple[float, bytes]:
+        data = None if body is None else json.dumps(body).encode()
+        began = time.perf_counter()
+        connection.request(method, path, data, {"content-type": "application/json"})
+        answer = connection.getresponse().read()
+        return 1e3 * (time.perf_counter() - began), answer
+
+    health, wall, own, picture = [], [], [], b""
+    for i in range(WARM_UP + repeat):
+        took, _ = asked("GET", "/health/live")
+        whole, answer = asked("POST", "/v1/images/generations", {**BODY, "seed": i})
+        if i >= WARM_UP:
+            health.append(took)
+            wall.append(whole)
+            own.append(json.loads(answer)["timings_ms"]["total"])
+            picture = base64.b64decode(json.loads(answer)["data"][0]["b64_json"])
+    encoding = png_ms(picture)
+    added = [w - o - encoding for w, o in zip(wall, own, strict=True)]
+    return {
+        "health": summary(health),
+        "request": summary(wall),
+        "server": summary(own),
+        "png_ms": round(encoding, 3),
+        "added": summary(added),
+    }
+
+
+def png_ms(picture: bytes) -> float:
+    """The median time to make a picture's PNG, as the server makes it."""
+    with Image.open(io.BytesIO(picture)) as opened:
+        pixels = np.asarray(opened.convert("RGB"))
+    taken = []
+    for _ in range(50):
+        began = time.perf_counter()
+        encode_picture(pixels, "png", None)
+        taken.append(1e3 * (time.perf_counter() - began))
+    return statistics.median(taken)
+
+
+def live_door(address: str, repeat: int) -> dict[str, Any]:
+    """Another seed, and the frame that shows it, one after the other."""
+    from websockets.sync.client import connect
+
+    wall, own = [], []
+    with connect(f"ws{address.removeprefix('http')}/live/socket", subprotocols=[SUBPROTOCOL], max_size=1 << 24) as socket:  # type: ignore[list-item]
+        settings = {"prompt": BODY["prompt"], "steps": 1, "guidance": 0}
+        socket.send(json.dumps({"type": "set", "id": 1, "at": 0, "settings": settings}))
+        for i in range(2, 2 + WARM_UP + repeat):
+            began = time.perf_counter()
+            socket.send(json.dumps({"type": "set", "id": i, "at": 0, "settings": {"seed": i}}))
+            latency_us = frame_of(socket, i)
+            if i >= 2 + WARM_UP:
+                wall.append(1e3 * (time.perf_counter() - began))
+                own.append(1e-3 * latency_us)
+    added = [w - o for w, o in zip(wall, own, strict=True)]
+    return {"frame": summary(wall), "server": summary(own), "added": summary(added)}
+
+
+def frame_of(socket: Any, wanted: int) -> int:
+    """Acknowledge frames until one shows this input; the server's latency in microseconds."""
+    while True:
+        message = socket.recv(timeout=30)
+        if isinstance(message, str) or message[0] != FRAME:
+            continue
+        _, _, _, number, shown, latency_us, _ = FRAME_HEADER.unpack_from(message)
+        socket.send(json.dumps({"type": "ack", "frame": number}))
+        if shown >= wanted:
+            return int(latency_us)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeat", type=int, default=200)
+    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    options = parser.parse_args()
+    with serving("--threads", "1") as (address, _):
+        figures = {"http": http_door(address, options.repeat), "websocket": live_door(address, options.repeat)}
+    for door, found in figures.items():
+        print(f"{door}: {json.dumps(found)}")
+    if options.output:
+        data = {"what": (__doc__ or "").split("\n")[0], "machine": describe(1), "repeat": options.repeat, **figures}
+        options.output.write_text(json.dumps(data, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
