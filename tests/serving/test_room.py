@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 ROOM = Room(images=40, work_s=10.0)
+FORM = {"prompt": "a", "size": "64x64"}
 
 
 def test_one_caller_leaves_a_quarter_to_others() -> None:
@@ -128,7 +129,7 @@ def test_memory_follows_admission() -> None:
         async with httpx.AsyncClient(timeout=300, limits=limits) as client:
 
             async def one() -> int:
-                form: dict[str, Any] = {"data": {"prompt": "a"}, "files": {"image": ("x.png", picture)}}
+                form: dict[str, Any] = {"data": FORM, "files": {"image": ("x.png", picture)}}
                 return (await client.post(f"{url}/v1/images/edits", **form)).status_code
 
             return list(await asyncio.gather(*(one() for _ in range(150))))
@@ -148,5 +149,5 @@ def test_memory_follows_admission() -> None:
 
 async def flood_once(url: str, picture: bytes) -> None:
     async with httpx.AsyncClient(timeout=300) as client:
-        answer = await client.post(f"{url}/v1/images/edits", data={"prompt": "a"}, files={"image": ("x.png", picture)})
+        answer = await client.post(f"{url}/v1/images/edits", data=FORM, files={"image": ("x.png", picture)})
         assert answer.status_code == 200
