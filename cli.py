@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from .errors import FewstepError, WriteError
+from .errors import FewstepError, OutOfMemoryError, WriteError
 from .version import __version__
 
 EXIT_CODES = """exit codes: 0 ok, 2 usage, 3 something is missing (an extra, an engine, a file), 4 incompatible or
@@ -72,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(importlib.import_module(f".commands.{options.verb}", __package__).execute(options))
     except FewstepError as error:
         return _report(error, as_json=options.json)
+    except MemoryError as error:
+        remedy = "Ask for less at once; `fewstep memory BUNDLE` says what fits."
+        return _report(OutOfMemoryError(str(error) or "memory does not suffice", remedy=remedy), as_json=options.json)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

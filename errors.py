@@ -109,7 +109,7 @@ class BlackImageError(FewstepError):
 
 
 class OutOfMemoryError(FewstepError):
-    """Device memory that does not suffice; the message says what would fit."""
+    """Memory that does not suffice, of the host or of a device; the message says what would fit."""
 
     exit_code = 3
 

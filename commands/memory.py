@@ -64,11 +64,11 @@ def execute(options: argparse.Namespace) -> int:
 
 def _lines(data: dict[str, Any]) -> list[str]:
     width, height = data["size"]
-    lines = [f"{width}x{height}, {data['batch']} at once; MB: weights + buffers + intermediate, measured peak"]
+    lines = [f"{width}x{height}, {data['batch']} at once; MB: weights + buffers + intermediate; peak, measured peak"]
     for stage in data["stages"]:
         parts = " + ".join(f"{stage[n] / 1e6:9.1f}" for n in ("weights", "buffers", "activations"))
         measured = f", measured {stage['measured'] / 1e6:9.1f}" if "measured" in stage else ""
-        lines.append(f"{stage['component']:15} {parts} = {stage['total'] / 1e6:9.1f}{measured}")
+        lines.append(f"{stage['component']:15} {parts}; {stage['total'] / 1e6:9.1f}{measured}")
     largest = data["largest_batch"]
     fits = ", ".join(f"{n} {'unknown' if v is None else v}" for n, v in largest.items())
     free = "unknown" if data["free_bytes"] is None else f"{data['free_bytes'] / 1e9:.1f} GB"

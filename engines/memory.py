@@ -2,8 +2,12 @@
 
 A stage holds its weights, its inputs and outputs, and at its peak some intermediate results. For those a simple count
 is made of the largest tensors that must be alive at once: at the UNet's first level all skip connections and a few
-working copies, at the decoder's last level a few copies of its widest picture; and on the CPU, where attention writes
-its scores out and convolutions unfold their input, these too. It is an estimate; `fewstep memory` measures beside it.
+working copies or what a transformer block has, at the decoder's last level a few copies of its widest picture.
+
+The rest is ONNX Runtime on the CPU as it was measured: weights are held twice, as they came and packed for products;
+while an engine is opened there are more copies; and an arena plans as much memory again as is used at once. Attention
+works by blocks of scores, except where the bundle's default size has so few that writing all is faster: those scores
+are there at any size. The estimate is within `WITHIN` of what `fewstep memory` measures beside it.
 """
 
 from __future__ import annotations
@@ -14,31 +18,50 @@ from typing import Any
 
 from ..bundle import Bundle, Component
 from .base import TensorSpec
+from .graph.rewrite import FEW_SCORES
+from .profile import profiles_for
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
+WITHIN = 1.6
+"""How far an estimate for the CPU and a measurement may lie apart, as a factor: of any stage, in the tests."""
 WORKING_COPIES = 4
 """Copies of the widest tensor that are alive at once: input, normalised, convolved, and the residual."""
-UNFOLDED = 9
-"""Values for each input of a 3x3 convolution when its input is unfolded."""
+BLOCK_COPIES = 30
+"""Of a transformer block's states: residual, queries, keys, values, their heads, the wide unit and its halves."""
+PLANNED = 2
+"""Times what is used at once, on the CPU: what the arena got on the first run, and the plan made from that."""
 SCORES = 2
 """Matrices of attention scores alive at once: before the softmax, and after it."""
+HELD, OPENING = 2, 4
+"""Copies of the weights on the CPU: while an engine runs, and while it is opened."""
+LIBRARY = 30_000_000
+"""Bytes that ONNX Runtime takes for itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageMemory:
-    """Bytes of one stage for one batch: of weights, of inputs and outputs, and of intermediate results at the peak."""
+    """Bytes of one stage for one batch: of weights, of inputs and outputs, and of intermediate results at the peak.
+
+    opening: of what is there while its engine is opened, instead of these. library: of the backend's own, once a
+    process.
+    """
 
     component: str
     weights: int
     buffers: int
     activations: int
+    opening: int = 0
+    library: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.buffers + self.activations
+        return self.library + max(self.opening, self.weights + self.buffers + self.activations)
 
     def to_json(self) -> dict[str, int | str]:
-        return {n: getattr(self, n) for n in ("component", "weights", "buffers", "activations", "total")}
+        return {
+            n: getattr(self, n)
+            for n in ("component", "weights", "buffers", "activations", "opening", "library", "total")
+        }
 
 
 def dims_for(bundle: Bundle, size: tuple[int, int], batch: int) -> dict[str, int]:
@@ -57,11 +80,16 @@ def stages_of(bundle: Bundle) -> list[str]:
 def predict_stage(bundle: Bundle, name: str, dims: Mapping[str, int], *, on_cpu: bool = True) -> StageMemory:
     """The estimate for one component."""
     part = bundle.component(name)
+    stored = bundle.path(part.weights).stat().st_size
+    scores = _written_scores(bundle, name, dims) if on_cpu else 0
+    elements = _activations(name, part, dims) * (PLANNED if on_cpu else 1) + SCORES * scores
     return StageMemory(
         component=name,
-        weights=bundle.path(part.weights).stat().st_size,
+        weights=stored * (HELD if on_cpu else 1),
         buffers=sum(_bytes(s, dims) for s in (*part.inputs, *part.outputs)),
-        activations=_activations(name, part, dims, on_cpu) * BYTES[part.dtype],
+        activations=elements * BYTES[part.dtype],
+        opening=stored * OPENING if on_cpu else 0,
+        library=LIBRARY if on_cpu else 0,
     )
 
 
@@ -74,9 +102,14 @@ def predict(bundle: Bundle, size: tuple[int, int], batch: int, *, on_cpu: bool =
 def predicted_peak(
     bundle: Bundle, size: tuple[int, int], batch: int, *, loaded: bool = False, on_cpu: bool = True
 ) -> int:
-    """All weights and buffers, and the intermediate results of the stage that has most; `loaded`: without weights."""
+    """All weights and buffers, and the intermediate results of the stage that has most.
+
+    loaded: without what there is already: the library and the weights.
+    """
     stages = predict(bundle, size, batch, on_cpu=on_cpu)
-    lasting = sum(s.buffers + (0 if loaded else s.weights) for s in stages)
+    lasting = sum(s.buffers for s in stages)
+    if not loaded:
+        lasting += max(s.library for s in stages) + sum(s.weights for s in stages)
     return lasting + max(s.activations for s in stages)
 
 
@@ -105,32 +138,62 @@ def _bytes(spec: TensorSpec, dims: Mapping[str, int]) -> int:
     return count
 
 
-def _activations(name: str, part: Component, dims: Mapping[str, int], on_cpu: bool) -> int:
-    """Elements of intermediate results at the peak."""
+def _activations(name: str, part: Component, dims: Mapping[str, int]) -> int:
+    """Elements of intermediate results that are alive at once, without attention's scores."""
     config: Mapping[str, Any] = part.config
     if name.startswith("text_encoder"):
         length, width = int(config["max_position_embeddings"]), int(config["hidden_size"])
         inner = int(config.get("intermediate_size", 4 * width))
         heads = int(config.get("num_attention_heads", 1))
         return dims["prompts"] * (length * (inner + WORKING_COPIES * width) + heads * length * length)
-    channels = [int(c) for c in config["block_out_channels"]]
+    channels = _channels(config)
+    levels = _levels(channels, dims)
+    if name != "unet":
+        pixels = levels[0] << 2 * (len(channels) - 1)
+        widest = pixels * channels[min(1, len(channels) - 1)]  # the last level but one is upsampled before it narrows
+        return dims["batch"] * WORKING_COPIES * widest
     layers = int(config.get("layers_per_block", 1))
-    cells = dims["height"] * dims["width"]
-    levels = [-(-dims["height"] >> i) * -(-dims["width"] >> i) for i in range(len(channels))]
-    if name == "unet":
-        skips = sum((layers + 1) * c * levels[i] for i, c in enumerate(channels))
-        widest = max((c + channels[max(i - 1, 0)]) * levels[i] for i, c in enumerate(channels))
-        written = max(UNFOLDED * widest, SCORES * _scores(config, levels)) if on_cpu else 0
-        return dims["rows"] * (skips + WORKING_COPIES * widest + written)
-    pixels = cells << 2 * (len(channels) - 1)
-    widest = pixels * channels[min(1, len(channels) - 1)]  # the last level but one is upsampled before it is narrowed
-    written = max(UNFOLDED * widest, SCORES * cells * cells) if on_cpu else 0
-    return dims["batch"] * (WORKING_COPIES * widest + written)
+    skips = sum((layers + 1) * c * levels[i] for i, c in enumerate(channels))
+    widest = max((c + channels[max(i - 1, 0)]) * levels[i] for i, c in enumerate(channels))
+    states = max((channels[i] * levels[i] for i in _attending(config)), default=0)
+    return dims["rows"] * (skips + max(WORKING_COPIES * widest, BLOCK_COPIES * states))
 
 
-def _scores(config: Mapping[str, Any], levels: list[int]) -> int:
-    """Elements of the largest matrix of attention scores, of all heads."""
+def _written_scores(bundle: Bundle, name: str, dims: Mapping[str, int]) -> int:
+    """Elements of the largest matrix of scores, of all rows and heads, that attention writes to memory whole."""
+    config: Mapping[str, Any] = bundle.component(name).config
+    if name.startswith("text_encoder"):
+        return 0  # a part of its activations
+    channels, usual = _channels(config), profiles_for(bundle)[name][0].optimum
+    asked, default = _levels(channels, dims), _levels(channels, usual)
+    if name != "unet":
+        return _written(usual["batch"] * default[0] ** 2, dims["batch"] * asked[0] ** 2)
     heads = config.get("num_attention_heads") or config.get("attention_head_dim") or 1
-    by_level = [int(h) for h in heads] if isinstance(heads, (list, tuple)) else [int(heads)] * len(levels)
+    by_level = [int(h) for h in heads] if isinstance(heads, (list, tuple)) else [int(heads)] * len(channels)
+    return max(
+        (
+            _written(usual["rows"] * by_level[i] * default[i] ** 2, dims["rows"] * by_level[i] * asked[i] ** 2)
+            for i in _attending(config)
+        ),
+        default=0,
+    )
+
+
+def _written(usual: int, asked: int) -> int:
+    return asked if usual <= FEW_SCORES else 0
+
+
+def _channels(config: Mapping[str, Any]) -> list[int]:
+    return [int(c) for c in config["block_out_channels"]]
+
+
+def _levels(channels: list[int], dims: Mapping[str, int]) -> list[int]:
+    """Cells of each level of a UNet, the latent's first; of a decoder the first alone is meant."""
+    return [-(-dims["height"] >> i) * -(-dims["width"] >> i) for i in range(len(channels))]
+
+
+def _attending(config: Mapping[str, Any]) -> list[int]:
+    """The levels of a UNet that have attention; the middle's cells are the last level's."""
     kinds = list(config.get("down_block_types", ()))
-    return max((by_level[i] * n * n for i, n in enumerate(levels) if i < len(kinds) and "Attn" in kinds[i]), default=0)
+    middle = [len(kinds) - 1] if config.get("mid_block_type", "Attn") else []
+    return sorted({i for i, kind in enumerate(kinds) if "Attn" in kind} | set(middle))

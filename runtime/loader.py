@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, overload
 
 from ..bundle import Bundle, read_bundle
+from ..errors import OutOfMemoryError
 from .group import PipelineGroup
 from .pipeline import Pipeline
 
@@ -24,4 +25,10 @@ def load(
     built yet are built first (`build="never"` refuses instead).
     """
     bundle = folder if isinstance(folder, Bundle) else read_bundle(folder)
-    return Pipeline(bundle, **options) if devices is None else PipelineGroup(bundle, devices=devices, **options)
+    try:
+        return Pipeline(bundle, **options) if devices is None else PipelineGroup(bundle, devices=devices, **options)
+    except MemoryError as error:
+        raise OutOfMemoryError(
+            f"memory does not suffice for loading {bundle.name!r}",
+            remedy="Free some; `fewstep memory BUNDLE` says what is needed.",
+        ) from error

@@ -181,23 +181,34 @@ class Pipeline:
         began = time.perf_counter()
         prepared = self.prepare(request)
         part = yield from self.make(prepared, previews=previews)
-        return make_result(self.bundle, prepared, [part], total_ms=_since(began))
+        with self._memory_told(request, request.images):
+            return make_result(self.bundle, prepared, [part], total_ms=_since(began))
 
     def prepare(self, request: Request) -> Prepared:
         """The request with prompts and picture encoded and noise drawn, ready for slots."""
-        with self._own_size_explained(request):
+        with self._memory_told(request, request.images), self._own_size_explained(request):
             return prepare(self.bundle, self.text, self.vae, request)
 
     def make(self, prepared: Prepared, *, previews: bool = False) -> Generator[Step, None, ResultPart]:
         """The pictures of a prepared request, or of a part of one, step by step or as one piece of work."""
         images, request = len(prepared.samplings), prepared.request
+        with self._memory_told(request, images), self._own_size_explained(request):
+            return (yield from self._make(prepared, previews=previews))
+
+    @contextmanager
+    def _memory_told(self, request: Request, images: int) -> Iterator[None]:
+        """Turn a failed allocation within into `OutOfMemoryError` that says what would fit."""
+        doing = f"{images} image{'s' * (images > 1)} of {request.width}x{request.height}"
         try:
-            what = f"{images} image{'s' * (images > 1)} of {request.width}x{request.height}"
-            with self.device.guard_memory(what), self._own_size_explained(request):
-                return (yield from self._make(prepared, previews=previews))
-        except OutOfMemoryError as error:
-            fits = self._would_fit((request.width, request.height), images)
-            raise OutOfMemoryError(error.found, expected=fits, remedy=error.remedy) from error
+            with self.device.guard_memory(doing):
+                yield
+        except (OutOfMemoryError, MemoryError) as error:
+            found = error.found if isinstance(error, OutOfMemoryError) else "memory does not suffice"
+            raise OutOfMemoryError(
+                found if doing in found else f"{found}, of {doing}",
+                expected=self._would_fit((request.width, request.height), images),
+                remedy="Ask for fewer images or a smaller size at once; `fewstep memory BUNDLE` says what fits.",
+            ) from error
 
     @contextmanager
     def _own_size_explained(self, request: Request) -> Iterator[None]:

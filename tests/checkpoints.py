@@ -118,11 +118,11 @@ def _plain(
     )
 
 
-def make_sd1(folder: Path, **unet: object) -> Path:
+def make_sd1(folder: Path, vae: dict[str, object] | None = None, **unet: object) -> Path:
     """SD 1.x: CLIP with quick GELU, epsilon prediction, PNDM under leading spacing as its real config has it."""
     vocab = tokenizer(folder.with_suffix(".tok"))
     scheduler = PNDMScheduler(**BETAS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
-    _plain(vocab, _text(1, vocab), _unet(2, **unet), _vae(3), scheduler).save_pretrained(folder)
+    _plain(vocab, _text(1, vocab), _unet(2, **unet), _vae(3, **(vae or {})), scheduler).save_pretrained(folder)
     return folder
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...errors import ArgumentError, CorruptError, MismatchError, MissingExtraError, UnsupportedError
+from ...errors import (
+    ArgumentError,
+    CorruptError,
+    MismatchError,
+    MissingExtraError,
+    OutOfMemoryError,
+    UnsupportedError,
+)
 from ..base import Binding, TensorSpec
 from ..options import RunOptions
 from ..profile import check_dims
@@ -22,6 +30,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 ALIGNMENT = 64
+_NO_MEMORY = ("Failed to allocate memory", "bad allocation", "bad_alloc", "out of memory", "ALLOC_FAILED")
+"""What ONNX Runtime, C++ and CUDA say where memory does not suffice."""
 _ONNX_TYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -146,7 +156,10 @@ def open_session(
         configure(options)
     source = model if isinstance(model, bytes) else str(model)
     try:
-        session = onnxruntime.InferenceSession(source, options, providers=provider.requested(run, stream))
+        with memory_told("opening an engine"):
+            session = onnxruntime.InferenceSession(source, options, providers=provider.requested(run, stream))
+    except OutOfMemoryError:
+        raise
     except Exception as error:
         raise CorruptError(
             f"ONNX Runtime {onnxruntime.__version__} refuses the model: {_brief(error, model)}",
@@ -156,6 +169,21 @@ def open_session(
     check_provider(session, provider)
     check_placement(session, provider)
     return session
+
+
+@contextmanager
+def memory_told(doing: str) -> Iterator[None]:
+    """Turn what NumPy and ONNX Runtime raise where memory does not suffice into `OutOfMemoryError`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in _NO_MEMORY):
+            raise
+        raise OutOfMemoryError(
+            f"memory does not suffice for {doing}",
+            expected="less at once",
+            remedy="Ask for fewer images or a smaller size at once; `fewstep memory BUNDLE` says what fits.",
+        ) from error
 
 
 def check_provider(session: Any, provider: Provider) -> None:
@@ -225,8 +253,10 @@ class OrtBinding:
     ) -> None:
         from onnxruntime import OrtValue
 
-        self.inputs: dict[str, NDArray[Any]] = {n: aligned_array(s.resolve(dims), s.dtype) for n, s in inputs.items()}
-        self.outputs: dict[str, NDArray[Any]] = {n: aligned_array(s.resolve(dims), s.dtype) for n, s in outputs.items()}
+        with memory_told("an engine's inputs and outputs"):
+            own = [{n: aligned_array(s.resolve(dims), s.dtype) for n, s in of.items()} for of in (inputs, outputs)]
+        self.inputs: dict[str, NDArray[Any]] = own[0]
+        self.outputs: dict[str, NDArray[Any]] = own[1]
         self._session, self._io, self._lock = session, session.io_binding(), threading.Lock()
         # The values alias the arrays; they are kept because the binding holds only their addresses.
         self._values = {n: OrtValue.ortvalue_from_numpy(a) for n, a in (*self.inputs.items(), *self.outputs.items())}
@@ -244,7 +274,8 @@ class OrtBinding:
                 "two threads use one binding", expected="a binding for each thread", remedy="Call engine.bind in each."
             )
         try:
-            self._session.run_with_iobinding(self._io)
+            with memory_told("an evaluation"):
+                self._session.run_with_iobinding(self._io)
         finally:
             self._lock.release()
 

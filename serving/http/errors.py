@@ -17,6 +17,7 @@ from ...errors import (
     EngineFailedError,
     FewstepError,
     NonFiniteError,
+    OutOfMemoryError,
     QueueFullError,
     UnavailableError,
 )
@@ -24,6 +25,7 @@ from ...errors import (
 STATUS: tuple[tuple[type[FewstepError], int, str], ...] = (
     (QueueFullError, 429, "queue_full"),
     (DeadlineError, 504, "deadline"),
+    (OutOfMemoryError, 503, "out_of_memory"),
     (EngineFailedError, 503, "engine_failed"),
     (UnavailableError, 503, "unavailable"),
     (ArgumentError, 422, "invalid_combination"),
