@@ -35,7 +35,7 @@ def option(text: str) -> tuple[str, Any]:
     """`NAME=VALUE`; what is no JSON is a text."""
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE, like use_karras_sigmas=true")
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE, like rho=5")
     try:
         return name, json.loads(value)
     except ValueError:
@@ -77,7 +77,7 @@ def add_sampler_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="any of these, or with --compat a key of the scheduler's configuration; repeatable",
+        help="any of these, or in diffusers' conventions a key of the scheduler's configuration; repeatable",
     )
 
 
