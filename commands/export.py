@@ -6,6 +6,8 @@ import argparse
 import resource
 import sys
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from .common import bar, defaults_line, emit, say
 
@@ -118,5 +120,18 @@ def execute(options: argparse.Namespace) -> int:
     if defaults.preset:
         lines.append(f"  preset {defaults.preset}: {defaults_line(defaults)}")
     lines.append(f"  gate: {data['gate'].get('status')}")
+    lines += picture_lines(data["gate"].get("pictures", {}))
     emit(options, data, "\n".join(lines))
     return 0
+
+
+def picture_lines(pictures: Mapping[str, Any]) -> list[str]:
+    """What the gate says of whole pictures beside diffusers' own, a line each."""
+    lines = []
+    for task, verdict in ({"pictures": pictures} if "status" in pictures else pictures).items():
+        words = verdict["status"]
+        if words == "passed":
+            psnr = verdict["psnr_db"]
+            words = "diffusers' own, " + ("to the last bit" if psnr is None else f"at {psnr:.0f} dB")
+        lines.append(f"    {task.replace('_', ' ')}: {words}")
+    return lines

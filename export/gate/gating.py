@@ -67,7 +67,8 @@ def run_gate(
 def needed_memory(bundle: Bundle, *, fused: bool = False) -> int:
     """Bytes that the largest step of a gate takes: a model in float32 beside itself in the precision of its engine.
 
-    With LoRAs the reference holds the UNet and the encoders at once.
+    Pictures take the UNet and the VAE at once, on both sides. With LoRAs the reference holds the UNet and the encoders
+    at once.
     """
     counts = {}
     for name, component in bundle.components.items():
@@ -75,8 +76,11 @@ def needed_memory(bundle: Bundle, *, fused: bool = False) -> int:
         counts[name] = (size // _SIZES[component.dtype], component.dtype)
     single = max(n * (4 + (_SIZES[d] if d != "float32" else 0)) for n, d in counts.values())
     together = sum(4 * n for k, (n, _) in counts.items() if not k.startswith("vae")) if fused else 0
-    engine = max(2 * n * _SIZES[d] for n, d in counts.values())
-    return max(single, together, engine) + _ACTIVATIONS
+    encoders = set(bundle.text_encoders)
+    pictures = sum(4 * n for k, (n, _) in counts.items() if k not in encoders)
+    engines = {k: 2 * n * _SIZES[d] for k, (n, d) in counts.items()}
+    whole = sum(size for k, size in engines.items() if k not in encoders)
+    return max(single, together, pictures, whole, *engines.values()) + _ACTIVATIONS
 
 
 def check_memory(needed: int, available: int | None) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from checkpoints import copy
 from fewstep.bundle import Bundle
+from fewstep.commands.export import picture_lines
 from fewstep.errors import GateError
 from fewstep.export import export_bundle
 from fewstep.export.checkpoint.compose import compose_checkpoint
@@ -101,3 +102,13 @@ def test_the_references_pictures_show_something(sd1_bundle: Bundle) -> None:
     shown = {n: v for n, v in pictures.items() if n.startswith("picture/")}
     assert len(shown) == 3
     assert all(v.dtype == np.uint8 and v.std() > 5 for v in shown.values())
+
+
+def test_the_command_says_how_near_pictures_are_or_why_it_does_not_know() -> None:
+    passed = {"status": "passed", "psnr_db": 81.4}
+    assert picture_lines({"text_to_image": passed, "image_to_image": {**passed, "psnr_db": None}}) == [
+        "    text to image: diffusers' own, at 81 dB",
+        "    image to image: diffusers' own, to the last bit",
+    ]
+    assert picture_lines({"status": "not run: no kernels"}) == ["    pictures: not run: no kernels"]
+    assert picture_lines({}) == []
