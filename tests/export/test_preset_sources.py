@@ -53,8 +53,8 @@ def test_options_of_the_sampler_are_part_of_the_bundle(tiny_sd1: Path, sd1_bundl
         latent = np.ones((1, 4, 2, 2))
         return float(np.abs(program.run(lambda x, t: 0 * x, latent, lambda: np.full_like(latent, 9.0))).max())
 
-    plain = make_request(sd1_bundle, "a", seed=0, size=(32, 32), sampler="tcd", steps=4, eta=1.0).program
-    latent = np.ones((1, 4, 2, 2))
+    request = make_request(sd1_bundle, "a", seed=0, size=(32, 32), sampler="tcd", steps=4, eta=1.0, compat="diffusers")
+    plain, latent = request.program, np.ones((1, 4, 2, 2))
     assert noises() == pytest.approx(
         float(np.abs(plain.run(lambda x, t: 0 * x, latent, lambda: np.full_like(latent, 9.0))).max())
     )
