@@ -82,9 +82,11 @@ def png_ms(picture: bytes) -> float:
 def live_door(address: str, repeat: int) -> dict[str, Any]:
     """Another seed, and the frame that shows it, one after the other."""
     from websockets.sync.client import connect
+    from websockets.typing import Subprotocol
 
     wall, own = [], []
-    with connect(f"ws{address.removeprefix('http')}/live/socket", subprotocols=[SUBPROTOCOL], max_size=1 << 24) as socket:  # type: ignore[list-item]
+    url, protocols = f"ws{address.removeprefix('http')}/live/socket", [Subprotocol(SUBPROTOCOL)]
+    with connect(url, subprotocols=protocols, max_size=1 << 24) as socket:
         settings = {"prompt": BODY["prompt"], "steps": 1, "guidance": 0}
         socket.send(json.dumps({"type": "set", "id": 1, "at": 0, "settings": settings}))
         for i in range(2, 2 + WARM_UP + repeat):
