@@ -13,14 +13,14 @@ _lock = threading.Lock()
 
 
 class Scratch:
-    """A user's share in the scratch memory of the streams that it runs on.
+    """A user's share in the scratch memory of the streams that it runs on, of a torch device.
 
     The block of a stream is as large as the largest need that was told of before it is first used, so users tell theirs
     when they are made. What was given out once stays where it is: recorded work holds its address.
     """
 
-    def __init__(self, torch: Any, device: Any, length: int) -> None:
-        self._torch, self._device, self.length = torch, device, max(1, length)
+    def __init__(self, torch: Any, place: Any, length: int) -> None:
+        self._torch, self._place, self.length = torch, place, max(1, length)
         self._blocks: dict[int, Any] = {}
 
     def expect(self, stream: int) -> None:
@@ -43,10 +43,10 @@ class Scratch:
             block = None if reference is None else reference()
             if block is None or len(block) < self.length:
                 block = self._torch.empty(
-                    max(u.length for u in _users[key]), dtype=self._torch.uint8, device=self._device
+                    max(u.length for u in _users[key]), dtype=self._torch.uint8, device=self._place
                 )
                 _blocks[key] = weakref.ref(block)
         return block
 
     def _key(self, stream: int) -> tuple[int, int]:
-        return int(self._device.index or 0), stream
+        return int(self._place.index or 0), stream
