@@ -1,10 +1,10 @@
 """Thousands of requests over HTTP with cancels, disconnects, bad inputs and overload: nothing leaks, nothing is wrong.
 
-    python bench/soak.py [--requests 10000] [--json FILE]
+    python bench/soak.py [--requests 10000] [--no-attacks] [--json FILE]
 
 `fewstep serve` runs the embedded student in a process of its own; ten times as many clients as it holds requests send
-one after the other. Each image that comes back is compared with the one made alone (50 dB). The server's memory, open
-files and threads are read as it goes, and its own figures at the end.
+one after the other, while others attack it (attackers.py). Each image that comes back is compared with the one made
+alone (50 dB). The server's memory, open files and threads are read as it goes, and its own figures at the end.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ import re
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
+from fewstep.bench.attackers import Attackers, under_attack
 from fewstep.bench.live import serving
 from fewstep.bench.machine import describe
 from fewstep.runtime import load
@@ -204,7 +206,7 @@ def made_alone() -> dict[tuple[int, int], np.ndarray]:
     return expected
 
 
-def soak(*, requests: int, clients: int, seed: int = 0) -> dict[str, Any]:
+def soak(*, requests: int, clients: int, seed: int = 0, attacks: bool = True) -> dict[str, Any]:
     """Run it, and say what was seen."""
     machine, expected = describe(1), made_alone()
     with serving(*SERVER) as (url, process):
@@ -214,9 +216,15 @@ def soak(*, requests: int, clients: int, seed: int = 0) -> dict[str, Any]:
             at = round(time.monotonic() - began, 1)
             samples.append({"request": number, "seconds": at, **resources(process.pid)})
 
-        asyncio.run(run.run(max(50, requests // 10), clients, lambda number: None))  # what is paid once is paid here
+        attackers = Attackers(url, seed=seed)
+
+        async def attacked(count: int, sample: Any) -> None:
+            async with under_attack(attackers) if attacks else nullcontext():
+                await run.run(count, clients, sample)
+
+        asyncio.run(attacked(max(50, requests // 10), lambda number: None))  # what is paid once is paid here
         before, first, began = settled(url, process.pid), len(run.latencies), time.monotonic()
-        asyncio.run(run.run(requests, clients, sample))
+        asyncio.run(attacked(requests, sample))
         seconds = time.monotonic() - began
         after, samples = settled(url, process.pid), figures(url)
     accepted = np.array(run.latencies[first:]) * 1e3
@@ -231,7 +239,8 @@ def soak(*, requests: int, clients: int, seed: int = 0) -> dict[str, Any]:
         "held_by_the_server": SLOTS + QUEUE,
         "seconds": round(seconds, 1),
         "seen": dict(sorted(run.seen.items())),
-        "wrong": run.wrong[:20],
+        "attacks": dict(sorted(attackers.seen.items())),
+        "wrong": [*run.wrong, *attackers.wrong][:20],
         "worst_image_db": round(run.worst_db, 1) if np.isfinite(run.worst_db) else "identical",
         "accepted_latency_ms": {f"p{q}": round(float(np.percentile(accepted, q)), 1) for q in (50, 90, 99, 100)},
         "before": before,
@@ -251,9 +260,10 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--clients", type=int, default=10 * (SLOTS + QUEUE), help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-attacks", action="store_true", help="honest and careless clients alone")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    result = soak(requests=options.requests, clients=options.clients, seed=options.seed)
+    result = soak(requests=options.requests, clients=options.clients, seed=options.seed, attacks=not options.no_attacks)
     print(json.dumps(result, indent=1))
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
