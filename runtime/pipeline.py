@@ -28,7 +28,7 @@ from .pictures.vae import Vae, check_images
 from .prepare import Prepared, prepare
 from .prompts.encoders import TextEncoders
 from .request import MOST_IMAGES, Request, check_size, make_request
-from .result import Result, ResultPart, Step, make_result
+from .result import Result, ResultPart, Step, StepLatents, make_result
 
 MODES = ("latency", "shared")
 T = TypeVar("T")
@@ -238,7 +238,11 @@ class Pipeline:
                 for i in range(program.evaluations):
                     x0 = np.empty_like(latents) if previews else None
                     slots.tick(admitted, None if x0 is None else dict(zip(admitted, x0, strict=True)))
-                    yield self._step(program, i, x0, lambda: np.stack([slots.latent(slot) for slot in admitted]))
+                    reading = StepLatents(lambda: np.stack([slots.latent(slot) for slot in admitted]))
+                    try:
+                        yield self._step(program, i, x0, reading)
+                    finally:
+                        reading.end()
                 for slot, into in zip(admitted, latents, strict=True):
                     slots.result(slot, into)
                 ticks = slots.take_times()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -85,6 +86,32 @@ class Result:
         return names
 
 
+class StepLatents:
+    """What a step shows of slots, for as long as they are as the step found them; from any thread.
+
+    Once it is ended, and as soon as `end` returns, reading is an `ArgumentError`: the slots have moved on, or are
+    another request's.
+    """
+
+    def __init__(self, read: Callable[[], Float32]) -> None:
+        self._read: Callable[[], Float32] | None = read
+        self._lock = threading.Lock()
+
+    def __call__(self) -> Float32:
+        with self._lock:
+            if self._read is None:
+                raise ArgumentError(
+                    "the call has gone on, or ended, since this step was made",
+                    expected="a step whose evaluation is the last one so far",
+                    remedy="Take latents() in on_step, or before the next step of the stream, and keep the array.",
+                )
+            return self._read()
+
+    def end(self) -> None:
+        with self._lock:
+            self._read = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """Progress of a call: evaluation `index` of `total` was made at `timestep`.
@@ -101,7 +128,10 @@ class Step:
     _decode: Callable[[Float32], UInt8] | None = field(default=None, repr=False)
 
     def latents(self) -> Float32:
-        """The latents after this evaluation, in diffusers' coordinates, float32 [B, C, h, w]; until the next one."""
+        """The latents after this evaluation, in diffusers' coordinates, float32 [B, C, h, w].
+
+        `ArgumentError` once the call has gone on to the next evaluation or ended, and where it shows none.
+        """
         if self._latents is None:
             raise ArgumentError("this request does not show its latents", remedy="Ask for previews.")
         return self._latents()
