@@ -15,6 +15,7 @@ from starlette.responses import Response, StreamingResponse
 from ...runtime.request import Request as RuntimeRequest
 from ...runtime.result import Result, Step
 from ..server import Server
+from ..tasks import end_tasks
 from ..ticket import Ticket
 from .bodies import BodyBudget, check_content_type, encode_picture, open_clear_mask, open_picture, read_body, read_form
 from .calls import Calls, arguments, make_calls
@@ -115,9 +116,7 @@ async def _or_gone(request: Request, ticket: Ticket) -> Result:
             raise ClientDisconnect
         return result.result()
     finally:
-        gone.cancel()
-        if not result.done():
-            result.cancel()
+        await end_tasks(gone, result)
 
 
 async def _result(ticket: Ticket) -> Result:

@@ -24,6 +24,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from ...errors import EngineFailedError, FewstepError, UnavailableError
 from ..http import Metrics, Service, Settings
+from ..tasks import end_tasks
 from .frames import Frame
 from .hub import LiveHub
 from .metrics import LiveMetrics
@@ -48,6 +49,8 @@ from .session import LiveSession
 
 log = logging.getLogger("fewstep.serving")
 TOKEN_PREFIX = "fewstep-token."
+GONE = (WebSocketDisconnect, RuntimeError, OSError)
+"""What receiving and sending raise once the client is not there any more."""
 INLINE_PIXELS = 128 * 128
 KEPT_NUMBERS = 1024
 POLICY = (
@@ -112,6 +115,11 @@ def _hash(html: str, element: str) -> str:
     return f"'sha256-{b64encode(hashlib.sha256(inner.encode()).digest()).decode()}'"
 
 
+def _gravity(error: Exception) -> int:
+    """Which of the errors of one connection is told of: the least. That the client went is the least telling."""
+    return 2 if isinstance(error, GONE) else 1 if isinstance(error, FewstepError) else 0
+
+
 class Connection:
     """One client: what it says goes to its session, what the session makes goes to it."""
 
@@ -162,12 +170,12 @@ class Connection:
 
     async def _serve(self, session: LiveSession) -> None:
         await self._socket.send_text(self._hello(session))
-        tasks = {asyncio.create_task(c) for c in (self._receive(session), self._send(session), self._watch())}
-        done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in pending:
-            task.cancel()
-        await asyncio.gather(*pending, return_exceptions=True)
-        error = next((e for t in done if (e := t.exception()) is not None), None)
+        tasks = [asyncio.create_task(c) for c in (self._receive(session), self._send(session), self._watch())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            errors = await end_tasks(*tasks)
+        error = min(errors, key=_gravity, default=None)
         if error is None or isinstance(error, WebSocketDisconnect):
             await self._close(1000, None)
         elif isinstance(error, ProtocolError):
@@ -176,7 +184,7 @@ class Connection:
             await self._close(1011, error)
         elif isinstance(error, UnavailableError):
             await self._close(1001, error)
-        elif isinstance(error, (RuntimeError, OSError)):
+        elif isinstance(error, GONE):
             log.debug("a live client went away (%s)", type(error).__name__)
         else:
             log.error("a live connection failed", exc_info=error)
@@ -317,5 +325,5 @@ class Connection:
                 if error is not None:
                     await self._socket.send_text(write_error(error))
                 await self._socket.close(code, (str(error.found) if error else "")[:100])
-        except (RuntimeError, OSError, WebSocketDisconnect):
+        except GONE:
             log.debug("a live client went away before it was told why")
