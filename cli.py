@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from .errors import FewstepError, OutOfMemoryError, WriteError
+from .places import REFUSALS, ROOM
 from .version import __version__
 
 EXIT_CODES = """exit codes: 0 ok, 2 usage, 3 something is missing (an extra, an engine, a file), 4 incompatible or
@@ -80,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        return _report(WriteError(f"{error.strerror or error}{where}"), as_json=options.json)
+        words = REFUSALS.get(error.errno or 0) if error.errno in ROOM else None
+        return _report(WriteError(f"{words or error.strerror or error}{where}"), as_json=options.json)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -17,7 +17,8 @@ from .find import engine_key
 from .key import EngineKey
 from .options import BuildOptions
 from .profile import Profile
-from .store import Entry, Store, now
+from .store import Entry, Store, now, sweep, writing_engine
+from .weights import source_bytes
 
 _log = logging.getLogger("fewstep.engines")
 
@@ -84,19 +85,23 @@ def build_engine(
 def _make(kind: Backend, key: EngineKey, job: BuildJob, began: float) -> Entry:
     """Build an engine and put it into the store; nothing stays of one that fails."""
     try:
-        facts = kind.build(job)
-        built = {"at": now(), "seconds": round(time.monotonic() - began, 3), "bundle": job.bundle.name}
-        return job.store.commit(key, job.target, built=built, facts=facts, data=job.data if job.data.exists() else None)
-    finally:
-        job.target.unlink(missing_ok=True)
+        with writing_engine(job.name, job.target.parent, needed=source_bytes(job.bundle, job.component)):
+            facts = kind.build(job)
+            built = {"at": now(), "seconds": round(time.monotonic() - began, 3), "bundle": job.bundle.name}
+            data = job.data if job.data.exists() else None
+            return job.store.commit(key, job.target, built=built, facts=facts, data=data)
+    except BaseException:
+        sweep(job.target.parent)
+        raise
 
 
 def _stored(store: Store, key: EngineKey) -> Entry | None:
     """The engine of this key, or `None` when there is none or it is visibly damaged: then it is built anew."""
     try:
         entry = store.find(key)
-        if entry is not None and entry.path.stat().st_size == entry.digest.length:
+        if entry is None or not (damaged := entry.damaged):
             return entry
+        _log.warning("the stored engine of %s has no whole %s: building it again", key.component, damaged)
     except (CorruptError, MissingError, OSError) as error:
         _log.warning("the stored engine of %s is damaged (%s): building it again", key.component, error)
     return None

@@ -86,16 +86,16 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def open_regular(path: Path, what: str) -> int:
+def open_regular(path: Path, what: str, *, remedy: str = "") -> int:
     """A descriptor of a regular file. Raises `MissingError`, or `UnsafeFileError` for a link or anything else."""
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
     except FileNotFoundError as error:
-        raise MissingError(f"{what} is not there: {path.name}") from error
+        raise MissingError(f"{what} is not there: {path.name}", remedy=remedy) from error
     except OSError as error:
         if path.is_symlink():
             raise UnsafeFileError(f"{what} is a link", expected="a regular file") from error
-        raise MissingError(f"{what} cannot be read: {error.strerror}") from error
+        raise MissingError(f"{what} cannot be read: {error.strerror}", remedy=remedy) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise UnsafeFileError(f"{what} is not a regular file", expected="a regular file")
@@ -107,7 +107,7 @@ def read_checked(path: Path, expected: FileDigest, *, what: str, remedy: str) ->
 
     Raises `CorruptError` when the length or any chunk is not the expected one, `MissingError`, `UnsafeFileError`.
     """
-    descriptor = open_regular(path, what)
+    descriptor = open_regular(path, what, remedy=remedy)
     with os.fdopen(descriptor, "rb") as file:
         length = os.fstat(file.fileno()).st_size
         if length != expected.length:

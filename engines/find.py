@@ -52,16 +52,19 @@ def find_engine(
 ) -> Entry:
     """The stored engine that fits best: exact profiles before dynamic ones, default options before others.
 
-    Raises `MissingError` when nothing was built for this component, `MismatchError` when all that was is for something
-    else; the message names the fields of the nearest one.
+    Raises `MissingError` when nothing was built for this component or its file is gone, `MismatchError` when all that
+    was is for something else; the message names the fields of the nearest one.
     """
     needed = engine_key(bundle, component, kind, options=options)
     nearest: tuple[Difference, ...] = ()
     fitting: list[tuple[int, str, Entry]] = []
+    robbed: Entry | None = None
     for entry in store.entries(component, kind.name):
         key = entry.key if options is not None else replace(entry.key, options=needed.options)
         differing = differences(key, needed, dims=dims)
-        if not differing:
+        if not differing and entry.lost:
+            robbed = entry
+        elif not differing:
             loose = sum(not p.is_exact for p in entry.key.profiles)
             fitting.append((2 * (entry.key.options != needed.options) + bool(loose), entry.built.get("at", ""), entry))
         elif not nearest or len(differing) < len(nearest):
@@ -73,6 +76,12 @@ def find_engine(
     remedy = f"Build it with: {command(bundle, kind.name, dims)}"
     if unreadable is not None:
         raise unreadable
+    if robbed is not None:
+        raise MissingError(
+            f"the engine {robbed.name} has lost its file {robbed.lost}",
+            expected="the file that its manifest names",
+            remedy=remedy,
+        )
     if not nearest:
         raise MissingError(f"no engine of {component!r} for {kind.name} is in the store", remedy=remedy)
     raise MismatchError(

@@ -176,14 +176,14 @@ def _why(one: Listed, *, stale: bool, unused_days: float | None, everything: boo
 
 def _remove(store: Store, name: str, reason: str, *, dry_run: bool) -> list[Pruned]:
     """Delete one engine, its manifest first, unless a builder holds its lock."""
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
     folder = store.root / name
     length = sum(p.lstat().st_size for p in folder.iterdir())
     if dry_run:
         return [Pruned(name=name, length=length, reason=reason)]
     try:
-        with FileLock(store.root / f".{name}.lock", timeout=0, mode=0o600):
+        with store.lock_folder(name, timeout=0):
             (folder / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(folder)
     except Timeout:
@@ -193,12 +193,12 @@ def _remove(store: Store, name: str, reason: str, *, dry_run: bool) -> list[Prun
 
 def _leftovers(store: Store, *, dry_run: bool) -> list[Pruned]:
     """Folders without a manifest, and files that no manifest names: what killed builders left."""
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
     result = []
     for folder in sorted(p for p in store.root.iterdir() if p.is_dir() and not p.is_symlink()):
         try:
-            with FileLock(store.root / f".{folder.name}.lock", timeout=0, mode=0o600):
+            with store.lock_folder(folder.name, timeout=0):
                 if (folder / MANIFEST).exists():
                     freed = 0 if dry_run else sweep(folder)
                 else:

@@ -26,7 +26,7 @@ from .base import Engine
 from .build import build_engine
 from .find import check_passed, engine_key
 from .profile import profiles_for
-from .store import Store
+from .store import Store, writing_engine
 
 EVALUATIONS = 5
 ENOUGH_SECONDS = 3.0
@@ -66,8 +66,9 @@ def choose_measured(
     with _measuring:
         choice = _measure(bundle, component, able, store, progress or (lambda *_: None))
     part = record.with_name(f"{record.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(asdict(choice)))
-    part.replace(record)
+    with writing_engine(component, store.root):
+        part.write_text(json.dumps(asdict(choice)))
+        part.replace(record)
     return choice
 
 

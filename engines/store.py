@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CorruptError, FewstepError, MismatchError, MissingError, UnsafeFileError
+from ..places import writing
 from .digest import FileDigest, digest_file, open_regular, read_checked
 from .key import EngineKey
 
@@ -31,6 +32,7 @@ MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
 MANIFEST_BYTES = 1 << 20
 ENV_CACHE, ENV_DIGEST = "FEWSTEP_CACHE_DIR", "FEWSTEP_STORE_DIGEST"
+ROOM_REMEDY = f"Free some with: fewstep engines prune, or keep engines elsewhere: set {ENV_CACHE}."
 REBUILD = "Rebuild it with: fewstep build BUNDLE --force"
 _ENTRY = re.compile(r"[a-z0-9_]+\.[a-z0-9-]+\.[0-9a-f]{32}")
 _FILE = re.compile(r"[0-9a-f]{16}\.[a-z0-9]+")
@@ -69,6 +71,20 @@ class Entry:
     @property
     def failed(self) -> bool:
         return self.gate.get("passed") is False
+
+    @property
+    def files(self) -> Mapping[str, FileDigest]:
+        return {self.file: self.digest} | (dict([self.data]) if self.data else {})
+
+    @property
+    def lost(self) -> str:
+        """Which of its files is not there; empty where all are."""
+        return next((n for n in self.files if not os.path.lexists(self.folder / n)), "")
+
+    @property
+    def damaged(self) -> str:
+        """Which of its files is not there, or not as long as it was; empty where all are."""
+        return next((n for n, d in self.files.items() if not _is_whole(self.folder / n, d.length)), "")
 
     def read(self) -> memoryview:
         """The engine's bytes, checked; `CorruptError` when they are not the ones that were built."""
@@ -143,19 +159,31 @@ class Store:
     @contextlib.contextmanager
     def lock(self, key: EngineKey, *, timeout: float = -1) -> Iterator[None]:
         """Hold the lock of one key: one builder at a time, across processes; `filelock.Timeout` after `timeout` s."""
+        self._check_writable()
+        with self.lock_folder(self.entry_folder(key).name, timeout=timeout):
+            yield
+
+    @contextlib.contextmanager
+    def lock_folder(self, name: str, *, timeout: float) -> Iterator[None]:
+        """`lock`, by the name of an engine's folder."""
         from filelock import FileLock
 
-        self._check_writable()
         # The lock is the operating system's, so that it goes with the process that held it.
-        with FileLock(self.root / f".{self.entry_folder(key).name}.lock", timeout=timeout, mode=0o600):
+        lock = FileLock(self.root / f".{name}.lock", timeout=timeout, mode=0o600)
+        with writing_engine(name.partition(".")[0], self.root):
+            lock.acquire()
+        try:
             yield
+        finally:
+            lock.release()
 
     def part(self, key: EngineKey, suffix: str) -> Path:
         """A path to build into, under the key's lock; sweeps what a killed builder left."""
         self._check_writable()
         folder = self.entry_folder(key)
-        folder.mkdir(mode=0o700, exist_ok=True)
-        sweep(folder)
+        with writing_engine(key.component, self.root):
+            folder.mkdir(mode=0o700, exist_ok=True)
+            sweep(folder)
         return folder / f"engine.{os.getpid()}.{suffix}.part"
 
     def commit(
@@ -221,13 +249,14 @@ class Store:
     def _write_manifest(self, entry: Entry) -> None:
         text = json.dumps(entry.to_json(), indent=1, ensure_ascii=False)
         part = entry.folder / f"{MANIFEST}.{os.getpid()}.part"
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        part.chmod(0o600)
-        part.replace(entry.folder / MANIFEST)
-        sync(entry.folder)
+        with writing_engine(entry.key.component, entry.folder, needed=len(text)):
+            with part.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            part.chmod(0o600)
+            part.replace(entry.folder / MANIFEST)
+            sync(entry.folder)
 
 
 def default_store() -> Store:
@@ -268,10 +297,12 @@ def sweep(folder: Path) -> int:
 
 
 def _own(root: Path) -> None:
-    """Make the store's folder for its owner alone, or check that it is so: an engine is code."""
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        root.mkdir(mode=0o700)
+    """Make the store's folder for its owner alone, or check that it is so, an engine is code."""
+    if not os.path.lexists(root):
+        with writing("the engine store", root.parent, remedy=f"Keep engines elsewhere: set {ENV_CACHE}."):
+            root.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                root.mkdir(mode=0o700)
     status = root.lstat()
     if not stat.S_ISDIR(status.st_mode):
         raise UnsafeFileError(f"the engine store {str(root)!r} is not a folder", expected="a folder, and no link")
@@ -293,7 +324,7 @@ def _own(root: Path) -> None:
 
 def _manifest_bytes(folder: Path) -> bytes:
     """The manifest's bytes, of a regular file and no more than a mebibyte."""
-    descriptor = open_regular(folder / MANIFEST, f"the manifest of the engine {folder.name}")
+    descriptor = open_regular(folder / MANIFEST, f"the manifest of the engine {folder.name}", remedy=REBUILD)
     with os.fdopen(descriptor, "rb") as file:
         data = file.read(MANIFEST_BYTES + 1)
     if len(data) > MANIFEST_BYTES:
@@ -348,6 +379,15 @@ def _parse(folder: Path, data: Mapping[str, Any]) -> Entry:
             remedy=REBUILD,
         )
     return entry
+
+
+def _is_whole(path: Path, length: int) -> bool:
+    return path.is_file() and path.stat().st_size == length
+
+
+def writing_engine(name: str, where: Path, *, needed: int = 0) -> contextlib.AbstractContextManager[None]:
+    """`places.writing` for the engine of a component in the store."""
+    return writing(f"the engine of {name!r}", where, needed=needed, remedy=ROOM_REMEDY)
 
 
 def now() -> str:

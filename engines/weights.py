@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..bundle import Bundle, Component
@@ -14,9 +16,15 @@ from ..errors import CorruptError, MissingError
 from .digest import compare_file, open_regular, sha256_file
 from .store import REBUILD, Entry, Store
 
+_log = logging.getLogger("fewstep.engines")
 SMALL_BYTES = 64 << 20
 # A file changed this recently may change again without its time changing: it gets no record.
 _SETTLED_NS = 2_000_000_000
+
+
+def source_bytes(bundle: Bundle, component: Component) -> int:
+    """Bytes of a component's graph and weights, which its engine takes about as much as."""
+    return sum(bundle.path(n).stat().st_size for n in (component.graph, component.weights))
 
 
 def check_graph(bundle: Bundle, component: Component) -> Path:
@@ -58,7 +66,7 @@ def check_data(entry: Entry, store: Store) -> Path:
         raise MissingError(f"the engine {entry.name} has no weights file", remedy=REBUILD)
     name, digest = entry.data
     path = entry.folder / name
-    os.close(open_regular(path, f"the weights of the engine {entry.name}"))
+    os.close(open_regular(path, f"the weights of the engine {entry.name}", remedy=REBUILD))
 
     def check() -> None:
         compare_file(path, digest, what=f"the weights of the engine {entry.name}", remedy=REBUILD)
@@ -77,14 +85,25 @@ def _check_once(path: Path, sha256: str, store: Store | None, check: Callable[[]
             return
     check()
     if record is not None and _state(path) == state and time.time_ns() - max(state[2:4]) > _SETTLED_NS:
-        part = record.with_name(f"{record.name}.{os.getpid()}.part")
-        part.write_text(json.dumps({"state": state, "sha256": sha256}), encoding="utf-8")
-        part.replace(record)
+        _record(record, {"state": state, "sha256": sha256})
 
 
 def _state(path: Path) -> list[int]:
     status = path.stat()
     return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def _record(record: Path, passed: Mapping[str, object]) -> None:
+    """Note a check that passed. Where that cannot be written the file is hashed again the next time."""
+    part = record.with_name(f"{record.name}.{os.getpid()}.part")
+    try:
+        part.write_text(json.dumps(passed), encoding="utf-8")
+        part.replace(record)
+    except OSError as error:
+        _log.info("no record was kept of a check that passed (%s)", error.strerror)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def _recorded(record: Path) -> object:

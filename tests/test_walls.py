@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "diffusers", "onnx", "transformers", "onnxruntime"}
 FLOORS = (
     ("errors", "version"),
-    ("families", "schedules"),
+    ("families", "schedules", "places"),
     ("bundle",),
     ("presets", "engines"),
     ("runtime",),

@@ -11,15 +11,18 @@ import threading
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from ...errors import CancelledError
+from ...errors import CancelledError, CorruptError, FewstepError
+from ...places import why_not_written, write_error
 from .. import machine
 from ..base import Engine
 from ..graph.accounting import Forms, check_fusion, count_operators
 from ..graph.float16 import convert_saved
 from ..options import BuildOptions, RunOptions
-from ..weights import check_data, check_graph, check_weights, read_weights
+from ..store import ROOM_REMEDY
+from ..weights import check_data, check_graph, check_weights, read_weights, source_bytes
 from .ort import OrtEngine, Provider, import_onnxruntime, open_session
 from .registry import Backend, BuildJob, OpenJob
 
@@ -85,6 +88,8 @@ class OrtBackend(Backend):
         except Exception as error:
             if job.cancel.is_set():
                 raise CancelledError(f"the build of {job.name!r} was cancelled") from error
+            if isinstance(error, CorruptError) and self._loads(graph, source.parent, job):
+                self._blame_the_disk(job, error)
             raise
         finally:
             finished.set()
@@ -106,6 +111,23 @@ class OrtBackend(Backend):
             "copies": sum(n for name, n in operators.items() if name.startswith("Memcpy")),
             "fused": check_fusion(job.name, job.component.operators, operators, strict=strict, fused=fused),
         }
+
+    def _loads(self, graph: bytes, folder: Path, job: BuildJob) -> bool:
+        """Whether ONNX Runtime takes the graph where it is not to save it; its errors do not tell the two apart."""
+        once, level = RunOptions(threads=1, spinning="off"), job.options.optimization
+        try:
+            open_session(graph, external_folder=folder, provider=self.provider, run=once, optimization=level)
+        except FewstepError:
+            return False
+        return True
+
+    def _blame_the_disk(self, job: BuildJob, error: CorruptError) -> None:
+        """Raise `WriteError` where the system refuses to write what an engine takes."""
+        folder, needed = job.target.parent, source_bytes(job.bundle, job.component)
+        number = why_not_written(folder, 2 * needed)  # what was saved is folded and reordered too
+        if number is not None:
+            what = f"the engine of {job.name!r}"
+            raise write_error(number, what, folder, needed=needed, remedy=ROOM_REMEDY) from error
 
     def open(self, job: OpenJob) -> Engine:
         """Load a saved graph with the weights it points to; nothing is optimised again."""
