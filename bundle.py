@@ -13,6 +13,7 @@ from typing import Any
 
 from .errors import ArgumentError, CorruptError, MissingError, UnknownNameError, UnsafeFileError
 from .families import Condition, Family, all_families, find_family
+from .places import put_back
 
 FORMAT = 1
 MANIFEST = "bundle.json"
@@ -330,11 +331,12 @@ def read_defaults(data: Mapping[str, Any]) -> Defaults:
 def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
     """Read `bundle.json`.
 
-    Raises `MissingError` when there is none, `CorruptError` when it is not a manifest of this format.
+    A bundle that a killed export had put aside is put back first (`places.py`). Raises `MissingError` when there is
+    none, `CorruptError` when it is not a manifest of this format.
     """
     root = Path(folder)
     manifest = root / MANIFEST
-    if not manifest.is_file():
+    if not manifest.is_file() and not put_back(root.absolute()):
         raise MissingError(
             f"no bundle in {str(folder)!r}",
             expected=f"a folder with {MANIFEST}",

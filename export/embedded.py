@@ -10,6 +10,7 @@ from filelock import FileLock
 
 from ..bundle import MANIFEST, Bundle, read_bundle
 from ..errors import ArgumentError, MissingError
+from ..places import writing
 from .trace.graphs import RECIPE, cache_folder
 
 MODELS = ("base", "student")
@@ -39,11 +40,12 @@ def embedded_bundle(model: str) -> tuple[Bundle, bool]:
     folder = cache_folder().parent / "embedded" / f"{model}-{digest.hexdigest()[:12]}"
     if (folder / MANIFEST).is_file():
         return read_bundle(folder), False
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if (folder / MANIFEST).is_file():
-            return read_bundle(folder), False
-        from .export import export_bundle
+    with writing("the embedded model's bundle", folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if (folder / MANIFEST).is_file():
+                return read_bundle(folder), False
+            from .export import export_bundle
 
-        reference = checkpoint / "reference.safetensors"
-        return export_bundle(checkpoint, folder, name=f"embedded-{model}", reference=reference), True
+            reference = checkpoint / "reference.safetensors"
+            return export_bundle(checkpoint, folder, name=f"embedded-{model}", reference=reference), True

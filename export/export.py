@@ -6,9 +6,7 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
-import shutil
-import tempfile
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +15,7 @@ from typing import Any
 
 from ..bundle import MANIFEST, Bundle, Component, Defaults, Latent, read_defaults, write_manifest
 from ..errors import ArgumentError, CorruptError, MissingExtraError
+from ..places import put_back, put_in_place, room_for, staging_folder, writing
 from ..presets import Preset, find_preset, preset_defaults, recognise_preset
 from ..version import __version__
 from .checkpoint.compose import compose_checkpoint, describe_part, names_of, read_tensors
@@ -27,6 +26,7 @@ from .gate.gating import SWITCHED_OFF, run_gate
 from .plan import ComponentPlan, check_scheduler, choose_precisions, plan_components
 from .tokenizers import export_tokenizer
 from .trace.graphs import TracedGraph, find_graph, keep_graph
+from .trace.layout import SIZES
 
 log = logging.getLogger("fewstep.export")
 
@@ -70,12 +70,13 @@ def export_bundle(
     reference: torch's float32 outputs for this very checkpoint, written before; without it torch computes them now.
 
     Nothing appears at `folder` until everything is written and, with `gate`, compared with torch in float32: a
-    failure or an interrupt leaves what was there before. (A kill between the two renames that replace a bundle leaves
-    the old one beside it, as `.NAME.PID.old`.) Raises the errors of `compose_checkpoint` and `match_loras`,
+    failure, an interrupt or a kill leaves what was there before (`places.py`; what a killed export left beside `folder`
+    is swept by the next one). Raises the errors of `compose_checkpoint` and `match_loras`,
     `ArgumentError` when the folder exists and `overwrite` is not set, `GateError` when ONNX Runtime does not agree
-    with torch.
+    with torch, `WriteError` where the system refuses to write, as on a full disk.
     """
     target = Path(folder).absolute()  # not resolve(): a link must stay visible
+    put_back(target)
     _check_target(target, overwrite)
     if revision is not None and Path(source).exists():
         raise ArgumentError(f"revision {revision!r} of a file or folder", remedy="Leave it out: it is for hub ids.")
@@ -97,25 +98,26 @@ def export_bundle(
     check_scheduler(checkpoint.scheduler, replaced=chosen is not None)
     precisions = choose_precisions(checkpoint, dtype, vae_dtype)
     dtypes = {kind: p.dtype for kind, p in precisions.items()}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
-    try:
+    with writing("the bundle", target.parent), staging_folder(target) as staging:
         plans = plan_components(checkpoint, dtypes)
         graphs = {p.kind: find_or_trace(p, progress) for p in plans}
         shapes = {p.kind: (p.config, {w.key: w.shape for w in graphs[p.kind].parameters}) for p in plans}
         fusion = match_loras(checkpoint.loras, shapes)
-        components = {p.kind: export_component(p, graphs[p.kind], fusion, staging, progress) for p in plans}
-        components = {n: replace(c, source={**c.source, "precision": precisions[n].why}) for n, c in components.items()}
-        bundle = _assemble(checkpoint, staging, components, name or target.name, chosen)
-        report = SWITCHED_OFF
-        if gate:
-            report = run_gate(checkpoint, bundle, dtypes, stage=progress.stage, reference=reference, quick=quick_gate)
-        bundle = replace(bundle, gate=report)
-        write_manifest(bundle)
-        staging.chmod(0o755)
-        _put_in_place(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        with room_for("the bundle", target.parent, _length(graphs)):
+            components = {p.kind: export_component(p, graphs[p.kind], fusion, staging, progress) for p in plans}
+            components = {
+                n: replace(c, source={**c.source, "precision": precisions[n].why}) for n, c in components.items()
+            }
+            bundle = _assemble(checkpoint, staging, components, name or target.name, chosen)
+            report = SWITCHED_OFF
+            if gate:
+                report = run_gate(
+                    checkpoint, bundle, dtypes, stage=progress.stage, reference=reference, quick=quick_gate
+                )
+            bundle = replace(bundle, gate=report)
+            write_manifest(bundle)
+            staging.chmod(0o755)
+            put_in_place(staging, target)
     return replace(bundle, folder=target)
 
 
@@ -133,22 +135,10 @@ def _check_target(target: Path, overwrite: bool) -> None:
             )
 
 
-def _put_in_place(staging: Path, target: Path) -> None:
-    """Rename the finished folder to its place; an old bundle goes aside first and is deleted last."""
-    if not target.exists():
-        staging.rename(target)
-        return
-    aside = target.with_name(f".{target.name}.{os.getpid()}.old")
-    target.rename(aside)
-    try:
-        staging.rename(target)
-    except BaseException:
-        if not target.exists():
-            aside.rename(target)
-        raise
-    finally:
-        if target.exists():
-            shutil.rmtree(aside, ignore_errors=True)
+def _length(graphs: Mapping[str, TracedGraph]) -> int:
+    """Bytes of the graphs with their weights."""
+    weights = sum(math.prod(p.shape) * SIZES[p.dtype] for g in graphs.values() for p in g.parameters)
+    return weights + sum(len(g.onnx) for g in graphs.values())
 
 
 def find_or_trace(plan: ComponentPlan, progress: Progress) -> TracedGraph:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from ..bundle import MANIFEST, Bundle, Component, read_bundle, write_manifest
 from ..bundle import Tokenizer as TokenizerRecord
 from ..errors import ArgumentError, UnsupportedError
 from ..families.base import vae_factor
+from ..places import put_in_place, staging_folder, writing
 from .checkpoint.folder import Checkpoint, check_unet, read_json, read_part
 from .checkpoint.lora import match_loras
 from .export import Progress, export_component, find_or_trace
@@ -39,12 +39,12 @@ def swap_parts(bundle: Bundle, parts: Mapping[str, Any]) -> Bundle:
 
     parts: by name, a module of diffusers or transformers, a tokenizer, or another bundle to take that part from. Each
     network keeps the precision that its module has. Raises `UnsupportedError` for an object that the family has no
-    place for, `ArgumentError` for one that does not fit the others, `GateError` where the graph and torch disagree.
+    place for, `ArgumentError` for one that does not fit the others, `GateError` where the graph and torch disagree,
+    `WriteError` on a full disk.
     """
     root = cache_folder().parent / "swapped"
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root, prefix=".saved.") as saved:
-        places = {n: _save(bundle, n, p, Path(saved) / n) for n, p in parts.items() if not isinstance(p, Bundle)}
+    with writing("a bundle with parts replaced", root), staging_folder(root / "saved") as saved:
+        places = {n: _save(bundle, n, p, saved / n) for n, p in parts.items() if not isinstance(p, Bundle)}
         folder = root / f"{bundle.name.partition('+')[0]}-{_digest(bundle, parts, places)[:16]}"
         with FileLock(f"{folder}.lock"):
             if not (folder / MANIFEST).is_file():
@@ -83,8 +83,7 @@ def _digest(bundle: Bundle, parts: Mapping[str, Any], places: Mapping[str, Path]
 
 
 def _make(bundle: Bundle, parts: Mapping[str, Any], places: Mapping[str, Path], folder: Path) -> None:
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
-    try:
+    with staging_folder(folder) as staging:
         plans = [p for n in bundle.model.parts if n in places for p in _plans(bundle, n, places[n])]
         components = {**bundle.components, **_borrowed(bundle, parts, staging)}
         components |= {p.kind: _export(p, staging) for p in plans}
@@ -108,9 +107,7 @@ def _make(bundle: Bundle, parts: Mapping[str, Any], places: Mapping[str, Path], 
         made = replace(made, gate=_gate(bundle, made, plans))
         write_manifest(made)
         staging.chmod(0o755)
-        staging.rename(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        put_in_place(staging, folder)
 
 
 def _plans(bundle: Bundle, name: str, place: Path) -> Iterator[ComponentPlan]:

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from ...bundle import Bundle, read_bundle, write_manifest
 from ...engines.machine import available_memory
 from ...errors import CorruptError, FewstepError, GateError, MissingExtraError, OutOfMemoryError
+from ...places import refusal, write_error
 from ..checkpoint.folder import Checkpoint
 
 REFERENCE = "reference.safetensors"
@@ -178,6 +179,8 @@ def _run_reference(checkpoint: Checkpoint, path: Path, dtypes: Mapping[str, str]
     if quick:
         command.append("--quick")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if (number := refusal(done.stderr)) is not None and done.returncode:
+        raise write_error(number, "torch's reference", path.parent)
     if done.returncode or not path.is_file():
         raise GateError(
             f"torch could not compute the reference (exit code {done.returncode}): {done.stderr.strip()[-800:]}",

@@ -21,6 +21,7 @@ import platformdirs
 
 from ...engines.base import TensorSpec
 from ...errors import CorruptError
+from ...places import writing
 from ..checkpoint.configs import canonical_config
 
 RECIPE = 5
@@ -82,16 +83,17 @@ def find_graph(key: str) -> TracedGraph | None:
 def keep_graph(graph: TracedGraph, folder: Path | None = None) -> Path:
     """Write a graph into a folder (the user's cache if none is given), whole or not at all."""
     folder = folder or cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{graph.key}.graph"
-    handle, name = tempfile.mkstemp(dir=folder, suffix=".part")
-    part = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(_pack(graph))
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    path, packed = folder / f"{graph.key}.graph", _pack(graph)
+    with writing("a traced graph", folder, needed=len(packed)):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=folder, suffix=".part")
+        part = Path(name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(packed)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
     return path
 
 

@@ -19,7 +19,6 @@ from fewstep.errors import (
 )
 from fewstep.export import export_bundle, open_checkpoint
 from fewstep.export.embedded import embedded_bundle, embedded_checkpoint
-from fewstep.export.export import _put_in_place
 from fewstep.export.plan import plan_components
 from fewstep.export.trace.graphs import find_graph, graph_key
 from refusals import refused
@@ -261,19 +260,6 @@ def test_tokenizers_without_their_json_are_the_same(
         a, b = (fast.Tokenizer.from_file(str(tmp_path / n)) for n in ("own.json", "bare.json"))
         for prompt in ("a red circle", "hello! it's Émile 🎉", "", "!! A\tB", "日本語"):
             assert a.encode(prompt).ids == b.encode(prompt).ids, prompt
-
-
-def test_what_cannot_be_put_in_place_leaves_the_old_bundle(tmp_path: Path) -> None:
-    target = tmp_path / "b"
-    target.mkdir()
-    (target / "bundle.json").write_text("old")
-    with pytest.raises(FileNotFoundError):
-        _put_in_place(tmp_path / "nothing", target)
-    assert [p.name for p in tmp_path.iterdir()] == ["b"]
-    (tmp_path / "new").mkdir()
-    _put_in_place(tmp_path / "new", target)
-    assert [p.name for p in tmp_path.iterdir()] == ["b"]
-    assert not list(target.iterdir())
 
 
 def test_a_folder_has_no_revision(tiny_sd1: Path, tmp_path: Path) -> None:
