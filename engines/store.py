@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import re
-import stat
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from ..errors import CorruptError, FewstepError, MismatchError, MissingError, Un
 from ..places import writing
 from .digest import FileDigest, digest_file, open_regular, read_checked
 from .key import EngineKey
+from .trust import check_own
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
@@ -115,11 +115,20 @@ class Store:
         self.root, self.pinned = root, pinned
         self._manifests: dict[str, str] = {}
         if pinned is None:
-            _own(root)
+            self.check()
         elif not root.is_dir():
             raise MissingError(f"no engine store in {str(root)!r}", expected="the store that the digest belongs to")
         else:
             self._check_pin(pinned)
+
+    def check(self) -> None:
+        """Raise `UnsafeFileError` unless the folder is its owner's alone; it is made where there is none.
+
+        Every use of the store asks, so that the folder that is used is one that was checked. A pinned store is vouched
+        for by its digest instead.
+        """
+        if self.pinned is None:
+            _own(self.root)
 
     @property
     def read_only(self) -> bool:
@@ -138,6 +147,7 @@ class Store:
 
     def read_entry(self, folder: Path) -> Entry:
         """The entry in a folder, from its manifest. Raises `MissingError`, `CorruptError`, `UnsafeFileError`."""
+        self.check()
         data = _manifest_bytes(folder)
         if self.read_only and hashlib.sha256(data).hexdigest() != self._manifests.get(folder.name):
             raise MismatchError(
@@ -147,6 +157,7 @@ class Store:
 
     def folders(self, component: str = "*", backend: str = "*") -> list[Path]:
         """The folders of engines, whether their manifests can be read or not."""
+        self.check()
         manifests = self.root.glob(f"{component}.{backend}.*/{MANIFEST}")
         return sorted(p.parent for p in manifests if _ENTRY.fullmatch(p.parent.name))
 
@@ -245,6 +256,7 @@ class Store:
                 "the engine store is read-only (pinned by its digest), and this would write to it",
                 remedy=f"Build into another store: unset {ENV_DIGEST}, or set {ENV_CACHE}.",
             )
+        self.check()
 
     def _write_manifest(self, entry: Entry) -> None:
         text = json.dumps(entry.to_json(), indent=1, ensure_ascii=False)
@@ -297,29 +309,17 @@ def sweep(folder: Path) -> int:
 
 
 def _own(root: Path) -> None:
-    """Make the store's folder for its owner alone, or check that it is so, an engine is code."""
+    """Make the store's folder for its owner alone, or check that it is so, and that nobody can put another there."""
     if not os.path.lexists(root):
         with writing("the engine store", root.parent, remedy=f"Keep engines elsewhere: set {ENV_CACHE}."):
             root.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileExistsError):
                 root.mkdir(mode=0o700)
-    status = root.lstat()
-    if not stat.S_ISDIR(status.st_mode):
-        raise UnsafeFileError(f"the engine store {str(root)!r} is not a folder", expected="a folder, and no link")
-    if not hasattr(os, "geteuid"):
-        return
-    if status.st_uid != os.geteuid():
-        raise UnsafeFileError(
-            f"the engine store {str(root)!r} belongs to user {status.st_uid}",
-            expected=f"user {os.geteuid()}, who runs this: an engine is code",
-            remedy=f"Set {ENV_CACHE} to a folder of your own, or pin the store by its digest with {ENV_DIGEST}.",
-        )
-    if status.st_mode & 0o077:
-        raise UnsafeFileError(
-            f"the engine store {str(root)!r} has mode {stat.S_IMODE(status.st_mode):04o}",
-            expected="0700: whoever can write there can run code as you",
-            remedy=f"Mend it with: chmod 700 {root}",
-        )
+    check_own(
+        root,
+        what="the engine store",
+        remedy=f"Set {ENV_CACHE} to a folder of your own, or pin the store by its digest with {ENV_DIGEST}.",
+    )
 
 
 def _manifest_bytes(folder: Path) -> bytes:

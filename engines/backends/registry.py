@@ -61,6 +61,7 @@ class OpenJob:
         """For a stored engine of a bundle; reads and checks its bytes."""
         name = entry.key.component
         component, session = bundle.component(name), run or RunOptions()
+        store.check()
         return cls(
             bundle=bundle, name=name, component=component, entry=entry, data=entry.read(), run=session, store=store
         )

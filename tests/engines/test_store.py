@@ -216,6 +216,7 @@ def test_a_pinned_store_is_read_only_and_still(store: Store) -> None:
     with pytest.raises(MismatchError, match=rf"expected {digest[:9]}"):
         Store(store.root, pinned=digest)
     entry.path.write_bytes(b"AN ENGINE")
+    store.root.chmod(0o700)
     with pytest.raises(CorruptError):
         Store(store.root, pinned=store.digest()).read_entry(entry.folder).read()
 
