@@ -40,7 +40,7 @@ def measured(command: list[str], folder: Path, *, limit_gb: float, limit_s: floa
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "FEWSTEP_CACHE_DIR": str(folder.parent / "cache")}
     began = time.monotonic()
     with tempfile.TemporaryFile() as words:
-        process = subprocess.Popen(command, env=environment, stdout=words, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, env=environment, stdout=words, stderr=subprocess.STDOUT)  # noqa: S603 this interpreter, or a program of this project, with a list of arguments and no shell
         ended = ""
         while True:
             pid, status, usage = os.wait4(process.pid, os.WNOHANG)
@@ -80,7 +80,7 @@ def versions() -> dict[str, str]:
         "import json; from importlib.metadata import version; "
         "print(json.dumps({n: version(n) for n in ('optimum', 'optimum-onnx', 'torch', 'diffusers', 'transformers')}))"
     )
-    done = subprocess.run([str(OPTIMUM), "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([str(OPTIMUM), "-c", code], capture_output=True, text=True, check=False)  # noqa: S603 this interpreter, or a program of this project, with a list of arguments and no shell
     return dict(json.loads(done.stdout)) if done.returncode == 0 else {}
 
 
@@ -88,7 +88,7 @@ def run(model: str, options: argparse.Namespace, work: Path) -> None:
     """Every export of one architecture, each recorded as soon as it is measured."""
     checkpoint = work / model
     source = SOURCES.get(model, "float32")
-    subprocess.run(
+    subprocess.run(  # noqa: S603 this interpreter, or a program of this project, with a list of arguments and no shell
         [sys.executable, str(ROOT / "tools" / "random_checkpoint.py"), model, str(checkpoint), "--dtype", source],
         check=True,
         stdout=subprocess.DEVNULL,

@@ -77,12 +77,12 @@ def serving(*options: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     port = 8600 + os.getpid() % 1000
     command = [sys.executable, "-m", "fewstep", "serve", "student", "--port", str(port), *options]
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+        process = subprocess.Popen(command, stdout=log, stderr=log)  # noqa: S603 this interpreter, or a program of this project, with a list of arguments and no shell
         address = f"http://127.0.0.1:{port}"
         try:
             for _ in range(600):
                 try:
-                    with urllib.request.urlopen(f"{address}/health/ready", timeout=5):
+                    with urllib.request.urlopen(f"{address}/health/ready", timeout=5):  # noqa: S310 the address of the server that this started
                         break
                 except OSError:
                     if process.poll() is not None:

@@ -99,7 +99,7 @@ class ContenderWorker:
             environment["FEWSTEP_CACHE_DIR"] = str(store)
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - a pipe that nobody reads would fill
         self.began = time.perf_counter()
-        self._process = subprocess.Popen(
+        self._process = subprocess.Popen(  # noqa: S603 this interpreter, or a program of this project, with a list of arguments and no shell
             [str(self.python.absolute()), str(PEERS / who.script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -117,7 +117,7 @@ def _measured(options: argparse.Namespace, pixels: tuple[int, int], component: s
         command = [sys.executable, "-m", "fewstep", "memory", options.bundle, "--json", "--stage", component]
         command += ["--backend", options.backend, "--size", f"{pixels[0]}x{pixels[1]}", "--batch", str(batch)]
         command += ["--device", options.device]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 this interpreter, or a program of this project, with a list of arguments and no shell
         try:
             _kept[component, batch] = int(json.loads(done.stdout)["measured"])
         except (ValueError, KeyError, TypeError) as error:

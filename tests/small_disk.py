@@ -39,4 +39,4 @@ def small_disk(path: Path) -> Iterator[SmallDisk]:
     try:
         yield disk
     finally:
-        subprocess.run(["umount", "--lazy", str(path)], check=True)
+        subprocess.run(["umount", "--lazy", str(path)], check=True)  # noqa: S607 the mount of the system that the tests run on

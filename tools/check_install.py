@@ -22,7 +22,7 @@ HEAVY = ("torch", "diffusers", "onnx", "transformers")
 def run(*command: str | Path, cwd: Path, cache: Path) -> str:
     environment = {**os.environ, "FEWSTEP_CACHE_DIR": str(cache)}
     environment.pop("PYTHONPATH", None)
-    done = subprocess.run(
+    done = subprocess.run(  # noqa: S603 this interpreter, or a program of this project, with a list of arguments and no shell
         [str(c) for c in command], cwd=cwd, env=environment, capture_output=True, text=True, check=False
     )
     if done.returncode:

@@ -82,7 +82,7 @@ def tokenizers(folder: Path, family: str) -> Iterator[str]:
             vocab=str(source / "vocab.json"),
             merges=str(source / "merges.txt"),
             model_max_length=77,
-            bos_token="<|startoftext|>",
+            bos_token="<|startoftext|>",  # noqa: S106 a word of the vocabulary
             eos_token=end,
             pad_token=pad,
             unk_token=end,

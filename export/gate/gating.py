@@ -149,7 +149,7 @@ def _verdicts(pictures: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _judge_apart(bundle: Bundle) -> dict[str, Any]:
     """`judge` in a process of its own, which ends with all the memory it took."""
     write_manifest(bundle)
-    done = subprocess.run(
+    done = subprocess.run(  # noqa: S603 this interpreter, or a program of this project, with a list of arguments and no shell
         [sys.executable, "-m", __name__, str(bundle.folder)], capture_output=True, text=True, check=False
     )
     try:
@@ -178,7 +178,7 @@ def _run_reference(checkpoint: Checkpoint, path: Path, dtypes: Mapping[str, str]
     ]
     if quick:
         command.append("--quick")
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 this interpreter, or a program of this project, with a list of arguments and no shell
     if (number := refusal(done.stderr)) is not None and done.returncode:
         raise write_error(number, "torch's reference", path.parent)
     if done.returncode or not path.is_file():

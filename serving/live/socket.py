@@ -48,7 +48,7 @@ from .protocol import (
 from .session import LiveSession
 
 log = logging.getLogger("fewstep.serving")
-TOKEN_PREFIX = "fewstep-token."
+TOKEN_PREFIX = "fewstep-token."  # noqa: S105 the prefix of a token, and none
 GONE = (WebSocketDisconnect, RuntimeError, OSError)
 """What receiving and sending raise once the client is not there any more."""
 INLINE_PIXELS = 128 * 128

@@ -252,7 +252,7 @@ def test_engines_baked_into_a_container_run_as_another_user(bundle: Bundle, tmp_
         "for name in bundle.components:\n"
         "    print(open_engine(bundle, name, backend='ort-cpu', store=store, build='never').backend)\n"
     )
-    with_access = Path("/tmp") / f"fewstep-test-{os.getpid()}"
+    with_access = Path("/tmp") / f"fewstep-test-{os.getpid()}"  # noqa: S108 a folder of its own name, where another user may enter
     try:
         shutil.copytree(store.root, with_access / "engines")
         shutil.copytree(bundle.folder, with_access / "bundle")

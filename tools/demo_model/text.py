@@ -68,10 +68,10 @@ def write_tokenizer(folder: Path) -> CLIPTokenizer:
         vocab=str(folder / "vocab.json"),
         merges=str(folder / "merges.txt"),
         model_max_length=LENGTH,
-        bos_token="<|startoftext|>",
-        eos_token="<|endoftext|>",
-        pad_token="<|endoftext|>",
-        unk_token="<|endoftext|>",
+        bos_token="<|startoftext|>",  # noqa: S106 a word of the vocabulary
+        eos_token="<|endoftext|>",  # noqa: S106 a word of the vocabulary
+        pad_token="<|endoftext|>",  # noqa: S106 a word of the vocabulary
+        unk_token="<|endoftext|>",  # noqa: S106 a word of the vocabulary
     )
     tokenizer.save_pretrained(folder)
     return tokenizer
