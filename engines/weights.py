@@ -14,6 +14,7 @@ from pathlib import Path
 from ..bundle import Bundle, Component
 from ..errors import CorruptError, MissingError
 from .digest import compare_file, open_regular, sha256_file
+from .graph.external import check_external
 from .store import REBUILD, Entry, Store
 
 _log = logging.getLogger("fewstep.engines")
@@ -28,9 +29,11 @@ def source_bytes(bundle: Bundle, component: Component) -> int:
 
 
 def check_graph(bundle: Bundle, component: Component) -> Path:
-    """The path of a component's graph, after its bytes were checked."""
+    """The path of a component's graph, after its bytes were checked, and where they say that its weights lie."""
     path = bundle.path(component.graph)
-    _compare(component.graph, sha256_file(path), component.graph_sha256)
+    model = path.read_bytes()
+    _compare(component.graph, hashlib.sha256(model).hexdigest(), component.graph_sha256)
+    check_external(model, weights=component.weights, length=bundle.path(component.weights).stat().st_size)
     return path
 
 
