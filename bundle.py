@@ -11,77 +11,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import ArgumentError, CorruptError, MissingError, UnknownNameError, UnsafeFileError
+from .agreement import check_graphs, check_tokenizers
+from .errors import CorruptError, FewstepError, MissingError, UnknownNameError, UnsafeFileError
 from .families import Condition, Family, all_families, find_family
+from .families.configs import check_config
 from .places import put_back
+from .schedules.keys import check_keys
+from .schedules.noise import NoiseSchedule
+from .tensors import TensorSpec as TensorSpec
+from .tensors import resolve_dimension as resolve_dimension
+from .values import Reader, read_json
 
 FORMAT = 1
 MANIFEST = "bundle.json"
 OPTIONAL = "vae_encoder"
+PRECISIONS = ("float32", "float16", "bfloat16")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_NAME = re.compile(r"[A-Za-z0-9._-]+")
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,255}")
 
 
-DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorSpec:
-    """One input or output: its name, its dtype, and its shape.
-
-    A dimension is a number, a name (`"rows"`), or a multiple of a name (`"height*8"`).
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ArgumentError(
-                f"tensor {self.name!r} has dtype {self.dtype!r}", expected=f"one of {', '.join(DTYPES)}"
-            )
-
-    def resolve(self, dims: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape in numbers, given a number for each named dimension; `ArgumentError` if one is missing."""
-        return tuple(resolve_dimension(d, dims, self.name) for d in self.shape)
-
-    def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> TensorSpec:
-        return cls(name=str(data["name"]), dtype=str(data["dtype"]), shape=tuple(data["shape"]))
-
-
-def resolve_dimension(dimension: int | str, dims: Mapping[str, int], tensor: str) -> int:
-    """A dimension in numbers: `3`, `"rows"` or `"height*8"`."""
-    if isinstance(dimension, int):
-        return dimension
-    name, _, factor = dimension.partition("*")
-    if name not in dims:
-        raise ArgumentError(
-            f"no size is given for dimension {name!r} of tensor {tensor!r}", expected=f"{name}=<integer>"
-        )
-    return dims[name] * (int(factor) if factor else 1)
-
-
-def _require(ok: bool, field: str, value: object, expected: str) -> None:
-    if not ok:
-        raise CorruptError(
-            f"{MANIFEST} states {field} = {str(value)[:80]!r}", expected=expected, remedy="Export the checkpoint again."
-        )
-
-
-def _count(field: str, value: object, low: int = 1) -> None:
-    ok = isinstance(value, int) and not isinstance(value, bool) and low <= value < 2**31
-    _require(ok, field, value, f"an integer of at least {low}")
-
-
-def _text(field: str, value: object, pattern: re.Pattern[str] | None = None) -> None:
-    _require(isinstance(value, str) and bool(value), field, value, "a text")
-    if pattern is not None:
-        _require(bool(pattern.fullmatch(str(value))), field, value, f"a text like {pattern.pattern}")
+READING = Reader(place=MANIFEST, remedy="Export the checkpoint again.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,14 +54,15 @@ class Component:
     source: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("graph", "weights", "graph_key", "dtype"):
-            _text(f"a component's {name}", getattr(self, name))
+        for name in ("graph", "weights", "graph_key"):
+            READING.text(f"a component's {name}", getattr(self, name))
+        READING.choice("a component's dtype", self.dtype, PRECISIONS)
         for name in ("graph_sha256", "weights_sha256"):
-            _text(f"a component's {name}", getattr(self, name), _SHA256)
+            READING.text(f"a component's {name}", getattr(self, name), _SHA256)
         for name in ("config", "operators", "source"):
-            _require(
-                isinstance(getattr(self, name), Mapping), f"a component's {name}", getattr(self, name), "an object"
-            )
+            READING.mapping(f"a component's {name}", getattr(self, name))
+        for name, count in self.operators.items():
+            READING.integer(f"a component's operators of kind {name}", count)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,12 +80,12 @@ class Tokenizer:
     sha256: str | None = None
 
     def __post_init__(self) -> None:
-        _text("a tokenizer's file", self.file)
-        _count("a tokenizer's length", self.length, 3)
+        READING.text("a tokenizer's file", self.file)
+        READING.integer("a tokenizer's length", self.length, 3, 2**16)
         for name in ("pad_id", "bos_id", "eos_id"):
-            _count(f"a tokenizer's {name}", getattr(self, name), 0)
+            READING.integer(f"a tokenizer's {name}", getattr(self, name))
         if self.sha256 is not None:
-            _text("a tokenizer's sha256", self.sha256, _SHA256)
+            READING.text("a tokenizer's sha256", self.sha256, _SHA256)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +106,7 @@ class Latent:
 
     def __post_init__(self) -> None:
         for name in ("channels", "factor", "multiple"):
-            _count(f"the latent's {name}", getattr(self, name))
+            READING.integer(f"the latent's {name}", getattr(self, name), 1, 2**16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,16 +131,18 @@ class Defaults:
 
     def __post_init__(self) -> None:
         for name in ("width", "height", "steps"):
-            _count(f"the default {name}", getattr(self, name))
-        number = isinstance(self.guidance, (int, float)) and not isinstance(self.guidance, bool)
-        _require(number and math.isfinite(self.guidance), "the default guidance", self.guidance, "a finite number")
+            READING.integer(f"the default {name}", getattr(self, name), 1)
+        READING.number("the default guidance", self.guidance)
         for name in ("sampler", "schedule", "preset"):
             if getattr(self, name) is not None:
-                _text(f"the default {name}", getattr(self, name))
-        _require(isinstance(self.options, Mapping), "the default options", self.options, "an object")
-        for name, value in self.options.items():
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            _require(number, f"the sampler's default {name}", value, "a finite number")
+                READING.text(f"the default {name}", getattr(self, name), most=256)
+        if self.prediction is not None:
+            READING.choice("the default prediction", self.prediction, ("epsilon", "v_prediction", "sample"))
+        if self.timesteps is not None:
+            for timestep in READING.array("the default timesteps", self.timesteps, 1, 1000):
+                READING.integer("a default timestep", timestep)
+        for name, value in READING.mapping("the default options", self.options).items():
+            READING.number(f"the sampler's default {name}", value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,12 +170,28 @@ class Bundle:
         for required in self.model.components:
             if required not in self.components and required != OPTIONAL:
                 raise CorruptError(f"{MANIFEST} has no component {required!r}", remedy="Export the checkpoint again.")
-        _require(isinstance(self.scheduler, Mapping), "the scheduler", self.scheduler, "a scheduler's configuration")
-        _text("the scheduler's _class_name", self.scheduler.get("_class_name"))
-        encoders = [self.components[n] for n in self.text_encoders]
-        lengths = [e.inputs[0].shape[-1] for e in encoders if e.inputs]
-        stated = [t.length for t in self.tokenizers]
-        _require(stated == lengths, "the tokenizers' lengths", stated, f"{lengths}, as the text encoders take")
+        check_keys(READING.mapping("the scheduler", self.scheduler), READING)
+        READING.text("the scheduler's _class_name", self.scheduler.get("_class_name"), most=64)
+        READING.text("the name", self.name)
+        READING.flag("force_zeros", self.force_zeros)
+        READING.integer("guidance_embedding", self.guidance_embedding, 0, 2**16)
+        if self.licence is not None:
+            READING.text("the licence", self.licence)
+        READING.mapping("the source", self.source)
+        _check_gate(self.gate)
+        tokenizers = [(t.length, {k: getattr(t, k) for k in ("pad_id", "bos_id", "eos_id")}) for t in self.tokenizers]
+        check_tokenizers(self.components, self.text_encoders, tokenizers, READING)
+
+    def check_agreement(self) -> None:
+        """Raise `CorruptError` where configurations or graphs are not what the rest of the manifest says they are."""
+        for name, component in self.components.items():
+            check_config(name, component.config, READING)
+        try:
+            NoiseSchedule.from_diffusers(self.noise_config)
+        except FewstepError as error:
+            raise CorruptError(f"the scheduler in {MANIFEST} is none: {error}", remedy=READING.remedy) from error
+        latent = self.latent.channels, self.latent.factor
+        check_graphs(self.components, self.model, latent, self.guidance_embedding, READING)
 
     def path(self, name: str) -> Path:
         """The path of a file that the manifest names; `UnsafeFileError` if it leaves the folder or is a link."""
@@ -290,6 +258,18 @@ class Bundle:
         }
 
 
+def _check_gate(gate: object) -> None:
+    """What is read of the gate's findings: a status, and numbers by component."""
+    stated = READING.mapping("the gate", gate)
+    READING.text("the gate's status", stated.get("status", "unknown"))
+    if "reference_sha256" in stated:
+        READING.text("the gate's reference_sha256", stated["reference_sha256"], _SHA256)
+    for name, found in READING.mapping("the gate's components", stated.get("components", {})).items():
+        error = READING.mapping(f"the gate's {name}", found).get("worst_relative_l2")
+        if error is not None:
+            READING.number(f"the gate's worst_relative_l2 of {name}", error)
+
+
 def _is_infinite(value: object) -> bool:
     """diffusers writes "no clipping" as -Infinity, which is not JSON; left out, it is the default it stands for."""
     return isinstance(value, float) and not math.isfinite(value)
@@ -302,30 +282,24 @@ def _component_json(component: Component) -> dict[str, Any]:
     return data
 
 
-def _component(data: Mapping[str, Any]) -> Component:
+def _component(data: Any) -> Component:
+    data = READING.mapping("a component", data)
     fields = {k: data[k] for k in Component.__slots__ if k in data}
-    fields["inputs"] = tuple(TensorSpec.from_json(s) for s in data["inputs"])
-    fields["outputs"] = tuple(TensorSpec.from_json(s) for s in data["outputs"])
+    for side in ("inputs", "outputs"):
+        stated = READING.array(f"a component's {side}", data.get(side), 1, 64)
+        fields[side] = tuple(TensorSpec.from_json(s, READING) for s in stated)
     return Component(**fields)
 
 
 def read_defaults(data: Mapping[str, Any]) -> Defaults:
     """Defaults from JSON, where timesteps are a list of whole numbers."""
-    timesteps, prediction = data.get("timesteps"), data.get("prediction")
-    if timesteps is not None and not (
-        isinstance(timesteps, (list, tuple))
-        and timesteps
-        and all(isinstance(t, int) and not isinstance(t, bool) and t >= 0 for t in timesteps)
-    ):
-        raise CorruptError(f"the default timesteps are {str(timesteps)[:60]}", expected="a list of whole numbers")
-    if prediction not in (None, "epsilon", "v_prediction", "sample"):
-        raise CorruptError(
-            f"the default prediction is {str(prediction)[:60]!r}", expected="epsilon, v_prediction or sample"
-        )
-    unknown = sorted(set(data) - set(Defaults.__slots__))
+    unknown = sorted(set(READING.mapping("the defaults", data)) - set(Defaults.__slots__))
     if unknown:
-        raise CorruptError(f"the defaults state {', '.join(unknown)}", expected=f"only {', '.join(Defaults.__slots__)}")
-    return Defaults(**{**data, "timesteps": None if timesteps is None else tuple(timesteps)})
+        raise READING.wrong("the defaults", unknown, f"only {', '.join(Defaults.__slots__)}")
+    timesteps = data.get("timesteps")
+    if timesteps is not None:
+        timesteps = tuple(READING.array("the default timesteps", timesteps, 1, 1000))
+    return Defaults(**{**data, "timesteps": timesteps})
 
 
 def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
@@ -342,33 +316,33 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
             expected=f"a folder with {MANIFEST}",
             remedy="Make one with: fewstep export CHECKPOINT FOLDER",
         )
-    try:
-        data = json.loads(manifest.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise CorruptError(f"{MANIFEST} is not JSON: {error}", remedy="Export the checkpoint again.") from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
+    data = read_json(manifest, MANIFEST, remedy=READING.remedy, finite=True)
+    if not isinstance(data, dict) or type(data.get("format")) is not int or data["format"] != FORMAT:
         stated = data.get("format") if isinstance(data, dict) else type(data).__name__
-        raise CorruptError(
-            f"{MANIFEST} has format {stated!r}", expected=str(FORMAT), remedy="Export the checkpoint again."
-        )
+        raise READING.wrong("format", stated, str(FORMAT))
     try:
-        return Bundle(
+        bundle = Bundle(
             folder=root,
-            name=str(data["name"]),
-            family=data["family"],
-            components={n: _component(c) for n, c in data["components"].items()},
-            tokenizers=tuple(Tokenizer(**t) for t in data["tokenizers"]),
-            latent=Latent(**data["latent"]),
+            name=data["name"],
+            family=READING.text("the family", data["family"], most=64),
+            components={n: _component(c) for n, c in READING.mapping("the components", data["components"]).items()},
+            tokenizers=tuple(
+                Tokenizer(**READING.mapping("a tokenizer", t))
+                for t in READING.array("the tokenizers", data["tokenizers"], 0, 8)
+            ),
+            latent=Latent(**READING.mapping("the latent", data["latent"])),
             scheduler=data["scheduler"],
             defaults=read_defaults(data["defaults"]),
-            force_zeros=bool(data["force_zeros"]),
-            guidance_embedding=int(data["guidance_embedding"]),
+            force_zeros=data["force_zeros"],
+            guidance_embedding=data["guidance_embedding"],
             licence=data["licence"],
             source=data["source"],
             gate=data["gate"],
         )
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError, RecursionError, ArgumentError) as error:
-        raise CorruptError(f"{MANIFEST} lacks or misstates {error}", remedy="Export the checkpoint again.") from error
+        bundle.check_agreement()
+    except (KeyError, TypeError) as error:
+        raise CorruptError(f"{MANIFEST} lacks or misstates {error}", remedy=READING.remedy) from error
+    return bundle
 
 
 def write_manifest(bundle: Bundle) -> None:

@@ -14,6 +14,7 @@ from ..errors import CorruptError, MissingError
 from . import machine
 from .backends.registry import Backend, BuildJob, BuildProgress
 from .find import engine_key
+from .gate.reference import stated_reference
 from .key import EngineKey
 from .options import BuildOptions
 from .profile import Profile
@@ -51,9 +52,12 @@ def build_engine(
     """Make one component's engine under its key's lock, unless the store has it; see `build_engines`."""
     report = progress or (lambda component, stage, fraction: None)
     key = engine_key(bundle, component, kind, options=options, profiles=profiles if kind.uses_profiles else ())
+    gates = gate and not store.read_only and _runs_here(kind)
     began, before = time.monotonic(), _stored(store, key)
     entry, reason, reused = before, "already built", True
     if entry is None or force:
+        if gates:
+            stated_reference(bundle)  # raises where the gate could not run: no engine is stored that was to be compared
         report(component, "waiting for the lock", 0.0)
         with store.lock(key):
             entry, reason = _stored(store, key), "another builder made it"
@@ -74,7 +78,7 @@ def build_engine(
                 entry, reused = _make(kind, key, job, began), False
                 reason = "it was asked for anew" if force else "none was stored"
     spent = time.monotonic() - began
-    if gate and not store.read_only and not entry.gate and _runs_here(kind):
+    if gates and not entry.gate:
         from .gate.verify import gate_built
 
         report(component, "comparing with torch", 0.0)

@@ -20,9 +20,11 @@ from safetensors.numpy import save_file
 
 from ..bundle import MANIFEST, Bundle, Component, read_bundle, write_manifest
 from ..bundle import Tokenizer as TokenizerRecord
+from ..engines.gate.reference import file_sha256, stated_reference
 from ..errors import ArgumentError, UnsupportedError
 from ..families.base import vae_factor
 from ..places import put_in_place, staging_folder, writing
+from ..values import parse_json
 from .checkpoint.folder import Checkpoint, check_unet, read_json, read_part
 from .checkpoint.lora import match_loras
 from .export import Progress, export_component, find_or_trace
@@ -188,11 +190,12 @@ def _share(bundle: Bundle, name: str, folder: Path) -> None:
 
 def _gate(bundle: Bundle, made: Bundle, plans: Sequence[ComponentPlan]) -> Mapping[str, Any]:
     """Compare the new components with torch, and keep their cases beside those of the components that stay."""
-    old = bundle.folder / REFERENCE
-    if not old.is_file() or not plans:
-        if old.is_file():
-            _share(bundle, REFERENCE, made.folder)
-        return dict(bundle.gate) if old.is_file() else SWITCHED_OFF
+    old = stated_reference(bundle)
+    if old is None:
+        return SWITCHED_OFF
+    if not plans:
+        _share(bundle, REFERENCE, made.folder)
+        return dict(bundle.gate)
     from .gate.reference import make_reference
 
     checkpoint = Checkpoint(
@@ -212,16 +215,21 @@ def _gate(bundle: Bundle, made: Bundle, plans: Sequence[ComponentPlan]) -> Mappi
     make_reference(checkpoint, fresh, dtypes={}, plans=plans, context=context)
     with safe_open(fresh, framework="np") as file:
         new = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-        cases = json.loads((file.metadata() or {})["cases"])
+        cases = parse_json((file.metadata() or {})["cases"], f"cases of {REFERENCE}", finite=True)
     fresh.unlink()
     kinds = {p.kind for p in plans}
     facts.pop("pictures", None)  # they were the other components'
     stays = {k: v for k, v in stored.items() if k.partition("/")[0] not in {*kinds, "picture"}}
-    stated = {k: v for k, v in json.loads(facts["cases"]).items() if k.partition("/")[0] not in kinds}
+    stated = {
+        k: v
+        for k, v in parse_json(facts["cases"], f"cases of {REFERENCE}", finite=True).items()
+        if k.partition("/")[0] not in kinds
+    }
     save_file({**stays, **new}, made.folder / REFERENCE, metadata={**facts, "cases": json.dumps({**stated, **cases})})
     report = judge(made, kinds)
     components = {**bundle.gate.get("components", {}), **report["components"]}
-    return {**bundle.gate, "components": components, "pictures": report["pictures"]}
+    digest = file_sha256(made.folder / REFERENCE)
+    return {**bundle.gate, "components": components, "pictures": report["pictures"], "reference_sha256": digest}
 
 
 def _outputs(stored: Mapping[str, Any], encoders: Sequence[str]) -> dict[str, dict[str, Any]]:

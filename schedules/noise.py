@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ArgumentError, CorruptError, UnknownNameError, UnsupportedError
+from ..errors import ArgumentError, UnknownNameError, UnsupportedError
+from ..values import Reader, parse_json
+from .keys import MOST_TIMESTEPS, check_keys
 
 Array = npt.NDArray[np.float64]
 
@@ -65,8 +67,9 @@ class NoiseSchedule:
         """Read the noise schedule out of a diffusers scheduler config (the parsed `scheduler_config.json`).
 
         Raises UnsupportedError for flow matching and for beta schedules that no supported scheduler has, CorruptError
-        for betas that are no numbers.
+        for values of another type than their keys have.
         """
+        check_keys(config, Reader(place="the scheduler's configuration"))
         if (
             config.get("use_flow_sigmas")
             or "shift_terminal" in config
@@ -79,18 +82,11 @@ class NoiseSchedule:
             raise UnsupportedError(
                 "a flow-matching scheduler config", expected="a noise schedule of DDPM's kind, with betas"
             )
-        rescale = bool(config.get("rescale_betas_zero_snr", False))
-        prediction = str(config.get("prediction_type") or "epsilon")
-        try:
-            alpha_bar = _alpha_bar(config, rescale=rescale)
-        except (TypeError, ValueError) as error:
-            raise CorruptError(
-                f"the scheduler's configuration cannot be read: {error}", expected="numbers for its betas"
-            ) from error
+        prediction = config.get("prediction_type", "epsilon")
         return cls(
-            alpha_bar=alpha_bar,
+            alpha_bar=_alpha_bar(config, rescale=config.get("rescale_betas_zero_snr", False)),
             prediction="sample" if prediction == "original_sample" else prediction,
-            timestep_type=str(config.get("timestep_type") or "discrete"),
+            timestep_type=config.get("timestep_type", "discrete"),
             config=dict(config),
         )
 
@@ -147,7 +143,7 @@ class NoiseSchedule:
 
     @classmethod
     def from_json(cls, text: str) -> NoiseSchedule:
-        return cls.from_diffusers(json.loads(text))
+        return cls.from_diffusers(parse_json(text, "a noise schedule"))
 
 
 def _alpha_bar(config: Mapping[str, Any], *, rescale: bool) -> Array:
@@ -172,16 +168,15 @@ def _betas(config: Mapping[str, Any]) -> Array:
 
 def beta_fields(config: Mapping[str, Any]) -> tuple[list[float] | None, int, float, float, str]:
     """trained_betas, num_train_timesteps, beta_start, beta_end and beta_schedule, with the class's own defaults."""
-    class_name = str(config.get("_class_name", ""))
-    start, end, name = _BETA_DEFAULTS_OF_CLASS.get(class_name, _BETA_DEFAULTS)
-    name = str(config.get("beta_schedule") or name)
+    start, end, name = _BETA_DEFAULTS_OF_CLASS.get(config.get("_class_name", ""), _BETA_DEFAULTS)
+    name = config.get("beta_schedule", name)
     if name not in BETA_SCHEDULES:
         raise UnknownNameError("beta_schedule", name, BETA_SCHEDULES)
     count = config.get("num_train_timesteps", 1000)
     trained = config.get("trained_betas")
     start, end = float(config.get("beta_start", start)), float(config.get("beta_end", end))
-    if isinstance(count, bool) or not isinstance(count, int) or not 2 <= count <= 100_000:
-        raise ArgumentError(f"num_train_timesteps is {count!r}", expected="an integer from 2 to 100000")
+    if isinstance(count, bool) or not isinstance(count, int) or not 2 <= count <= MOST_TIMESTEPS:
+        raise ArgumentError(f"num_train_timesteps is {count!r}", expected=f"an integer from 2 to {MOST_TIMESTEPS}")
     if trained is None and name != "squaredcos_cap_v2" and not 0 < start <= end < 1:
         raise ArgumentError(f"beta_start {start} and beta_end {end}", expected="0 < beta_start <= beta_end < 1")
     return (None if trained is None else [float(b) for b in trained]), count, start, end, name

@@ -24,7 +24,9 @@ ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "diffusers", "onnx", "transformers", "onnxruntime"}
 FLOORS = (
     ("errors", "version"),
-    ("families", "schedules", "places"),
+    ("values", "places"),
+    ("families", "schedules", "tensors"),
+    ("agreement",),
     ("bundle",),
     ("presets", "engines"),
     ("runtime",),

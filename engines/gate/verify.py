@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 
 from ...bundle import Bundle
@@ -15,13 +16,15 @@ from ..options import RunOptions
 from ..store import Entry, Store
 from ..weights import check_graph, check_weights
 from .gate import Evaluate, GateReport, failure, gate_engine
-from .reference import FILE, Case, read_reference
+from .reference import FILE, Case, read_reference, stated_reference
 from .sizes import cases_of_profiles
+
+_log = logging.getLogger("fewstep.engines")
 
 
 def load_cases(bundle: Bundle) -> list[Case]:
-    """The reference stored in a bundle; `MissingError` when it has none."""
-    return read_reference(bundle.folder / FILE)
+    """The reference stored in a bundle; `MissingError` when it has none, `CorruptError` for one that was changed."""
+    return read_reference(stated_reference(bundle) or bundle.folder / FILE)
 
 
 def verify_graph(bundle: Bundle, component: str, cases: Sequence[Case]) -> GateReport:
@@ -91,11 +94,15 @@ def engines_here(bundle: Bundle, component: str, store: Store) -> Iterator[Entry
 
 
 def gate_built(bundle: Bundle, entry: Entry, store: Store) -> Entry:
-    """Gate an engine that was just built, if the bundle holds a reference; a failed one is marked: `GateError`."""
-    if not (bundle.folder / FILE).is_file():
-        return entry
-    cases = read_reference(bundle.folder / FILE, entry.key.component)
+    """Gate an engine that was just built, unless the bundle's export had its gate off; a failed one is marked.
+
+    Raises `GateError`, and the errors of `stated_reference`. The log says where an engine is not compared.
+    """
+    path = stated_reference(bundle)
+    cases = [] if path is None else read_reference(path, entry.key.component)
     if not cases:
+        why = "the bundle was exported without a gate" if path is None else f"{FILE} has no case of it"
+        _log.warning("the engine %s is not compared with torch: %s", entry.name, why)
         return entry
     try:
         report = verify_entry(bundle, entry, cases, store)

@@ -20,6 +20,7 @@ from typing import Any
 from safetensors import safe_open
 
 from ...bundle import Bundle, read_bundle, write_manifest
+from ...engines.gate.reference import file_sha256
 from ...engines.machine import available_memory
 from ...errors import CorruptError, FewstepError, GateError, MissingExtraError, OutOfMemoryError
 from ...places import refusal, write_error
@@ -62,7 +63,7 @@ def run_gate(
     stage("gate")
     report = _judge_apart(bundle) if large else judge(bundle)
     points = "few" if quick or large else "all"
-    return report | {"reference": _reference_words(path), "points": points}
+    return report | {"reference": _reference_words(path), "reference_sha256": file_sha256(path), "points": points}
 
 
 def needed_memory(bundle: Bundle, *, fused: bool = False) -> int:

@@ -22,6 +22,7 @@ import platformdirs
 from ...engines.base import TensorSpec
 from ...errors import CorruptError
 from ...places import writing
+from ...values import Reader, parse_json
 from ..checkpoint.configs import canonical_config
 
 RECIPE = 5
@@ -116,12 +117,13 @@ def _pack(graph: TracedGraph) -> bytes:
 def _unpack(data: bytes, path: str) -> TracedGraph:
     try:
         head, _, onnx = lzma.decompress(data).partition(b"\n")
-        fields = json.loads(head)
+        fields = parse_json(head, f"the kept graph {Path(path).name}", finite=True)
         if hashlib.sha256(onnx).hexdigest() != fields.pop("onnx_sha256"):
             raise ValueError("the graph's hash is another")
+        reading = Reader(place=f"the kept graph {Path(path).name}", remedy=f"Delete it: {path}")
         parameters = tuple(Parameter(name=n, key=k, dtype=d, shape=tuple(s)) for n, k, d, s in fields.pop("parameters"))
-        inputs = tuple(TensorSpec.from_json(s) for s in fields.pop("inputs"))
-        outputs = tuple(TensorSpec.from_json(s) for s in fields.pop("outputs"))
+        inputs = tuple(TensorSpec.from_json(s, reading) for s in fields.pop("inputs"))
+        outputs = tuple(TensorSpec.from_json(s, reading) for s in fields.pop("outputs"))
         return TracedGraph(parameters=parameters, inputs=inputs, outputs=outputs, onnx=onnx, **fields)
     except (ValueError, KeyError, TypeError, lzma.LZMAError, EOFError) as error:
         raise CorruptError(

@@ -9,7 +9,9 @@ from inspect import signature
 from typing import Any
 
 from ...errors import ArgumentError, UnknownNameError, UnsupportedError
+from ...values import Reader
 from ..assemble import assemble
+from ..keys import check_keys
 from ..levels import EDM_PREDICTIONS
 from ..names import resolve_sampler, scheduler_class
 from ..noise import PREDICTIONS
@@ -224,6 +226,7 @@ def program_from_diffusers(
 
     Raises UnknownNameError, ArgumentError, and UnsupportedError for what rows cannot do.
     """
+    check_keys(scheduler_config, Reader(place="the scheduler's configuration", error=ArgumentError))
     name = scheduler_class(str(scheduler_config.get("_class_name", "")))
     if name not in CLASSES:
         if name:
@@ -240,7 +243,7 @@ def program_from_diffusers(
         if option not in kind.step_options:
             raise UnknownNameError(f"step option of {name}", option, kind.step_options or ("(none)",))
         check_option(option, options[option])
-    prediction = str(config.get("prediction_type") or "epsilon")
+    prediction = config.get("prediction_type", "epsilon")
     if prediction not in kind.predictions:
         raise UnsupportedError(f"prediction {prediction!r} with {name}", expected=" or ".join(kind.predictions))
     sampler, arguments = solver_of(name, config, options)
@@ -272,7 +275,7 @@ def _clip_limit(config: Config) -> float | None:
     if not config.get("clip_sample"):
         return None
     limit = config.get("clip_sample_range", 1.0)
-    if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < math.inf:
+    if not 0 < limit < math.inf:
         raise ArgumentError(f"clip_sample_range={limit!r}", expected="a finite number above 0")
     return float(limit)
 

@@ -30,7 +30,7 @@ class Grid:
 
 def spaced_timesteps(config: Mapping[str, Any], count: int, steps: int, *, default: str, extra: int = 0) -> Array:
     """`timestep_spacing` in float64, unrounded for linspace. extra = 1: one more point, the last one dropped."""
-    spacing = str(config.get("timestep_spacing") or default)
+    spacing = config.get("timestep_spacing", default)
     offset = float(config.get("steps_offset", 0))
     points = steps + extra
     if spacing == "linspace":
@@ -59,7 +59,7 @@ def respaced(name: str, high: float, low: float, steps: int) -> Array:
 
 
 def final_sigma(config: Mapping[str, Any], minimum: float, default: str = "zero") -> float:
-    kind = str(config.get("final_sigmas_type") or default)
+    kind = config.get("final_sigmas_type", default)
     if kind not in ("zero", "sigma_min"):
         raise UnknownNameError("final_sigmas_type", kind, ("zero", "sigma_min"))
     return 0.0 if kind == "zero" else minimum
@@ -158,7 +158,7 @@ def _k_grid(request: GridRequest, t: Array, sigmas: Array) -> Grid:
     t = request.tables.rounded(t)
     levels = [Level(float(ti), float(si)) for ti, si in zip(t, sigmas, strict=False)]
     top = float(sigmas.max())
-    plain = (config.get("timestep_spacing") or "linspace") in ("linspace", "trailing")
+    plain = config.get("timestep_spacing", "linspace") in ("linspace", "trailing")
     path = chain([*levels, Level(0.0, float(sigmas[len(t)]))], request.start, request.tables)
     return Grid(path=path, init_noise=top if plain else math.sqrt(top**2 + 1))
 
@@ -210,7 +210,7 @@ def _multistep_timesteps(request: GridRequest, kind: str) -> Array:
     if kind == "DPMSolverSinglestepScheduler":
         return np.linspace(0, tables.count - 1 - clipped, steps + 1).round()[::-1][:-1]
     last = tables.count - clipped
-    if str(config.get("timestep_spacing") or "linspace") == "trailing":
+    if config.get("timestep_spacing", "linspace") == "trailing":
         return np.asarray(np.arange(last, 0, -tables.count / steps).round() - 1, np.float64)
     return np.trunc(spaced_timesteps(config, last, steps, default="linspace", extra=1).round())
 
@@ -284,7 +284,7 @@ def edm_family(request: GridRequest) -> Grid:
     request.refuse_explicit()
     config, steps = request.config, int(request.steps or 0)
     low, high = float(config.get("sigma_min", 0.002)), float(config.get("sigma_max", 80.0))
-    kind = str(config.get("sigma_schedule") or "karras")
+    kind = config.get("sigma_schedule", "karras")
     if kind not in ("karras", "exponential"):
         raise UnknownNameError("sigma_schedule", kind, ("karras", "exponential"))
     if kind == "karras":

@@ -48,7 +48,7 @@ def lms(name: str, config: Config, options: Config) -> Solved:
 def unipc(name: str, config: Config, options: Config) -> Solved:
     if not config.get("predict_x0", True):
         raise UnsupportedError("predict_x0=False", expected="True")
-    kind = str(config.get("solver_type") or "bh2")
+    kind = config.get("solver_type", "bh2")
     kind = "bh2" if kind in ("midpoint", "heun", "logrho") else kind
     if kind not in ("bh1", "bh2"):
         raise UnknownNameError("solver_type", kind, ("bh1", "bh2"))
@@ -73,13 +73,13 @@ def singlestep(name: str, config: Config, options: Config) -> Solved:
 
 
 def _dpm(form: str, config: Config, *, lower_order_final: bool) -> Solved:
-    algorithm = str(config.get("algorithm_type") or "dpmsolver++")
+    algorithm = config.get("algorithm_type", "dpmsolver++")
     algorithm = "dpmsolver++" if algorithm == "deis" else algorithm
     if algorithm not in ("dpmsolver++", "sde-dpmsolver++"):
         raise UnsupportedError(f"algorithm_type {algorithm!r}", expected="'dpmsolver++' or 'sde-dpmsolver++'")
     if config.get("variance_type"):
         raise UnsupportedError(f"variance_type {config['variance_type']!r}", expected="none")
-    solver_type = str(config.get("solver_type") or "midpoint")
+    solver_type = config.get("solver_type", "midpoint")
     if solver_type in ("logrho", "bh1", "bh2"):
         solver_type = "midpoint"
     sampler = _ordered("dpmpp", config, form + ("_sde" if algorithm.startswith("sde") else ""))

@@ -130,7 +130,7 @@ def test_running_out_of_memory_is_typed(folder: str) -> None:
     assert done.stdout == "typed\n", done.stderr[-2000:]
     run = "exec python -m fewstep run student --prompt x --size 4096x4096 --backend ort-cpu --threads 1 --json"
     limited = f"ulimit -v 1500000; {run}".replace("python", sys.executable, 1)
-    done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, check=False)
+    done = subprocess.run(["/bin/bash", "-c", limited], capture_output=True, text=True, check=False)
     error = json.loads(done.stdout)
     assert (done.returncode, error["error"]["type"]) == (3, "OutOfMemoryError"), done.stderr[-2000:]
     assert "Traceback" not in done.stderr

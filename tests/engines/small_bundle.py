@@ -197,6 +197,7 @@ def write_component(folder: Path, component: str, seed: int = 0) -> Component:
         dtype="float32",
         inputs=inputs,
         outputs=outputs,
+        config={"cross_attention_dim": 16} if component == "unet" else {},
         operators={t: sum(n.op_type == t for n in nodes) for t in {n.op_type for n in nodes}},
     )
 

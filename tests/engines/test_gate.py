@@ -14,7 +14,7 @@ import pytest
 from fewstep.bundle import Bundle
 from fewstep.engines import Engine, Store, build_engines, open_engine
 from fewstep.engines.gate.gate import FLOAT32_FLOOR, compare, engine_function, gate_engine, limit_for
-from fewstep.engines.gate.reference import FILE, Case, read_reference
+from fewstep.engines.gate.reference import FILE, Case, file_sha256, read_reference
 from fewstep.engines.gate.verify import load_cases, verify_bundle
 from fewstep.errors import CorruptError, GateError, MissingError
 from safetensors.numpy import save_file
@@ -247,6 +247,31 @@ def test_a_wrong_engine_is_marked_at_its_build_and_never_opened(tmp_path: Path, 
     with pytest.raises(GateError, match="disagrees with torch"):
         verify_bundle(bundle, store=store, components=["unet"])
     assert [r.passed for r in verify_bundle(bundle, store=store, components=["unet"], check=False)] == [False, False]
+
+
+def test_a_reference_that_was_taken_away_or_changed_does_not_switch_the_gate_off(
+    gated: Bundle, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = gated.folder / FILE
+    stated = replace(gated, gate={"status": "passed", "reference": "torch float32"})
+    digested = replace(gated, gate={**stated.gate, "reference_sha256": file_sha256(path)})
+    build_engines(digested, backend="ort-cpu", components=["text_encoder"], store=store)
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(CorruptError, match="changed since the export"):
+        build_engines(digested, backend="ort-cpu", components=["unet"], store=store)
+    path.unlink()
+    for bundle in (stated, digested):
+        with pytest.raises(MissingError, match="with which its gate was run"):
+            build_engines(bundle, backend="ort-cpu", components=["unet"], store=store)
+    assert not list(store.entries("unet"))
+    with caplog.at_level("WARNING", "fewstep.engines"):
+        build_engines(replace(gated, gate={}), backend="ort-cpu", components=["unet"], store=store)
+    assert "not compared with torch: the bundle was exported without a gate" in caplog.text
+    (entry,) = store.entries("unet")
+    assert not entry.gate
+    for bundle in (stated, digested):  # it was built, and is not used, without having been compared
+        with pytest.raises(MissingError, match="with which its gate was run"):
+            build_engines(bundle, backend="ort-cpu", components=["unet"], store=store)
 
 
 def test_verify_includes_what_it_is_given(gated: Bundle, store: Store) -> None:

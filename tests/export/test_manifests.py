@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import fewstep
 import pytest
 from fewstep.bundle import read_bundle
+from fewstep.cli import main
 from fewstep.errors import (
     CorruptError,
     FewstepError,
     UnsafeFileError,
 )
+from hostile import edits
 
 
 @pytest.mark.parametrize(
@@ -49,6 +53,30 @@ WRONG: list[tuple[tuple[Any, ...], Any]] = [
     (("components", "unet", "inputs", 0, "dtype"), "float8"),
     (("components",), {}),
     (("family",), "sd9"),
+    (("defaults", "guidance"), 10**400),
+    (("defaults", "timesteps"), ["x"]),
+    (("guidance_embedding",), 256),
+    (("guidance_embedding",), True),
+    (("force_zeros",), "no"),
+    (("latent", "factor"), 4),
+    (("latent", "channels"), 3),
+    (("tokenizers", 0, "pad_id"), 10**6),
+    (("components", "unet", "inputs", 0, "shape"), None),
+    (("components", "unet", "inputs", 0, "shape"), ["rows", 4, "height*x", "width"]),
+    (("components", "unet", "inputs", 0, "shape"), ["rows", 4, "height*99999999", "width"]),
+    (("components", "unet", "inputs", 0, "shape"), ["rows", 4, "width", "height"]),
+    (("components", "unet", "outputs", 0, "name"), "nope"),
+    (("components", "unet", "config", "block_out_channels"), [10**9]),
+    (("components", "text_encoder", "inputs", 0, "shape"), []),
+    (("scheduler", "beta_start"), None),
+    (("scheduler", "beta_end"), 2.0),
+    (("scheduler", "trained_betas"), 5),
+    (("scheduler", "steps_offset"), "x"),
+    (("scheduler", "beta_schedule"), None),
+    (("scheduler", "prediction_type"), []),
+    (("scheduler", "set_alpha_to_one"), "x"),
+    (("source",), 5),
+    (("gate",), []),
 ]
 
 
@@ -62,6 +90,45 @@ def test_manifests_are_checked_when_read(sd1_bundle: Any, tmp_path: Path, place:
     (tmp_path / "bundle.json").write_text(json.dumps(data))
     with pytest.raises(CorruptError, match=r"bundle\.json"):
         read_bundle(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"format": 1, "format": 1}',
+        '{"format": 1e999}',
+        '{"format": NaN}',
+        '{"format": 1' + "0" * 5000 + "}",
+        "\ufeff{}",
+    ],
+    ids=["twice", "1e999", "nan", "digits", "bom"],
+)
+def test_json_that_no_manifest_is(tmp_path: Path, text: str) -> None:
+    (tmp_path / "bundle.json").write_text(text, encoding="utf-8")
+    with pytest.raises(CorruptError, match=r"bundle\.json is not JSON"):
+        read_bundle(tmp_path)
+
+
+def test_no_edit_of_a_manifest_surprises(sd1_bundle: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """600 edits: refused by type, or read, shown and run with an image or a typed error; never anything else."""
+    folder = shutil.copytree(sd1_bundle.folder, tmp_path / "bundle")
+    data = json.loads((folder / "bundle.json").read_text())
+    refused: list[str] = []
+    untyped: list[str] = []
+    for index, (name, changed) in enumerate(edits(data, 600, seed=15)):
+        (folder / "bundle.json").write_text(json.dumps(changed))
+        try:
+            read_bundle(folder)
+            main(["inspect", str(folder)])
+            if index % 6 == 0:
+                fewstep.load(folder, threads=1)("a", steps=1, seed=1)
+        except FewstepError:
+            refused.append(name)
+        except Exception as error:
+            untyped.append(f"{name}: {error!r}")
+    assert not untyped, "\n".join(untyped)
+    assert 250 < len(refused) < 600
+    assert "\x1b" not in "".join(capsys.readouterr())
 
 
 def test_deep_manifests_are_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import scipy.stats
-from fewstep.errors import ArgumentError, UnknownNameError, UnsupportedError
+from fewstep.errors import ArgumentError, CorruptError, UnknownNameError, UnsupportedError
 from fewstep.schedules import NoiseSchedule, compile_program, spacing
 from fewstep.schedules.beta import beta_quantile
 from fewstep.schedules.compat.tables import Tables
@@ -77,11 +77,20 @@ def test_timesteps_and_sigmas_invert_each_other_at_training_timesteps(t: float) 
         ({"prediction_type": "flow_prediction"}, UnsupportedError, "flow"),
         ({"use_flow_sigmas": True}, UnsupportedError, "flow"),
         ({"num_train_timesteps": 1}, ArgumentError, "num_train_timesteps"),
-        ({"num_train_timesteps": True}, ArgumentError, "num_train_timesteps"),
+        ({"num_train_timesteps": True}, CorruptError, "num_train_timesteps"),
+        ({"num_train_timesteps": 10**400}, CorruptError, "num_train_timesteps"),
+        ({"beta_start": 10**400}, CorruptError, "beta_start"),
+        ({"beta_schedule": None}, CorruptError, "beta_schedule"),
+        ({"beta_schedule": []}, CorruptError, "beta_schedule"),
+        ({"prediction_type": []}, CorruptError, "prediction_type"),
+        ({"set_alpha_to_one": "x"}, CorruptError, "set_alpha_to_one"),
+        ({"steps_offset": "x"}, CorruptError, "steps_offset"),
+        ({"timestep_spacing": 5}, CorruptError, "timestep_spacing"),
         ({"beta_start": 0.5, "beta_end": 0.1}, ArgumentError, "beta_start"),
         ({"beta_end": 2.0}, ArgumentError, "beta_end"),
         ({"trained_betas": [0.1, 1.5, 0.1]}, ArgumentError, "fall"),
-        ({"trained_betas": [0.1, math.nan]}, ArgumentError, "fall"),
+        ({"trained_betas": [0.1, math.nan]}, CorruptError, "trained_betas"),
+        ({"trained_betas": 5}, CorruptError, "trained_betas"),
         ({"timestep_type": "other"}, UnknownNameError, "discrete"),
     ],
 )

@@ -1,0 +1,111 @@
+"""Whether what a manifest states of a bundle agrees: its graphs' tensors with its latent, its family and each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from .families import Family
+from .families.base import GUIDANCE_INPUT
+from .tensors import TensorSpec
+from .values import Reader
+
+CLIP_SKIP = "clip_skip"
+
+
+class Stated(Protocol):
+    """A component as a manifest states it."""
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]: ...
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]: ...
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+
+
+def check_graphs(
+    components: Mapping[str, Stated], model: Family, latent: tuple[int, int], guidance: int, reading: Reader
+) -> None:
+    """Raise the reading's error where a component's inputs and outputs are not what the runtime feeds and takes.
+
+    latent: its channels, and pixels per cell. guidance: the width of the guidance's embedding, 0 for none.
+    """
+    channels, factor = latent
+    cells, pixels = (channels, "height", "width"), (f"height*{factor}", f"width*{factor}")
+    picture = (3, *pixels)
+    encoders = [e.name for e in model.text_encoders]
+    _check_unet(components["unet"], model, cells, guidance, reading)
+    for name in encoders:
+        _match(name, "inputs", components[name].inputs, {"input_ids": ("prompts", None)}, reading, more=(CLIP_SKIP,))
+        outputs = {"hidden": ("prompts", None, None)}
+        _match(name, "outputs", components[name].outputs, outputs, reading, more=("pooled",))
+    decoder = components["vae_decoder"]
+    _match("vae_decoder", "inputs", decoder.inputs, {"latent": ("batch", *cells)}, reading)
+    _match(
+        "vae_decoder",
+        "outputs",
+        decoder.outputs,
+        {"image": ("batch", *pixels, 3), "finite": ("batch",)},
+        reading,
+    )
+    if "vae_encoder" in components:
+        encoder, moments = components["vae_encoder"], ("batch", *cells)
+        _match("vae_encoder", "inputs", encoder.inputs, {"image": ("batch", *picture)}, reading)
+        _match("vae_encoder", "outputs", encoder.outputs, {"mean": moments, "std": moments}, reading)
+
+
+def _check_unet(unet: Stated, model: Family, cells: tuple[Any, ...], guidance: int, reading: Reader) -> None:
+    if "cross_attention_dim" not in unet.config:
+        raise reading.wrong("the unet's config", dict(unet.config), "a UNet's configuration with cross_attention_dim")
+    conditions = {c.name: ("rows", *c.shape) for c in model.conditions(unet.config)}
+    width = conditions[GUIDANCE_INPUT][-1] if GUIDANCE_INPUT in conditions else 0
+    if guidance != width:
+        raise reading.wrong("guidance_embedding", guidance, f"{width}, as the unet's configuration says")
+    inputs = {"sample": ("rows", *cells), "timestep": ("rows",), **conditions}
+    _match("unet", "inputs", unet.inputs, inputs, reading)
+    _match("unet", "outputs", unet.outputs, {"out": ("rows", *cells)}, reading)
+
+
+def check_tokenizers(
+    components: Mapping[str, Stated],
+    encoders: Sequence[str],
+    tokenizers: Sequence[tuple[int, Mapping[str, int]]],
+    reading: Reader,
+) -> None:
+    """Raise the reading's error for lengths and ids that the text encoders do not take.
+
+    tokenizers: of each its length, and ids by what they are for.
+    """
+    ids = {n: next((s for s in components[n].inputs if s.name == "input_ids"), None) for n in encoders}
+    lengths = [s.shape[-1] if s is not None and s.shape else None for s in ids.values()]
+    stated = [length for length, _ in tokenizers]
+    if stated != lengths:
+        raise reading.wrong("the tokenizers' lengths", stated, f"{lengths}, as the text encoders take")
+    for name, (_, named) in zip(encoders, tokenizers, strict=True):
+        known = components[name].config.get("vocab_size")
+        for what, token in named.items():
+            if known is not None and token >= known:
+                raise reading.wrong(f"a tokenizer's {what}", token, f"a token of {name}, which has {known}")
+
+
+def _match(
+    component: str,
+    side: str,
+    specs: Sequence[TensorSpec],
+    expected: Mapping[str, tuple[int | str | None, ...]],
+    reading: Reader,
+    more: tuple[str, ...] = (),
+) -> None:
+    """Names, and shapes in which `None` is any size; `more`: names that may be there besides."""
+    shapes = {s.name: s.shape for s in specs}
+    if len(shapes) != len(specs) or not expected.keys() <= shapes.keys() <= {*expected, *more}:
+        raise reading.wrong(f"the {component}'s {side}", [s.name for s in specs], ", ".join(expected))
+    for name, shape in expected.items():
+        found = shapes[name]
+        if len(found) != len(shape) or any(w not in (None, f) for f, w in zip(found, shape, strict=True)):
+            raise reading.wrong(
+                f"the {component}'s {name}", list(found), f"{['any' if w is None else w for w in shape]}"
+            )
