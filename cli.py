@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import NoReturn
 
 from .errors import FewstepError, OutOfMemoryError, WriteError
 from .places import REFUSALS, ROOM
+from .values import printable, printable_json
 from .version import __version__
 
 EXIT_CODES = """exit codes: 0 ok, 2 usage, 3 something is missing (an extra, an engine, a file), 4 incompatible or
@@ -91,8 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(error: FewstepError, *, as_json: bool) -> int:
     if as_json:
         parts = {"type": type(error).__name__, "found": error.found, "expected": error.expected, "remedy": error.remedy}
-        print(json.dumps({"error": parts, "exit_code": error.exit_code}))
-    print(f"fewstep: {error}", file=sys.stderr)
+        print(printable_json({"error": parts, "exit_code": error.exit_code}, sys.stdout.encoding))
+    print(printable(f"fewstep: {error}", sys.stderr.encoding), file=sys.stderr)
     return error.exit_code
 
 

@@ -34,6 +34,22 @@ def shown(value: object, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
+def printable(text: str, encoding: str | None) -> str:
+    """A text for a terminal of this encoding: control characters, and what the encoding lacks, are escaped."""
+    text = escape_controls(text)
+    return text.encode(encoding or "utf-8", "backslashreplace").decode(encoding or "utf-8")
+
+
+def printable_json(data: object, encoding: str | None) -> str:
+    """Data as JSON in one line, for a terminal: control characters, and what the encoding lacks, by JSON's escapes."""
+    text = json.dumps(data, ensure_ascii=False, default=str)
+    try:
+        text.encode(encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(data, default=str)
+    return _CONTROLS.sub(lambda m: f"\\u{ord(m[0]):04x}", text)
+
+
 def escape_controls(text: str) -> str:
     """A text that may hold what somebody else wrote, for a terminal: control characters as `\\x1b` or `\\u202e`."""
     return _CONTROLS.sub(lambda m: escape(m[0]), text)
@@ -164,9 +180,11 @@ class Reader:
             raise self.wrong(field, value, "true or false")
         return value
 
-    def text(self, field: str, value: object, pattern: re.Pattern[str] | None = None, most: int = 4096) -> str:
-        if not isinstance(value, str) or not 0 < len(value) <= most:
-            raise self.wrong(field, value, f"a text of 1 to {most} characters")
+    def text(
+        self, field: str, value: object, pattern: re.Pattern[str] | None = None, *, least: int = 1, most: int = 4096
+    ) -> str:
+        if not isinstance(value, str) or not least <= len(value) <= most:
+            raise self.wrong(field, value, f"a text of {least} to {most} characters")
         if pattern is not None and not pattern.fullmatch(value):
             raise self.wrong(field, value, f"a text like {pattern.pattern}")
         return value

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..values import printable, printable_json
 from .sampling import add_sampler_options
 
 if TYPE_CHECKING:
@@ -112,13 +112,14 @@ def register_torch(backend: str) -> None:
 
 
 def emit(options: argparse.Namespace, data: dict[str, Any], text: str) -> None:
-    """Print data as JSON, or as text, on stdout."""
-    print(json.dumps(data, ensure_ascii=False, default=str) if options.json else text)
+    """Print data as JSON, or as text, on stdout; what others wrote moves no cursor, and needs no encoding."""
+    encoding = sys.stdout.encoding
+    print(printable_json(data, encoding) if options.json else printable(text, encoding))
 
 
 def say(message: str) -> None:
     """A remark for people, on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    print(printable(message, sys.stderr.encoding), file=sys.stderr, flush=True)
 
 
 @contextmanager

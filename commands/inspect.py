@@ -38,7 +38,7 @@ def _engine(options: argparse.Namespace, path: Path) -> int:
 
 
 def _picture(options: argparse.Namespace, path: Path) -> int:
-    from ..runtime.pictures.images import command_line, read_parameters
+    from ..runtime.pictures.parameters import command_line, read_parameters
 
     parameters = read_parameters(path)
     command = command_line(parameters, path.name)

@@ -30,7 +30,7 @@ def _number(low: float, high: float, *, null: bool = False) -> Check:
 
 
 def _word(*, null: bool = False) -> Check:
-    return lambda r, k, v: None if null and v is None else r.text(k, v, _WORD, 64)
+    return lambda r, k, v: None if null and v is None else r.text(k, v, _WORD, most=64)
 
 
 def _flag(reading: Reader, key: str, value: Any) -> None:
@@ -60,7 +60,7 @@ def _integers(low: int, high: int) -> Check:
 
 def _words(reading: Reader, key: str, value: Any) -> None:
     for entry in reading.array(key, value, 1, MOST_LEVELS):
-        reading.text(key, entry, _WORD, 64)
+        reading.text(key, entry, _WORD, most=64)
 
 
 def _side(reading: Reader, key: str, value: Any) -> None:

@@ -23,7 +23,7 @@ from fewstep.cli import VERBS
 from fewstep.engines import backend_names, find
 from fewstep.export.embedded import embedded_bundle
 from fewstep.runtime.call import RECORDED, Call
-from fewstep.runtime.pictures.images import command_line
+from fewstep.runtime.pictures.parameters import command_line
 from fewstep.schedules.solvers.registry import SAMPLERS
 from fewstep.schedules.spacing import SPACINGS
 from fewstep.serving.ray_serve import Replicas

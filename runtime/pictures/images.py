@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...errors import ArgumentError, CorruptError, MissingError
+from ...errors import ArgumentError, MissingError
 from ..arrays import Float32, UInt8
-from .reading import MOST_PIXELS, existing_file
+from .parameters import JSON_KEY
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 TEXT_KEY = "parameters"
-NAMED_OPTIONS = ("eta", "timesteps", "sigmas")
-"""Options that a command gives by name; it gives any other as `--option=NAME=VALUE`."""
-JSON_KEY = "fewstep"
 
 
 def check_output(path: str | os.PathLike[str]) -> Path:
@@ -65,28 +61,6 @@ def save_png(path: str | os.PathLike[str], image: UInt8, parameters: Mapping[str
         part.unlink(missing_ok=True)
 
 
-def read_parameters(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The parameters in a PNG that fewstep wrote; `CorruptError` when there are none."""
-    from PIL import Image as pillow
-
-    file = existing_file(path)
-    try:
-        with pillow.open(file, formats=("PNG",)) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise ArgumentError(
-                    f"{file.name} is {image.width}x{image.height}", expected=f"at most {MOST_PIXELS} pixels"
-                )
-            image.load()
-            text = getattr(image, "text", {}).get(JSON_KEY)
-        parameters = json.loads(text) if text else None
-    except (OSError, SyntaxError, ValueError, RecursionError, pillow.DecompressionBombError) as error:
-        raise CorruptError(f"{file.name} cannot be read as a PNG of fewstep") from error
-    types = {"bundle": str, "prompt": str, "width": int, "height": int}
-    if not isinstance(parameters, dict) or not all(isinstance(parameters.get(k), t) for k, t in types.items()):
-        raise CorruptError(f"{file.name} holds no parameters of fewstep", expected=f"a text chunk {JSON_KEY!r}")
-    return parameters
-
-
 def a1111_text(p: Mapping[str, Any]) -> str:
     """The parameters as the web UI of A1111 writes them."""
     lines = [str(p.get("prompt", ""))]
@@ -105,32 +79,3 @@ def a1111_text(p: Mapping[str, Any]) -> str:
     ]
     lines.append(", ".join(f"{k}: {v}" for k, v in parts if v is not None))
     return "\n".join(lines)
-
-
-def command_line(p: Mapping[str, Any], output: str) -> str:
-    """The command that makes the picture again; of a batch with one stream of noise, the whole batch."""
-    batch = p.get("batch") if isinstance(p.get("batch"), dict) else None
-    words = ["fewstep", "run", str(p["bundle"])]
-    words += [f"--prompt={prompt}" for prompt in (batch["prompts"] if batch else [p["prompt"]])]
-    if p.get("negative") is not None:
-        words.append(f"--negative={p['negative']}")
-    for key in ("prompt_2", "negative_2"):
-        if p.get(key) is not None:
-            words.append(f"--{key.replace('_', '-')}={p[key]}")
-    for key in ("steps", "sampler", "schedule", "guidance", "compat"):
-        if p.get(key) is not None:
-            words.append(f"--{key}={p[key]}")
-    words.append(f"--seed={batch['seed'] if batch else p.get('seed')}")
-    if batch:
-        words.append("--shared-stream")
-    named = {k: v for k, v in (p.get("options") or {}).items() if k in NAMED_OPTIONS}
-    others = {k: v for k, v in (p.get("options") or {}).items() if k not in NAMED_OPTIONS}
-    words += [f"--option={k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in others.items()]
-    for key, value in {**named, **(p.get("recorded") or {})}.items():
-        joint = "x" if key.endswith("_size") else ","
-        shown = joint.join(f"{v:g}" for v in value) if isinstance(value, (list, tuple)) else value
-        words.append(f"--{key.replace('_', '-')}={shown}")
-    words.append(f"--size={p['width']}x{p['height']}")
-    if p.get("image"):
-        words += [f"--image={p['image']}", f"--strength={p['strength']}"]
-    return shlex.join([*words, f"--output={output}"])

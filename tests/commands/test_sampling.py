@@ -14,7 +14,7 @@ from fewstep.cli import make_parser
 from fewstep.commands.asking import call_options
 from fewstep.commands.sampling import OPTIONS
 from fewstep.errors import FewstepError
-from fewstep.runtime.pictures.images import command_line
+from fewstep.runtime.pictures.parameters import command_line
 from fewstep.schedules import NoiseSchedule, Program, compile_program, program_from_diffusers
 from fewstep.schedules.compat.classes import CLASSES
 from fewstep.schedules.names import SAMPLER_ALIASES, SCHEDULE_ALIASES, resolve_sampler, resolve_schedule

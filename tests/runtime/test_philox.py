@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from fewstep.errors import ArgumentError, UnknownNameError
 from fewstep.runtime.noise.torch_cuda import THREADS, TorchCudaGenerator, philox
-from fewstep.runtime.pictures.images import command_line
+from fewstep.runtime.pictures.parameters import command_line
 
 VECTORS = [  # Random123's kat_vectors, philox4x32 of 10 rounds: counter, key, result
     ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),

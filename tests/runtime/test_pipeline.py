@@ -23,7 +23,7 @@ from fewstep.errors import (
 from fewstep.runtime.conditioning import Conditioning
 from fewstep.runtime.device.base import Sampling
 from fewstep.runtime.device.numpy_slots import NumpySlots
-from fewstep.runtime.pictures.images import command_line, read_parameters
+from fewstep.runtime.pictures.parameters import command_line, read_parameters
 from fewstep.runtime.pictures.reading import open_image
 from fewstep.runtime.programs import choose_program
 from fewstep.runtime.request import make_request
