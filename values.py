@@ -10,7 +10,8 @@ import math
 import numbers
 import re
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,17 @@ def _check_depth(data: object) -> None:
         if not level:
             return
     raise ValueError(f"more than {MOST_DEPTH} levels deep")
+
+
+@contextmanager
+def panics_refused(found: str, *, remedy: str = "") -> Iterator[None]:
+    """`CorruptError` where a library in Rust gives up within: its PanicException is no `Exception`."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise CorruptError(f"{found} ({escape_controls(str(error))[:200]})", remedy=remedy) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

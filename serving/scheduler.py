@@ -98,7 +98,7 @@ class Scheduler:
                     self._admit()
                     if self._active:
                         self._tick()
-        except Exception as error:
+        except BaseException as error:  # a thread of the server outlives whatever a library raises
             log.exception("an evaluation failed: the engine is taken out of service")
             failure = EngineFailedError(f"an evaluation failed ({type(error).__name__})", remedy="Restart the server.")
             self._failed(failure)

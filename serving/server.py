@@ -297,7 +297,7 @@ class Server:
         except FewstepError as error:
             ticket.fail(error)
             return
-        except Exception as error:
+        except BaseException as error:  # a thread of the server outlives whatever a library raises
             log.exception("%s could not be prepared", ticket.name)
             ticket.fail(FewstepError(f"the request could not be prepared ({type(error).__name__})"))
             return
@@ -320,7 +320,7 @@ class Server:
         except FewstepError as error:
             ticket.fail(error)
             return
-        except Exception as error:
+        except BaseException as error:  # a thread of the server outlives whatever a library raises
             log.exception("%s could not be decoded", ticket.name)
             self._engine_failed(EngineFailedError(f"decoding failed ({type(error).__name__})"))
             return

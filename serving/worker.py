@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import queue
 import threading
 from collections.abc import Callable
+
+log = logging.getLogger("fewstep.serving")
 
 Job = Callable[[], None]
 
 
 class DueWorker:
-    """Runs jobs one at a time, in the order of their due times. A job must not raise."""
+    """Runs jobs one at a time, in the order of their due times.
+
+    A job settles what it is for; one that raises all the same is logged, and the next is run.
+    """
 
     def __init__(self, name: str) -> None:
         self._jobs: queue.PriorityQueue[tuple[float, int, Job | None]] = queue.PriorityQueue()
@@ -32,4 +38,7 @@ class DueWorker:
             _, _, job = self._jobs.get()
             if job is None:
                 return
-            job()
+            try:
+                job()
+            except BaseException:  # libraries in Rust raise what is no Exception
+                log.exception("a job of %s failed", self._thread.name)

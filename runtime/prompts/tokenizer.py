@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
 from ...bundle import Bundle, Tokenizer
 from ...errors import ArgumentError, CorruptError
+from ...values import panics_refused
 from .syntax import MOST_CHUNKS, Chunk, Prompt, TextSpan, lay_out, parse_a1111
 
 
@@ -27,15 +29,18 @@ class PromptTokenizer:
                 expected=f"SHA-256 {record.sha256}",
                 remedy="Export the checkpoint again.",
             )
+        self.record = record
         try:
-            self._fast = FastTokenizer.from_buffer(data)
+            with panics_refused(f"{record.file} is not a tokenizer", remedy="Export the checkpoint again."):
+                self._fast = FastTokenizer.from_buffer(data)
+        except CorruptError:
+            raise
         except Exception as error:
             raise CorruptError(
                 f"{record.file} is not a tokenizer ({error})", remedy="Export the checkpoint again."
             ) from error
         self._fast.no_padding()
         self._fast.no_truncation()
-        self.record = record
         self._known = known
         self._several = _several({t.content for t in self._fast.get_added_tokens_decoder().values()})
         self._comma: int | None = self._fast.token_to_id(",</w>")
@@ -48,14 +53,15 @@ class PromptTokenizer:
     def words(self, text: str) -> list[int]:
         """Token ids of a text, without begin and end; a word of several vectors is all of its tokens.
 
-        Raises `ArgumentError` for a token that the text encoder has no vector for.
+        Raises `ArgumentError` for a token that the text encoder has no vector for, `CorruptError` where the tokenizer's
+        rules give up.
         """
-        encoded = self._fast.encode(text, add_special_tokens=False)
+        encoded = self._encode(text)
         found = [t for t in dict.fromkeys(encoded.tokens) if t in self._several] if self._several else []
         for token in found:
             text = text.replace(token, self._several[token])
         if found:
-            encoded = self._fast.encode(text, add_special_tokens=False)
+            encoded = self._encode(text)
         ids: list[int] = encoded.ids
         if max(ids, default=0) >= self._known:
             token = next(t for t, i in zip(encoded.tokens, ids, strict=True) if i >= self._known)
@@ -64,6 +70,16 @@ class PromptTokenizer:
                 remedy="Leave it out, or export the checkpoint again with the embedding that it stands for.",
             )
         return ids
+
+    def _encode(self, text: str) -> Encoding:
+        found, remedy = f"{self.record.file} cannot read the prompt", "Export the checkpoint again."
+        try:
+            with panics_refused(found, remedy=remedy):
+                return self._fast.encode(text, add_special_tokens=False)
+        except CorruptError:
+            raise
+        except Exception as error:
+            raise CorruptError(f"{found} ({type(error).__name__})", remedy=remedy) from error
 
     def wrap(self, tokens: Sequence[int]) -> list[int]:
         """Tokens of one pass with begin, end and padding: as many as the encoder takes."""

@@ -205,7 +205,7 @@ class LiveSession:
                     self._begin()
         except FewstepError as error:
             self._end(error)
-        except Exception as error:
+        except BaseException as error:  # a thread of the server outlives whatever a library raises
             log.exception("a live session ended")
             self._end(FewstepError(f"the live session failed ({type(error).__name__})"))
 
