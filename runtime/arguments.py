@@ -11,6 +11,8 @@ from ..errors import ArgumentError
 from ..values import shown
 
 LARGEST_SEED = 2**64 - 1
+LARGEST_LEVEL = 1e9
+"""Of a timestep or sigma; the highest that any schedule here has is about 4096."""
 
 
 def check_integer(name: str, value: object, low: int, high: int) -> int:
@@ -45,8 +47,10 @@ def check_levels(name: str, levels: Sequence[float] | None, least: int) -> list[
         values = [float(v) for v in levels]
     except (TypeError, ValueError, OverflowError) as error:
         raise ArgumentError(f"{name} is {shown(levels)}", expected="a list of numbers") from error
-    if len(values) < least or not all(math.isfinite(v) for v in values):
-        raise ArgumentError(f"{name} is {shown(values)}", expected=f"at least {least} finite numbers")
+    if len(values) < least or not all(abs(v) <= LARGEST_LEVEL for v in values):
+        raise ArgumentError(
+            f"{name} is {shown(values)}", expected=f"at least {least} finite numbers, of {LARGEST_LEVEL:g} at most"
+        )
     return values
 
 

@@ -22,13 +22,14 @@ from .names import resolve_sampler, resolve_schedule
 from .noise import PREDICTIONS, NoiseSchedule
 from .options import check_option, check_spacing_option
 from .program import Program
-from .refusals import refuse_options
+from .refusals import finite_arithmetic, refuse_options
 from .solvers.registry import Sampler, find_sampler
 from .spacing import SPACINGS, Spacing, from_table, sigma_range
 
 LAST_SIGMAS = ("zero", "sigma_min", "own")
 
 
+@finite_arithmetic
 def compile_program(
     sampler: str,
     *,

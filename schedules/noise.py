@@ -179,6 +179,8 @@ def beta_fields(config: Mapping[str, Any]) -> tuple[list[float] | None, int, flo
         raise ArgumentError(f"num_train_timesteps is {count!r}", expected=f"an integer from 2 to {MOST_TIMESTEPS}")
     if trained is None and name != "squaredcos_cap_v2" and not 0 < start <= end < 1:
         raise ArgumentError(f"beta_start {start} and beta_end {end}", expected="0 < beta_start <= beta_end < 1")
+    if trained is not None and not all(0 < b <= 1 for b in trained):
+        raise ArgumentError("alpha_bar does not fall: trained_betas are not all above 0 and at most 1")
     return (None if trained is None else [float(b) for b in trained]), count, start, end, name
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
-from ..errors import UnsupportedError
+from ..errors import ArgumentError, UnsupportedError
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 NOT_LINEAR = {
     "thresholding": "clamps x0 by a quantile of the image",
@@ -41,3 +45,19 @@ def refuse_options(options: Mapping[str, Any], *, clips: bool = False) -> None:
             )
         if name in NOT_DONE:
             raise UnsupportedError(f"{name}={value!r} ({NOT_DONE[name]})", remedy=f"Leave {name} out.")
+
+
+def finite_arithmetic(function: Callable[P, T]) -> Callable[P, T]:
+    """`ArgumentError` where a function's numbers leave what a float holds, or are divided by zero."""
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except ArithmeticError as error:
+            raise ArgumentError(
+                f"options, betas, timesteps or sigmas with which no step can be computed ({error})",
+                expected="numbers of a network's own magnitude",
+            ) from error
+
+    return checked

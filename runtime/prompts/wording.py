@@ -157,11 +157,16 @@ def _embeddings(bundle: Bundle, call: Call, prefix: str) -> list[Embedding]:
 def as_float32(name: str, given: Any, shape: tuple[int | None, ...]) -> Float32:
     """An array (or a torch tensor) as finite float32 of a shape, in which `None` is any number from 1."""
     if hasattr(given, "detach"):
-        given = given.detach().cpu().float().numpy()
+        given = given.detach().cpu()
+        given = given.resolve_conj().numpy() if given.is_complex() else given.float().numpy()
     try:
-        array = np.asarray(given, np.float32)
+        array = np.asarray(given)
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"{name} is {type(given).__name__}", expected="an array of floats") from error
+    if array.dtype.kind not in "fiu":
+        raise ArgumentError(f"{name} is an array of {array.dtype}", expected="an array of floats")
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32, copy=False)
     fits = array.ndim == len(shape) and all(n and w in (None, n) for n, w in zip(array.shape, shape, strict=True))
     if not fits:
         words = ", ".join("*" if w is None else str(w) for w in shape)

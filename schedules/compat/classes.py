@@ -17,7 +17,7 @@ from ..names import resolve_sampler, scheduler_class
 from ..noise import PREDICTIONS
 from ..options import check_option
 from ..program import Program
-from ..refusals import refuse_options
+from ..refusals import finite_arithmetic, refuse_options
 from . import layouts as grids
 from . import meanings
 from .layouts import Grid, GridRequest
@@ -204,6 +204,7 @@ def solver_of(name: str, config: Config, options: Config) -> Solved:
     return solver(name, config, options) if solver else (meanings.plain(name), dict(options))
 
 
+@finite_arithmetic
 def program_from_diffusers(
     scheduler_config: Mapping[str, Any],
     *,
