@@ -110,7 +110,7 @@ def test_a_shell_takes_each_word_as_it_was(tmp_path: Path, text: str) -> None:
     assert words.isprintable()
     shown = f"fewstep() {{ printf '%s\\0' \"$@\"; }}; {words}"
     environment = {**os.environ, "LC_ALL": "C.UTF-8"}
-    taken = subprocess.run(["bash", "-c", shown], capture_output=True, check=True, env=environment).stdout
+    taken = subprocess.run(["/bin/bash", "-c", shown], capture_output=True, check=True, env=environment).stdout
     assert taken.decode().split("\0")[:3] == ["run", "./-b", f"--prompt={text}"]
 
 
