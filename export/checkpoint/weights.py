@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -59,11 +60,11 @@ def open_tensors(paths: Iterable[Path]) -> dict[str, Stored]:
         try:
             with safe_open(path, framework="np") as file:
                 names = set(file.keys())
+            stored.update(_map(path, names))
         except (SafetensorError, OSError, ValueError) as error:
             raise CorruptError(
                 f"{path.name} is not a valid safetensors file ({error})", remedy="Fetch it again: it may be truncated."
             ) from error
-        stored.update(_map(path, names))
     return stored
 
 
@@ -71,7 +72,7 @@ def _map(path: Path, names: set[str]) -> dict[str, Stored]:
     with path.open("rb") as file:
         view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     start = 8 + int.from_bytes(view[:8], "little")
-    header = json.loads(view[8:start])
+    header = json.loads(view[8:start], object_pairs_hook=_each_once)
     tensors = {}
     for name in names:
         entry = header[name]
@@ -81,6 +82,15 @@ def _map(path: Path, names: set[str]) -> dict[str, Stored]:
         release = partial(_drop_pages, view, start + begin, start + end)
         tensors[name] = Stored(dtype=code, shape=shape, data=raw, release=release)
     return tensors
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are there once: of a key given twice, readers differ in which value they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))
+        raise ValueError(f"its header has {twice[:80]!r} twice")
+    return found
 
 
 def _drop_pages(view: mmap.mmap, begin: int, end: int) -> None:

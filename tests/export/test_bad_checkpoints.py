@@ -123,14 +123,33 @@ def damage(kind: str, path: Path) -> None:
             header[names[1]]["data_offsets"] = header[names[0]]["data_offsets"]
         elif kind == "bad offset":
             header[names[0]]["data_offsets"] = [10**9, 10**9 + 4]
+        elif kind == "hole":
+            data[8 + length : 8 + length] = bytes(8)
+            for name in names:
+                header[name]["data_offsets"] = [o + 8 for o in header[name]["data_offsets"]]
         elif kind == "unknown dtype":
             header[names[0]]["dtype"] = "Q7"
+        elif kind == "shape of another length":
+            header[names[0]]["shape"] = [1, *header[names[0]]["shape"], 2]
+        elif kind == "negative shape":
+            header[names[0]]["shape"] = [-1, -4]
         text = json.dumps(header).encode()
+        if kind == "a tensor twice":  # the same place, read as another type: whichever of the two a reader takes
+            other = json.dumps({names[0]: {**header[names[0]], "dtype": "I32"}}).encode()
+            text = other[:-1] + b", " + text[1:]
+        elif kind == "an entry twice":
+            text = text.replace(b'"dtype": "F32"', b'"dtype": "I32", "dtype": "F32"', 1)
         data = bytearray(len(text).to_bytes(8, "little") + text + data[8 + length :])
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("kind", ["truncated", "empty", "oversize header", "overlap", "bad offset", "unknown dtype"])
+DAMAGES = (
+    *("truncated", "empty", "oversize header", "overlap", "hole", "bad offset", "unknown dtype"),
+    *("shape of another length", "negative shape", "a tensor twice", "an entry twice"),
+)
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
 def test_damaged_safetensors(tiny_sd1: Path, tmp_path: Path, kind: str) -> None:
     bad = copy(tiny_sd1, tmp_path / "bad")
     damage(kind, bad / UNET)
