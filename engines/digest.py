@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import CorruptError, MissingError, UnsafeFileError
+from ..values import Reader
 
 CHUNK_BYTES = 32 << 20
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,11 +44,13 @@ class FileDigest:
         return {"bytes": self.length, "chunk_bytes": self.chunk_bytes, "sha256": list(self.chunks)}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> FileDigest:
+    def from_json(cls, data: object) -> FileDigest:
+        reading = Reader(place="a digest")
+        stated = reading.mapping("itself", data)
         return cls(
-            length=int(data["bytes"]),
-            chunk_bytes=int(data["chunk_bytes"]),
-            chunks=tuple(str(c) for c in data["sha256"]),
+            length=reading.integer("bytes", stated.get("bytes"), 1, 2**62),
+            chunk_bytes=reading.integer("chunk_bytes", stated.get("chunk_bytes"), 1, 2**62),
+            chunks=tuple(reading.text("sha256", c, _SHA256) for c in reading.array("sha256", stated.get("sha256"))),
         )
 
 

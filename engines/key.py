@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..errors import CorruptError
+from ..values import Reader
 from .profile import Profile
 
 KEY_FORMAT = 2
@@ -63,14 +64,20 @@ class EngineKey:
         return data
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> EngineKey:
-        try:
-            values = {f.name: data[f.name] for f in fields(cls)}
-            values["profiles"] = tuple(Profile.from_json(p) for p in data["profiles"])
-            values["options"] = dict(data["options"])
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise CorruptError(f"an engine's key lacks or misstates {error}") from error
-        return cls(**values)
+    def from_json(cls, data: object) -> EngineKey:
+        reading = Reader(place="an engine's key")
+        stated = reading.mapping("itself", data)
+        if missing := [f.name for f in fields(cls) if f.name not in stated]:
+            raise CorruptError(f"an engine's key lacks {', '.join(missing)}")
+        values: dict[str, Any] = {f.name: stated[f.name] for f in fields(cls)}
+        for name in ("component", "backend", "backend_version", "dtype", "system", "device", "capability"):
+            reading.text(name, values[name], least=0)
+        for name in ("graph_sha256", "weights_sha256"):
+            reading.text(name, values[name], least=0)
+        reading.integer("key_format", values["key_format"])
+        reading.mapping("options", values["options"])
+        profiles = reading.array("profiles", values["profiles"], 0, 1000)
+        return cls(**{**values, "profiles": tuple(Profile.from_json(p) for p in profiles)})
 
     @property
     def digest(self) -> str:

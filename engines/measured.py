@@ -15,12 +15,13 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 
 from ..bundle import Bundle
-from ..errors import FewstepError
+from ..errors import CorruptError, FewstepError
+from ..values import read_json
 from .backends.registry import Backend, BuildProgress, OpenJob, measured_backends, plain_backend
 from .base import Engine
 from .build import build_engine
@@ -111,15 +112,15 @@ def _time(engine: Engine, dims: Mapping[str, int]) -> float:
     return 1e3 * statistics.median(spent)
 
 
-def _read(record: Any) -> MeasuredChoice | None:
+def _read(record: Path) -> MeasuredChoice | None:
     """The choice on record; `None` without one, or one that cannot be read."""
     try:
-        data = json.loads(record.read_bytes())
+        data = read_json(record, "a choice on record", finite=True)
         choice = MeasuredChoice(
             backend=str(data["backend"]),
             reason=str(data["reason"]),
             milliseconds={str(n): float(v) for n, v in data["milliseconds"].items()},
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (CorruptError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return choice if choice.backend in {b.name for b in measured_backends()} else None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..bundle import Bundle, TensorSpec, resolve_dimension
 from ..errors import ArgumentError, UnknownNameError
+from ..values import Reader
 
 CHUNK = 77
 
@@ -76,10 +76,13 @@ class Profile:
         return {name: [s.minimum, s.optimum, s.maximum] for name, s in sorted(self.spans.items())}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Profile:
-        return cls(
-            spans={str(n): Span(minimum=int(s[0]), optimum=int(s[1]), maximum=int(s[2])) for n, s in data.items()}
-        )
+    def from_json(cls, data: object) -> Profile:
+        reading = Reader(place="a profile")
+        spans = {}
+        for name, span in reading.mapping("its spans", data).items():
+            low, best, high = (reading.integer(name, n, 1) for n in reading.array(name, span, 3, 3))
+            spans[name] = Span(minimum=low, optimum=best, maximum=high)
+        return cls(spans=spans)
 
     def __str__(self) -> str:
         return " ".join(f"{name}={span}" for name, span in sorted(self.spans.items())) or "fixed shape"

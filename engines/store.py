@@ -24,6 +24,7 @@ from typing import Any
 
 from ..errors import CorruptError, FewstepError, MismatchError, MissingError, UnsafeFileError
 from ..places import writing
+from ..values import Reader, parse_json
 from .digest import FileDigest, digest_file, open_regular, read_checked
 from .key import EngineKey
 from .trust import check_own
@@ -296,7 +297,7 @@ def sweep(folder: Path) -> int:
     """Delete what the manifest does not name; returns the bytes freed. Only under the key's lock."""
     keep = {MANIFEST}
     try:
-        data = json.loads(_manifest_bytes(folder))
+        data = _parse_json(folder, _manifest_bytes(folder))
         keep |= {str(data["file"]), str((data["data"] or [""])[0])}
     except (ValueError, KeyError, TypeError, IndexError, FewstepError):
         keep = {MANIFEST}
@@ -335,10 +336,7 @@ def _manifest_bytes(folder: Path) -> bytes:
 
 
 def _parse_json(folder: Path, text: bytes) -> dict[str, Any]:
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CorruptError(f"the manifest of the engine {folder.name} is not JSON: {error}", remedy=REBUILD) from error
+    data = parse_json(text, f"the manifest of the engine {folder.name}", remedy=REBUILD, finite=True)
     if not isinstance(data, dict) or data.get("format") != MANIFEST_FORMAT:
         stated = data.get("format") if isinstance(data, dict) else type(data).__name__
         raise CorruptError(
@@ -350,15 +348,16 @@ def _parse_json(folder: Path, text: bytes) -> dict[str, Any]:
 
 
 def _parse(folder: Path, data: Mapping[str, Any]) -> Entry:
+    reading = Reader(place=f"the manifest of the engine {folder.name}", remedy=REBUILD)
     try:
         entry = Entry(
             folder=folder,
             key=EngineKey.from_json(data["key"]),
-            file=str(data["file"]),
+            file=reading.text("file", data["file"], most=255),
             digest=FileDigest.from_json(data["digest"]),
-            built=dict(data["built"]),
-            facts=dict(data["facts"]),
-            gate=dict(data["gate"]),
+            built=reading.mapping("built", data["built"]),
+            facts=reading.mapping("facts", data["facts"]),
+            gate=reading.mapping("gate", data["gate"]),
             data=None if data["data"] is None else (str(data["data"][0]), FileDigest.from_json(data["data"][1])),
         )
     except (KeyError, TypeError, ValueError, IndexError, FewstepError) as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..bundle import Bundle, Component
 from ..errors import CorruptError, MissingError
+from ..values import read_json
 from .digest import compare_file, open_regular, sha256_file
 from .graph.external import check_external
 from .store import REBUILD, Entry, Store
@@ -111,8 +112,8 @@ def _record(record: Path, passed: Mapping[str, object]) -> None:
 
 def _recorded(record: Path) -> object:
     try:
-        return json.loads(record.read_bytes())
-    except (OSError, ValueError):
+        return read_json(record, record.name, finite=True) if record.is_file() else None
+    except CorruptError:
         return None
 
 

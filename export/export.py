@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +16,7 @@ from ..bundle import MANIFEST, Bundle, Component, Defaults, Latent, read_default
 from ..errors import ArgumentError, CorruptError, MissingExtraError
 from ..places import put_back, put_in_place, room_for, staging_folder, writing
 from ..presets import Preset, find_preset, preset_defaults, recognise_preset
+from ..values import Reader, read_json
 from ..version import __version__
 from .checkpoint.compose import compose_checkpoint, describe_part, names_of, read_tensors
 from .checkpoint.folder import Checkpoint
@@ -239,12 +239,9 @@ def _defaults(checkpoint: Checkpoint, width: int, height: int, preset: Preset | 
     }
     own = checkpoint.folder / "fewstep.json"
     if own.is_file():
-        try:
-            plain |= json.loads(own.read_text(encoding="utf-8"))["defaults"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CorruptError(
-                f"fewstep.json in the checkpoint cannot be read ({error})", expected='{"defaults": {...}}'
-            ) from error
+        reading = Reader(place="fewstep.json in the checkpoint")
+        data = reading.mapping("itself", read_json(own, reading.place))
+        plain |= reading.mapping("defaults", data.get("defaults"))
     return read_defaults(plain | (preset_defaults(preset, width, height) if preset else {}))
 
 

@@ -10,7 +10,6 @@ the special tokens that are named, which without `added_tokens_decoder` `special
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from tokenizers.models import BPE
 
 from ..bundle import Tokenizer as TokenizerRecord
 from ..errors import CorruptError, MissingError, UnsupportedError
+from ..values import Reader, panics_refused, read_json, shown
 
 NAMED = {
     "bos_token": "<|startoftext|>",
@@ -31,6 +31,7 @@ NAMED = {
     "mask_token": None,
 }
 """The special tokens of any tokenizer, in transformers' order, and what CLIP's are where nothing names them."""
+MOST_IDS = 2**20
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
@@ -50,8 +51,9 @@ def export_tokenizer(folder: Path, target: Path, longest: int, words: Sequence[s
         if number is None:
             raise CorruptError(f"the tokenizer in {folder.name!r} does not know its own {kind} {token!r}")
         ids[kind] = number
-    stated = settings.get("model_max_length", longest)
-    length = min(int(stated), longest) if isinstance(stated, (int, float)) else longest
+    stated = settings.get("model_max_length")
+    reading = Reader(place=f"the tokenizer in {folder.name!r}", remedy="Take the whole checkpoint.")
+    length = longest if stated is None else int(min(reading.number("model_max_length", stated, 3), longest))
     data = tokenizer.to_str().encode()
     target.write_bytes(data)
     return TokenizerRecord(
@@ -77,22 +79,22 @@ def read_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
             f"the tokenizer in {folder.name!r} splits special tokens, or pads on the left",
             expected="one that pads on the right, as CLIP's do",
         )
+    found, remedy = f"the tokenizer in {folder.name!r} cannot be read", "Take the whole checkpoint."
     try:
         settings, added = _settings(folder, config, saved)
         vocabulary, merges = _vocabulary(folder, saved)
-        tokenizer = _byte_pairs(vocabulary, merges, str(settings["unk_token"]))
-        tokenizer.add_tokens(_tokens(settings, added))
+        with panics_refused(found, remedy=remedy):
+            tokenizer = _byte_pairs(vocabulary, merges, str(settings["unk_token"]))
+            tokenizer.add_tokens(_tokens(settings, added))
         begin, end = (str(settings[k]) for k in ("bos_token", "eos_token"))
         first, last = (tokenizer.token_to_id(t) or 0 for t in (begin, end))
         tokenizer.post_processor = processors.RobertaProcessing(
             (end, last), (begin, first), add_prefix_space=False, trim_offsets=False
         )
-    except MissingError:
+    except (MissingError, CorruptError):
         raise
     except Exception as error:
-        raise CorruptError(
-            f"the tokenizer in {folder.name!r} cannot be read ({error})", remedy="Take the whole checkpoint."
-        ) from error
+        raise CorruptError(f"{found} ({type(error).__name__}: {shown(str(error))})", remedy=remedy) from error
     return tokenizer, settings
 
 
@@ -162,11 +164,12 @@ def _token(value: Any, **more: bool) -> Any:
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CorruptError(f"{path.name} is not JSON: {error}", remedy="Take the whole checkpoint.") from error
-    return data if isinstance(data, dict) else {}
+    data = read_json(path, path.name, remedy="Take the whole checkpoint.")
+    if not isinstance(data, dict):
+        raise CorruptError(
+            f"{path.name} holds a {type(data).__name__}", expected="a JSON object", remedy="Take the whole checkpoint."
+        )
+    return data
 
 
 def _vocabulary(folder: Path, saved: Mapping[str, Any]) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -174,7 +177,7 @@ def _vocabulary(folder: Path, saved: Mapping[str, Any]) -> tuple[dict[str, int],
     if saved:
         model = saved["model"]
         halves = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-        return model["vocab"], [(first, second) for first, second in halves]
+        return _ids(folder, model["vocab"]), [(first, second) for first, second in halves]
     vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
     if not vocabulary.is_file() or not merges.is_file():
         raise MissingError(
@@ -182,10 +185,17 @@ def _vocabulary(folder: Path, saved: Mapping[str, Any]) -> tuple[dict[str, int],
             expected="tokenizer.json, or vocab.json and merges.txt",
             remedy="Take the whole checkpoint.",
         )
-    ids = json.loads(vocabulary.read_text(encoding="utf-8"))
+    ids = _ids(folder, _json(vocabulary))
     lines = merges.read_text(encoding="utf-8").split("\n")
     split = [line.split() for line in lines if not line.startswith("#version")]
     return ids, [(p[0], p[1]) for p in split if len(p) == 2 and "".join(p) in ids]
+
+
+def _ids(folder: Path, vocabulary: object) -> dict[str, int]:
+    """A vocabulary whose ids the library can lay out: it counts to the highest."""
+    reading = Reader(place=f"the tokenizer in {folder.name!r}", remedy="Take the whole checkpoint.")
+    ids = reading.mapping("its vocabulary", vocabulary)
+    return {token: reading.integer("a token's id", number, 0, MOST_IDS) for token, number in ids.items()}
 
 
 def _byte_pairs(vocabulary: dict[str, int], merges: list[tuple[str, str]], unknown: str) -> Tokenizer:

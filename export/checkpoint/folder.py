@@ -5,8 +5,6 @@ Class names in `model_index.json` are data and go through an allow-list; weights
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,8 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ... import values
 from ...errors import CorruptError, MissingError, MissingExtraError, UnsafeFileError, UnsupportedError
 from ...families import Family, all_families, known_models
+from ...families.configs import check_config
+from ...schedules.keys import check_keys
+from ...values import Reader
 from .embeddings import Word
 from .weights import PICKLES
 
@@ -214,15 +216,21 @@ def _from_folder(folder: Path, source: str, *, variant: str | None, revision: st
         parts=parts,
         tokenizers=tokenizers,
         scheduler=model.loaded_scheduler(pipeline, _read_scheduler(folder, index)),
-        force_zeros=bool(index.get("force_zeros_for_empty_prompt", model.force_zeros)),
+        force_zeros=_force_zeros(index, model),
         licence=licence_of(folder),
         revision=revision,
     )
 
 
+def _force_zeros(index: Mapping[str, Any], model: Family) -> bool:
+    reading = Reader(place="model_index.json", remedy="Take the whole checkpoint.")
+    return reading.flag("force_zeros_for_empty_prompt", index.get("force_zeros_for_empty_prompt", model.force_zeros))
+
+
 def _read_scheduler(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
     """The scheduler's configuration, of the class that `model_index.json` names, whatever its own file says."""
     config = read_json(folder / "scheduler" / "scheduler_config.json")
+    check_keys(config, Reader(place="scheduler/scheduler_config.json", remedy="Take the whole checkpoint."))
     stated = index.get("scheduler")
     named = isinstance(stated, list) and len(stated) == 2 and isinstance(stated[1], str)
     return {**config, "_class_name": stated[1]} if named and isinstance(stated, list) else config
@@ -319,21 +327,10 @@ def read_part(place: Path, name: str, class_name: str, family: Family, variant: 
         raise CorruptError(
             f"{name}/config.json does not state {', '.join(missing)}", remedy="Take the whole checkpoint."
         )
-    _check_numbers(name, config)
+    reading = Reader(place=f"{name}/config.json", remedy="Take the whole checkpoint.")
+    check_config(name, config, reading)
     files = _weight_files(place, _stem(name), variant if variant and has_variant(place, variant) else None)
     return Part(name=name, class_name=class_name, config=config, place=place, files=files)
-
-
-def _check_numbers(name: str, config: Mapping[str, Any]) -> None:
-    """`CorruptError` for a UNet's size or a VAE's factor with which no picture can be made."""
-    size = config.get("sample_size")
-    sides = size if isinstance(size, (list, tuple)) else [size, size]
-    if name == "unet" and size is not None and not (len(sides) == 2 and all(type(s) is int and s > 0 for s in sides)):
-        raise CorruptError(f"{name}/config.json states sample_size {size!r}", expected="an integer above 0, or two")
-    factor = config.get("scaling_factor", 1.0)
-    number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
-    if name == "vae" and not (number and math.isfinite(factor) and factor):
-        raise CorruptError(f"{name}/config.json states scaling_factor {factor!r}", expected="a finite number but 0")
 
 
 def has_variant(place: Path, variant: str) -> bool:
@@ -362,7 +359,9 @@ def _weight_files(place: Path, stem: str, variant: str | None) -> tuple[Path, ..
     if single.is_file() and (stem == "model" or not index.is_file()):
         return (single,)
     if index.is_file():
-        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+        reading = Reader(place=f"{place.name}/{index.name}", remedy="Take the whole checkpoint.")
+        placed = reading.mapping("weight_map", read_json(index).get("weight_map", {}))
+        shards = sorted({reading.text("a shard", shard, most=255) for shard in placed.values()})
         for shard in shards:
             if Path(shard).name != shard or not (place / shard).is_file():
                 raise MissingError(
@@ -398,12 +397,8 @@ def read_json(path: Path, *, remedy: str = "Take the whole checkpoint.") -> dict
     """A JSON object from a file; `MissingError` or `CorruptError` say what is wrong with it."""
     if not path.is_file():
         raise MissingError(f"no {path.parent.name}/{path.name} in the checkpoint", remedy=remedy)
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CorruptError(f"{path.parent.name}/{path.name} is not JSON: {error}", remedy=remedy) from error
+    place = f"{path.parent.name}/{path.name}"
+    data = values.read_json(path, place, remedy=remedy)
     if not isinstance(data, dict):
-        raise CorruptError(
-            f"{path.parent.name}/{path.name} holds a {type(data).__name__}", expected="a JSON object", remedy=remedy
-        )
+        raise CorruptError(f"{place} holds a {type(data).__name__}", expected="a JSON object", remedy=remedy)
     return data

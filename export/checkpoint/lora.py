@@ -7,7 +7,6 @@ over the original block names), diffusers' (`unet.down_blocks.0....to_q.lora_A.w
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ from safetensors import safe_open
 
 from ...errors import CorruptError, UnsupportedError
 from ...families import all_families
+from ...values import Reader, parse_json, read_json
 from .folder import LoraFile
 from .singlefile import original_name
 from .weights import Stored, convert, open_tensors, read_number
@@ -221,23 +221,22 @@ class _Adapter:
     """What PEFT's configuration says of alpha: beside the file, or in its metadata as diffusers writes it."""
 
     config: Mapping[str, Any] = field(default_factory=dict)
+    reading: Reader = field(default_factory=lambda: Reader(place="the adapter configuration"))
 
     @classmethod
     def of(cls, path: Path) -> _Adapter:
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
         text = metadata.get("lora_adapter_metadata")
-        beside = path.parent / "adapter_config.json"
-        try:
-            if text is not None:
-                return cls(config=dict(json.loads(text)))
-            if beside.is_file() and path.name.startswith("adapter_model"):
-                return cls(config=dict(json.loads(beside.read_text(encoding="utf-8"))))
-        except (ValueError, TypeError) as error:
-            raise CorruptError(
-                f"the adapter configuration of {path.name} is not JSON ({error})", expected="a JSON object"
-            ) from error
-        return cls()
+        beside, place = path.parent / "adapter_config.json", f"the adapter configuration of {path.name}"
+        if text is not None:
+            data = parse_json(text, place)
+        elif beside.is_file() and path.name.startswith("adapter_model"):
+            data = read_json(beside, place)
+        else:
+            return cls()
+        reading = Reader(place=place)
+        return cls(config=reading.mapping("itself", data), reading=reading)
 
     def factor(self, module: str, rank: int) -> float:
         """alpha / rank, or alpha / sqrt(rank) where the configuration asks for it; 1 without one."""
@@ -247,12 +246,13 @@ class _Adapter:
         own = {k.removeprefix(f"{part}."): v for k, v in self.config.items()} if part else self.config
         name = name.removeprefix(f"{part}.") if part else name
         alpha = own.get("lora_alpha")
-        for pattern, value in (own.get("alpha_pattern") or {}).items():
+        for pattern, value in self.reading.mapping("alpha_pattern", own.get("alpha_pattern") or {}).items():
             if name == pattern or name.endswith(f".{pattern}"):
                 alpha = value
         if alpha is None:
             return 1.0
-        return float(alpha) / (math.sqrt(rank) if own.get("use_rslora") else rank)
+        rooted = self.reading.flag("use_rslora", own.get("use_rslora") or False)
+        return self.reading.number("lora_alpha", alpha) / (math.sqrt(rank) if rooted else rank)
 
 
 def _delta(
@@ -272,12 +272,7 @@ def _delta(
         raise CorruptError(
             f"the matrices of {where} have shapes {down.shape} and {up.shape}", expected="[r, in] and [out, r]"
         )
-    try:
-        factor = adapter.factor(module, rank) if alpha is None else alpha / rank
-    except (ValueError, TypeError, AttributeError) as error:
-        raise CorruptError(
-            f"the adapter configuration of {lora.path.name} cannot be read ({error})", expected="a number as lora_alpha"
-        ) from error
+    factor = adapter.factor(module, rank) if alpha is None else alpha / rank
     if not math.isfinite(factor):
         raise CorruptError(f"alpha of {where} is not finite", expected="a finite number")
     delta = Delta(lora=lora, name=module, down=down, up=up, factor=lora.scale * factor)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import mmap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ...errors import CorruptError, MissingError, UnsafeFileError, UnsupportedError
+from ...values import parse_json
 from ..trace.graphs import Parameter, TracedGraph
 from ..trace.layout import CODES, plan_layout
 
@@ -72,7 +71,7 @@ def _map(path: Path, names: set[str]) -> dict[str, Stored]:
     with path.open("rb") as file:
         view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     start = 8 + int.from_bytes(view[:8], "little")
-    header = json.loads(view[8:start], object_pairs_hook=_each_once)
+    header = parse_json(view[8:start], f"the header of {path.name}", finite=True)
     tensors = {}
     for name in names:
         entry = header[name]
@@ -82,15 +81,6 @@ def _map(path: Path, names: set[str]) -> dict[str, Stored]:
         release = partial(_drop_pages, view, start + begin, start + end)
         tensors[name] = Stored(dtype=code, shape=shape, data=raw, release=release)
     return tensors
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys are there once: of a key given twice, readers differ in which value they take."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))
-        raise ValueError(f"its header has {twice[:80]!r} twice")
-    return found
 
 
 def _drop_pages(view: mmap.mmap, begin: int, end: int) -> None:

@@ -6,7 +6,6 @@ component's own comparison takes.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -27,6 +26,7 @@ from ...runtime.pictures.vae import Vae
 from ...runtime.prepare import prepare
 from ...runtime.prompts.encoders import TextEncoders
 from ...runtime.request import make_request
+from ...values import parse_json
 
 LEAST_PSNR_DB = 75.0
 """In float32, where pictures of the same arithmetic differ by single levels of single pixels."""
@@ -42,7 +42,7 @@ def judge_pictures(bundle: Bundle, reference: Path) -> dict[str, Any]:
     A picture that could not be compared has a `status` that says why.
     """
     with safe_open(reference, framework="np") as file:
-        asked = json.loads((file.metadata() or {}).get("pictures", "{}"))
+        asked = parse_json((file.metadata() or {}).get("pictures", "{}"), f"pictures of {reference.name}", finite=True)
         names = set(file.keys())
         pictures = {n: file.get_tensor(n) for n in names if n.startswith("picture/")}
     if not asked:
