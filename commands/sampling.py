@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from typing import Any
+
+from ..errors import CorruptError
+from ..values import parse_json
 
 
 def switch(text: str) -> bool:
@@ -37,8 +39,8 @@ def option(text: str) -> tuple[str, Any]:
     if not equals or not name.isidentifier():
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE, like rho=5")
     try:
-        return name, json.loads(value)
-    except ValueError:
+        return name, parse_json(value, name)
+    except CorruptError:
         return name, value
 
 

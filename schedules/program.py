@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArgumentError, CorruptError, FewstepError
+from ..values import Reader, parse_json
 from .algebra import Recorded, Symbol, assign_ring
 from .clip import Clip
 from .noise import ZERO_SNR_FLOOR
@@ -164,8 +165,9 @@ class Program:
     @classmethod
     def from_json(cls, text: str) -> Program:
         """Raises CorruptError when the text is not a program of this format."""
+        reading = Reader(place="the text of a program")
         try:
-            data = json.loads(text)
+            data = dict(reading.mapping("itself", parse_json(text, reading.place, finite=True)))
             if data.pop("format") != (CLIPPED_FORMAT if "clip" in data else FORMAT):
                 raise CorruptError(
                     "a program of another format version", expected=f"format {FORMAT}, or {CLIPPED_FORMAT} with clip"
@@ -179,7 +181,7 @@ class Program:
                     for name, value in data.items()
                 },
             )
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
             raise CorruptError(f"this text is not a program: {error}") from error
 
     def _arrays(self) -> list[tuple[str, npt.NDArray[Any]]]:

@@ -29,6 +29,7 @@ from fewstep.errors import (
     MissingError,
     UnsafeFileError,
 )
+from hostile import edits
 
 KEY = EngineKey(
     component="unet",
@@ -170,6 +171,25 @@ def test_every_malformed_manifest_has_a_typed_error(store: Store, case: str) -> 
     (pruned,) = prune_engines(store)
     assert pruned.name == entry.name
     assert list_engines(store) == []
+
+
+def test_no_edit_of_a_manifest_surprises(store: Store) -> None:
+    """300 edits: the engine of its key, or none; a typed error, or an entry whose bytes are those that were built."""
+    entry, untyped, refused = put(store), [], 0
+    data = json.loads((entry.folder / MANIFEST).read_text())
+    for name, changed in edits(data, 300, seed=14):
+        (entry.folder / MANIFEST).write_text(json.dumps(changed))
+        try:
+            found = store.read_entry(entry.folder)
+            assert found.key.digest == entry.key.digest
+            found.read()
+            list_engines(store)
+        except FewstepError:
+            refused += 1
+        except Exception as error:
+            untyped.append(f"{name}: {error!r}"[:300])
+    assert not untyped, "\n".join(untyped)
+    assert 100 < refused < 300
 
 
 def test_a_new_engine_replaces_the_old_one_and_its_files(store: Store) -> None:
