@@ -25,6 +25,7 @@ from fewstep.errors import (
     MismatchError,
     MissingError,
     MissingExtraError,
+    UnsafeFileError,
     UnsupportedError,
 )
 from small_bundle import SPECS, weights_of, write_bundle
@@ -157,10 +158,10 @@ def broken(bundle: Bundle, tmp_path: Path, change: str) -> Bundle:
     ("change", "error", "words"),
     [
         ("empty", CorruptError, "cannot be parsed"),
-        ("text", CorruptError, "cannot be parsed"),
+        ("text", CorruptError, "an ONNX model"),  # read before the parser is asked
         ("unknown operator", CorruptError, r"conv_0.*Confabulate"),
         ("unknown input", CorruptError, "cannot be parsed"),
-        ("weights elsewhere", CorruptError, "cannot be parsed"),
+        ("weights elsewhere", UnsafeFileError, r"lies in the file 'absent\.safetensors'"),
         ("unknown output name", MismatchError, "result of rank 4"),
     ],
 )
