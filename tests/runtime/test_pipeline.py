@@ -187,7 +187,7 @@ def test_bad_requests_say_what_mends_them(pipe: fewstep.Pipeline, given: dict[st
 
 
 MORE_BAD: list[tuple[dict[str, Any], str]] = [
-    ({"sigmas": 5}, "sigmas is '5'"),
+    ({"sigmas": 5}, "sigmas is 5; expected a list of numbers"),
     ({"timesteps": []}, "timesteps is"),
     ({"sigmas": [1.0, float("nan")]}, "finite numbers"),
     ({"image": 5}, "the image is int"),
