@@ -71,7 +71,7 @@ def _map(path: Path, names: set[str]) -> dict[str, Stored]:
     with path.open("rb") as file:
         view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     start = 8 + int.from_bytes(view[:8], "little")
-    header = parse_json(view[8:start], f"the header of {path.name}", finite=True)
+    header = parse_json(view[8:start], f"the header of {path.name}", remedy="Fetch it again.", finite=True)
     tensors = {}
     for name in names:
         entry = header[name]
