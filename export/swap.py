@@ -30,7 +30,7 @@ from .checkpoint.lora import match_loras
 from .export import Progress, export_component, find_or_trace
 from .gate.gating import REFERENCE, SWITCHED_OFF, judge
 from .plan import ComponentPlan, component_config, precision_for
-from .tokenizers import export_tokenizer
+from .tokenizers import write_tokenizer
 from .trace.graphs import RECIPE, cache_folder
 
 HALVES = {"vae": ("vae_decoder", "vae_encoder")}
@@ -170,7 +170,7 @@ def _tokenizers(
     for i, encoder in enumerate(bundle.model.text_encoders):
         name = encoder.tokenizer
         if name in places:
-            records[i] = export_tokenizer(places[name], staging / f"{name}.json", records[i].length)
+            records[i] = write_tokenizer(parts[name], staging / f"{name}.json", records[i].length)
         elif isinstance(parts.get(name), Bundle):
             records[i] = parts[name].tokenizers[i]
             _share(parts[name], records[i].file, staging)

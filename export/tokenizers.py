@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 
 from ..bundle import Tokenizer as TokenizerRecord
-from ..errors import CorruptError, MissingError, UnsupportedError
+from ..errors import ArgumentError, CorruptError, MissingError, UnsupportedError
 from ..values import Reader, panics_refused, read_json, shown
 
 NAMED = {
@@ -54,6 +54,22 @@ def export_tokenizer(folder: Path, target: Path, longest: int, words: Sequence[s
     stated = settings.get("model_max_length")
     reading = Reader(place=f"the tokenizer in {folder.name!r}", remedy="Take the whole checkpoint.")
     length = longest if stated is None else int(min(reading.number("model_max_length", stated, 3), longest))
+    return _written(tokenizer, target, length, ids)
+
+
+def write_tokenizer(opened: Any, target: Path, longest: int) -> TokenizerRecord:
+    """Write a CLIP tokenizer of transformers as it is in memory, where a special token need not be an added one."""
+    ids = {k: getattr(opened, f"{k}_id") for k in ("bos_token", "eos_token", "pad_token")}
+    for kind, number in ids.items():
+        if number is None:
+            raise ArgumentError(f"a tokenizer without {kind}", expected="one as CLIP's", remedy=f"Set its {kind}.")
+    if opened.padding_side != "right":
+        raise UnsupportedError("a tokenizer that pads on the left", expected="one that pads on the right, as CLIP's do")
+    inner = Tokenizer.from_str(opened.backend_tokenizer.to_str())
+    return _written(inner, target, int(min(opened.model_max_length, longest)), ids)
+
+
+def _written(tokenizer: Tokenizer, target: Path, length: int, ids: Mapping[str, int]) -> TokenizerRecord:
     data = tokenizer.to_str().encode()
     target.write_bytes(data)
     return TokenizerRecord(

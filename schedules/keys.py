@@ -42,7 +42,7 @@ def check_keys(config: Mapping[str, Any], reading: Reader) -> None:
             reading.flag(key, value)
         elif key in WORDS or (key in WORDS_OR_NULL and value is not None):
             reading.text(key, value, most=64)
-        elif key in COUNTS or key == "steps_offset":
+        elif key in COUNTS or (key == "steps_offset" and value is not None):
             reading.integer(key, value, -BOUND, BOUND)
         elif key in NUMBERS or (key in NUMBERS_OR_NULL and value is not None):
             reading.number(key, value)

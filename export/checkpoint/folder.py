@@ -224,7 +224,8 @@ def _from_folder(folder: Path, source: str, *, variant: str | None, revision: st
 
 def _force_zeros(index: Mapping[str, Any], model: Family) -> bool:
     reading = Reader(place="model_index.json", remedy="Take the whole checkpoint.")
-    return reading.flag("force_zeros_for_empty_prompt", index.get("force_zeros_for_empty_prompt", model.force_zeros))
+    stated = index.get("force_zeros_for_empty_prompt", model.force_zeros)
+    return False if stated is None else reading.flag("force_zeros_for_empty_prompt", stated)  # as diffusers reads null
 
 
 def _read_scheduler(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
