@@ -151,7 +151,7 @@ def _check_recorded(name: str, value: object, reading: Reader) -> None:
     if name == "clip_skip":
         reading.integer(name, value, 0, 64)
     elif name.endswith("_size") or "crop" in name:
-        least = 1 if name.endswith("_size") else 0
+        least = 1 if name.endswith("_size") else -LARGEST_SIDE
         for side in reading.array(name, value, 2, 2) if value != "none" else ():
             reading.integer(name, side, least, LARGEST_SIDE)
     elif name == "mask_threshold" and value != "none":
