@@ -11,8 +11,9 @@ FULL := $(VENV)/.full
 demo: $(CORE)
 	$(BIN)/fewstep demo
 
+# Two processes, a file's tests in one of them: what a file makes for its tests is made once.
 test: $(FULL)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 parity: $(FULL)
 	FEWSTEP_PARITY=full $(BIN)/python -m pytest tests/schedules/test_parity.py -s
