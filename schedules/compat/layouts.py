@@ -31,7 +31,10 @@ class Grid:
 def spaced_timesteps(config: Mapping[str, Any], count: int, steps: int, *, default: str, extra: int = 0) -> Array:
     """`timestep_spacing` in float64, unrounded for linspace. extra = 1: one more point, the last one dropped."""
     spacing = config.get("timestep_spacing", default)
-    offset = float(config.get("steps_offset", 0))
+    stated = config.get("steps_offset", 0)
+    if stated is None:  # which diffusers' pipelines correct, and its schedulers do not take
+        raise ArgumentError("steps_offset is null", expected="an integer", remedy="Leave it out.")
+    offset = float(stated)
     points = steps + extra
     if spacing == "linspace":
         return np.asarray(np.linspace(0, count - 1, points)[::-1][:steps])
