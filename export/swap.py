@@ -1,14 +1,12 @@
 """Parts of a bundle replaced by a caller's own modules and tokenizers, exported on the spot into the user's cache.
 
-The new bundle shares the files of the parts that stay, as links where the file system has them.
+The files of the parts that stay are copied, or their blocks shared where the file system can.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +21,7 @@ from ..bundle import Tokenizer as TokenizerRecord
 from ..engines.gate.reference import file_sha256, stated_reference
 from ..errors import ArgumentError, UnsupportedError
 from ..families.base import vae_factor
-from ..places import put_in_place, staging_folder, writing
+from ..places import copy_file, put_in_place, staging_folder, writing
 from ..values import parse_json
 from .checkpoint.folder import Checkpoint, check_unet, read_json, read_part
 from .checkpoint.lora import match_loras
@@ -178,14 +176,9 @@ def _tokenizers(
 
 
 def _share(bundle: Bundle, name: str, folder: Path) -> None:
-    """A bundle's file in another folder, unless there is one of that name: a link, or a copy where there are none."""
-    if (folder / name).exists():
-        return
-    source = bundle.path(name)
-    try:
-        os.link(source, folder / name)
-    except OSError:
-        shutil.copyfile(source, folder / name)
+    """A bundle's file in another folder, unless there is one of that name."""
+    if not (folder / name).exists():
+        copy_file(bundle.path(name), folder / name)
 
 
 def _gate(bundle: Bundle, made: Bundle, plans: Sequence[ComponentPlan]) -> Mapping[str, Any]:

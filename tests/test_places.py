@@ -176,6 +176,20 @@ def test_a_bundle_that_was_put_aside_is_back_at_the_next_load_or_export(
         read_bundle(student.parent / "c")
 
 
+def test_a_copy_is_a_file_of_its_own(tmp_path: Path) -> None:
+    """Whether its blocks are shared or not: what is written into one is not in the other."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    data = random.Random(1).randbytes(3 << 20)
+    first.write_bytes(data)
+    second.write_bytes(b"longer than nothing")
+    places.copy_file(first, second)
+    assert second.read_bytes() == data
+    with second.open("r+b") as file:
+        file.write(b"changed")
+    assert first.read_bytes() == data
+    assert first.stat().st_nlink == second.stat().st_nlink == 1
+
+
 def test_where_it_may_not_be_put_back_the_command_is_said(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk") as disk:
         (disk.path / ".b.4711.old").mkdir()

@@ -1,4 +1,4 @@
-"""What no file of this project does: unpickle, run text as code, or hand a line to a shell."""
+"""What no file of this project does: unpickle, run text as code, start a shell, or give a file a second name."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ SHELLS = {
     "subprocess.getstatusoutput",
     "asyncio.create_subprocess_shell",
 }
+LINKS = {"os.link", "link_to", "hardlink_to"}
+"""Calls that give a file a second name: `onnx.load` refuses weights that have two."""
 CODE = {"eval", "exec", "compile", "__import__", "builtins.eval", "builtins.exec", "runpy.run_path", "code.interact"}
 LOADERS = {"torch.load", "yaml.load", "yaml.unsafe_load", "torch.hub.load"}
 """Calls that unpickle; torch's does not where it is told that there are weights alone."""
@@ -40,7 +42,8 @@ def dangers(text: str) -> Iterator[tuple[int, str]]:
             called = _called(node.func, names)
             if called == "torch.load" and _says(node, "weights_only", value=True):
                 continue
-            if called in SHELLS | CODE | LOADERS or called.partition(".")[0] in UNPICKLING:
+            last = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+            if last in LINKS or called in SHELLS | CODE | LOADERS | LINKS or called.partition(".")[0] in UNPICKLING:
                 yield node.lineno, f"calls {called}"
             for keyword in node.keywords:
                 if keyword.arg in {"shell", *REMOTE} and not _says(node, keyword.arg, value=False):
@@ -82,7 +85,7 @@ def _called(function: ast.expr, names: dict[str, str]) -> str:
     return ".".join([names.get(function.id, function.id), *parts])
 
 
-def test_no_file_unpickles_evaluates_or_starts_a_shell() -> None:
+def test_no_file_unpickles_evaluates_starts_a_shell_or_links() -> None:
     assert len(FILES) > 250
     found = [
         f"{path.relative_to(ROOT)}:{line} {words}"
@@ -114,6 +117,9 @@ import torch; torch.load("x.pt", weights_only=flag)
 x = load(name, allow_pickle=True)
 model = AutoModel.from_pretrained(name, trust_remote_code=True)
 asyncio.create_subprocess_shell("ls")
+import os as o; o.link("a", "b")
+from os import link as share; share("a", "b")
+Path("b").hardlink_to("a")
 """
 GOOD = """
 import json, subprocess, re

@@ -8,8 +8,6 @@ Needs the module `onnx`.
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +16,7 @@ from typing import Any
 
 from ...bundle import Bundle, Component
 from ...errors import ArgumentError, MissingExtraError
+from ...places import copy_file
 from ..backends.ort import OrtEngine, open_session
 from ..backends.registry import load_backend, plain_backend
 from ..base import TensorSpec
@@ -210,11 +209,7 @@ def _cut(onnx: Any, bundle: Bundle, component: str, model: Any, ends: list[_Plac
 
 def _write(bundle: Bundle, part: Component, graph: bytes, folder: Path) -> Path:
     """Put a graph into a folder of its own, with the component's weights beside it."""
-    source, weights = bundle.path(part.weights), folder / part.weights
-    try:
-        os.link(source, weights)
-    except OSError:
-        shutil.copyfile(source, weights)
+    copy_file(bundle.path(part.weights), folder / part.weights)
     path = folder / part.graph
     path.write_bytes(graph)
     return path
