@@ -18,10 +18,11 @@ from ..places import put_back, put_in_place, room_for, staging_folder, writing
 from ..presets import Preset, find_preset, preset_defaults, recognise_preset
 from ..values import Reader, read_json
 from ..version import __version__
+from ..weights.lora import Fusion, match_loras
+from ..weights.stored import open_tensors
 from .checkpoint.compose import compose_checkpoint, describe_part, names_of, read_tensors
 from .checkpoint.folder import Checkpoint
-from .checkpoint.lora import Fusion, match_loras
-from .checkpoint.weights import open_tensors, write_weights
+from .checkpoint.weights import write_weights
 from .gate.gating import SWITCHED_OFF, run_gate
 from .plan import ComponentPlan, check_scheduler, choose_precisions, plan_components
 from .tokenizers import export_tokenizer

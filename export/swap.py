@@ -23,8 +23,8 @@ from ..errors import ArgumentError, UnsupportedError
 from ..families.base import vae_factor
 from ..places import copy_file, put_in_place, staging_folder, writing
 from ..values import parse_json
+from ..weights.lora import match_loras
 from .checkpoint.folder import Checkpoint, check_unet, read_json, read_part
-from .checkpoint.lora import match_loras
 from .export import Progress, export_component, find_or_trace
 from .gate.gating import REFERENCE, SWITCHED_OFF, judge
 from .plan import ComponentPlan, component_config, precision_for

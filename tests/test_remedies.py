@@ -28,7 +28,7 @@ from fewstep.schedules.solvers.registry import SAMPLERS
 from fewstep.schedules.spacing import SPACINGS
 from fewstep.serving.ray_serve import Replicas
 
-ROOMS = ("families", "schedules", "engines", "runtime", "serving", "export", "commands", "bench")
+ROOMS = ("families", "weights", "schedules", "engines", "runtime", "serving", "export", "commands", "bench")
 FILES = [*sorted(ROOT.glob("*.py")), *(p for r in ROOMS for p in sorted((ROOT / r).rglob("*.py")))]
 IMPERATIVES = {"export", "build", "run", "verify", "serve", "bench", "inspect"}
 """Verbs of the command line that are English verbs too: a clause that has one speaks of that command."""

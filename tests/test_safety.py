@@ -9,7 +9,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("families", "schedules", "engines", "runtime", "serving", "export", "commands", "bench", "tools", "examples")
+ROOMS = (
+    "families",
+    "weights",
+    "schedules",
+    "engines",
+    "runtime",
+    "serving",
+    "export",
+    "commands",
+    "bench",
+    "tools",
+    "examples",
+)
 FILES = [*sorted(ROOT.glob("*.py")), *(p for r in ROOMS for p in sorted((ROOT / r).rglob("*.py")))]
 UNPICKLING = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "pickletools"}
 """Modules that make objects of bytes, with whatever code the bytes name."""

@@ -26,6 +26,7 @@ FLOORS = (
     ("errors", "version"),
     ("values", "places"),
     ("families", "schedules", "tensors"),
+    ("weights",),
     ("agreement",),
     ("bundle",),
     ("presets", "engines"),

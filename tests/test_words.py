@@ -11,7 +11,7 @@ from fewstep.engines.backends.registry import makes_in_memory
 from fewstep.families import all_families
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("families", "schedules", "engines", "runtime", "serving", "export", "commands")
+ROOMS = ("families", "weights", "schedules", "engines", "runtime", "serving", "export", "commands")
 FILES = [*(p for r in ROOMS for p in sorted((ROOT / r).rglob("*.py"))), *sorted(ROOT.glob("*.py"))]
 FAMILIES = [
     *(f"[\"']{f.name}[\"']" for f in all_families()),

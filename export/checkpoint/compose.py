@@ -19,11 +19,12 @@ from safetensors import safe_open
 from ...errors import ArgumentError, CorruptError, MissingError, UnsafeFileError, UnsupportedError
 from ...families import all_families
 from ...families.base import LATENT_STATISTICS
+from ...weights.lora import LoraFile
+from ...weights.stored import PICKLES, Stored, open_tensors
 from .configs import TINY_DEFAULTS
 from .embeddings import embedding_file, read_words, with_words
 from .folder import (
     Checkpoint,
-    LoraFile,
     Part,
     check_parts,
     check_unet,
@@ -33,7 +34,6 @@ from .folder import (
     read_part,
 )
 from .singlefile import TINY_MARK, find_layout, refuse_others, scheduler_changes, translate
-from .weights import PICKLES, Stored, open_tensors
 
 _RESCALING = {
     *("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"),

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import ArgumentError, CorruptError, MissingError, UnsafeFileError, UnsupportedError
+from ...weights.stored import PICKLES, Stored, convert, open_tensors
 from ..tokenizers import read_tokenizer
-from .weights import PICKLES, Stored, convert, open_tensors
 
 FOLDER_FILE = "learned_embeds.safetensors"
 A1111 = "emb_params"

@@ -18,8 +18,9 @@ from ...families import Family, all_families, known_models
 from ...families.configs import check_config
 from ...schedules.keys import check_keys
 from ...values import Reader
+from ...weights.lora import LoraFile
+from ...weights.stored import PICKLES
 from .embeddings import Word
-from .weights import PICKLES
 
 NOT_EXPORTED = {
     "StableVideoDiffusion": "Stable Video Diffusion",
@@ -61,14 +62,6 @@ class Part:
     layout: str = "folder"
     prefix: str = ""
     words: tuple[Word, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoraFile:
-    """A LoRA's safetensors file and the factor it is fused with."""
-
-    path: Path
-    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,8 +19,8 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ...errors import CorruptError
+from ...weights.lora import match_loras
 from ..checkpoint.folder import Checkpoint, Part, has_variant
-from ..checkpoint.lora import match_loras
 
 LOADERS = {
     c.__name__: c

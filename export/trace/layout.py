@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...errors import UnsupportedError
+from ...weights.stored import CODES
 
 ALIGNMENT = 4096
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
-CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

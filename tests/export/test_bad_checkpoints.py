@@ -18,8 +18,8 @@ from fewstep.errors import (
     UnsupportedError,
 )
 from fewstep.export import export_bundle
-from fewstep.export.checkpoint.weights import Stored, convert
 from fewstep.export.trace.trace import _refusing
+from fewstep.weights.stored import Stored, convert
 from refusals import edit, refused
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch

@@ -74,7 +74,7 @@ def test_a_graph_depends_on_the_configuration_alone(tiny_sd1: Path, sd1_bundle: 
 
 def test_half_precision_weights_are_converted_tensor_by_tensor(tiny_sd1: Path, tmp_path: Path) -> None:
     import ml_dtypes
-    from fewstep.export.checkpoint.weights import Stored, convert
+    from fewstep.weights.stored import Stored, convert
 
     values = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
     values[:2] = (1.0 + 2**-8, 1.0 + 3 * 2**-8)

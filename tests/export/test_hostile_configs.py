@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from fewstep.errors import CorruptError, FewstepError
 from fewstep.export.checkpoint.compose import compose_checkpoint
-from fewstep.export.checkpoint.lora import match_loras
 from fewstep.export.embedded import embedded_checkpoint
 from fewstep.export.export import _defaults
 from fewstep.export.plan import check_scheduler, choose_precisions, plan_components
 from fewstep.export.tokenizers import export_tokenizer
+from fewstep.weights.lora import match_loras
 from hostile import edits, places
 from safetensors.numpy import save_file
 

@@ -19,8 +19,8 @@ from fewstep.errors import (
 from fewstep.export import export_bundle
 from fewstep.export.checkpoint.compose import compose_checkpoint
 from fewstep.export.checkpoint.folder import Checkpoint
-from fewstep.export.checkpoint.lora import match_loras
-from fewstep.export.checkpoint.weights import convert, open_tensors
+from fewstep.weights.lora import match_loras
+from fewstep.weights.stored import convert, open_tensors
 from refusals import refused, rewrite
 from safetensors.numpy import load_file, save_file
 

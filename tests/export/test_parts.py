@@ -20,7 +20,7 @@ from fewstep.errors import (
 from fewstep.export import export_bundle
 from fewstep.export.checkpoint.compose import compose_checkpoint, read_tensors
 from fewstep.export.checkpoint.folder import Checkpoint
-from fewstep.export.checkpoint.weights import convert, open_tensors
+from fewstep.weights.stored import convert, open_tensors
 from refusals import refused, rewrite
 from safetensors.numpy import load_file, save_file
 

@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from safetensors import safe_open
 
-from ...errors import CorruptError, UnsupportedError
-from ...families import all_families
-from ...values import Reader, parse_json, read_json
-from .folder import LoraFile
-from .singlefile import original_name
-from .weights import Stored, convert, open_tensors, read_number
+from ..errors import CorruptError, UnsupportedError
+from ..families import all_families
+from ..values import Reader, parse_json, read_json
+from .original import original_name
+from .stored import Stored, convert, open_tensors, read_number
 
+Float32 = npt.NDArray[np.float32]
 _ROLE = re.compile(
     r"(?P<module>.+?)(?:\.lora_(?P<ab>A|B)|\.lora_(?P<ko>down|up)|(?:\.lora|\.lora_linear_layer|_lora)\.(?P<du>down|up))"
     r"(?:\.(?!weight$)[\w-]+)?\.weight"
@@ -46,6 +47,14 @@ Component = tuple[Mapping[str, Any], Mapping[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoraFile:
+    """A LoRA's safetensors file and the factor it is fused with."""
+
+    path: Path
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
     """One LoRA's change of one weight: `down` [r, in (, kh, kw)], `up` [out, r (, 1, 1)] and the whole factor."""
 
@@ -59,12 +68,12 @@ class Delta:
     def shape(self) -> tuple[int, ...]:
         return (self.up.shape[0], *self.down.shape[1:])
 
-    def value(self) -> np.ndarray:
+    def value(self) -> Float32:
         """The change in float32, shape `self.shape`."""
         rank = self.down.shape[0]
         up = convert(self.up, "float32", self.name).reshape(self.up.shape[0], rank)
         down = convert(self.down, "float32", self.name).reshape(rank, -1)
-        change = (up @ down) * np.float32(self.factor)
+        change: Float32 = (up @ down) * np.float32(self.factor)
         return change.reshape(self.shape)
 
 
