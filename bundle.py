@@ -206,6 +206,10 @@ class Bundle:
             raise MissingError(f"the bundle has no file {name!r}", remedy="Export the checkpoint again.")
         return path
 
+    def read_graph(self, component: Component) -> bytes:
+        """The bytes of a component's graph, as they are."""
+        return self.path(component.graph).read_bytes()
+
     def component(self, name: str) -> Component:
         """The component of this name; `UnknownNameError` for a word that is none, `MissingError` where it is absent."""
         if name not in self.components and not any(name in f.components for f in all_families()):

@@ -24,9 +24,10 @@ from .backends.registry import (
 from .base import Engine
 from .build import BuiltEngine, build_engine
 from .find import check_passed, find_engine
+from .graph.low_rank import RANK
 from .measured import choose_measured
 from .options import BuildOptions, RunOptions
-from .profile import Profile, dimension_names, profiles_for
+from .profile import MOST_RANK, Profile, Span, dimension_names, profiles_for
 from .store import Store, default_store
 
 POLICIES = ("if_missing", "never")
@@ -175,4 +176,9 @@ def _default_profiles(bundle: Bundle, component: str, dims: Mapping[str, int] | 
     if dims is None:
         return profiles_for(bundle)[component]
     part = bundle.component(component)
-    return (Profile.exact({n: dims[n] for n in dimension_names((*part.inputs, *part.outputs)) if n in dims}),)
+    names = dimension_names((*part.inputs, *part.outputs))
+    exact = Profile.exact({n: dims[n] for n in names if n in dims and n != RANK})
+    if RANK not in names:
+        return (exact,)
+    most = max(MOST_RANK, dims.get(RANK, 0))
+    return (Profile(spans={**exact.spans, RANK: Span(minimum=1, optimum=16, maximum=most)}),)

@@ -10,6 +10,8 @@ from ..errors import ArgumentError, UnknownNameError
 from ..values import Reader
 
 CHUNK = 77
+MOST_RANK = 128
+"""The largest rank of low-rank changes that profiles admit unless they are told another."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,8 +138,9 @@ def profiles_for(
             raise ArgumentError(f"batch is {batch}", expected="an integer above 0")
     factors = {None: (1, 2), True: (2,), False: (1,)}[guidance]
     rows = sorted({b * f for b in batches for f in factors})
+    ranks = {"rank": Span(minimum=1, optimum=16, maximum=MOST_RANK)}
     sizings = [
-        {"rows": r, "prompts": r, "batch": b, "height": h, "width": w, "tokens": t}
+        {"rows": r, "prompts": r, "batch": b, "height": h, "width": w, "tokens": t, "rank": 16}
         for h, w in cells
         for t in tokens
         for b in sorted(set(batches))
@@ -151,7 +154,7 @@ def profiles_for(
             raise ArgumentError(
                 f"component {name!r} has the dimension {unknown[0]!r}", expected=f"one of {', '.join(sizings[0])}"
             )
-        spans = {n: s for n, s in (dynamic or {}).items() if n in named}
+        spans = {n: s for n, s in {**ranks, **(dynamic or {})}.items() if n in named}
         distinct = {}
         for dims in sizings:
             exact = Profile.exact({n: dims[n] for n in named})

@@ -26,16 +26,21 @@ _SETTLED_NS = 2_000_000_000
 
 def source_bytes(bundle: Bundle, component: Component) -> int:
     """Bytes of a component's graph and weights, which its engine takes about as much as."""
-    return sum(bundle.path(n).stat().st_size for n in (component.graph, component.weights))
+    return len(bundle.read_graph(component)) + bundle.path(component.weights).stat().st_size
+
+
+def checked_graph(bundle: Bundle, component: Component) -> bytes:
+    """A component's graph, after its bytes were checked, and where they say that its weights lie."""
+    model = bundle.read_graph(component)
+    _compare(component.graph, hashlib.sha256(model).hexdigest(), component.graph_sha256)
+    check_external(model, weights=component.weights, length=bundle.path(component.weights).stat().st_size)
+    return model
 
 
 def check_graph(bundle: Bundle, component: Component) -> Path:
-    """The path of a component's graph, after its bytes were checked, and where they say that its weights lie."""
-    path = bundle.path(component.graph)
-    model = path.read_bytes()
-    _compare(component.graph, hashlib.sha256(model).hexdigest(), component.graph_sha256)
-    check_external(model, weights=component.weights, length=bundle.path(component.weights).stat().st_size)
-    return path
+    """The path of a component's graph, checked as `checked_graph` does."""
+    checked_graph(bundle, component)
+    return bundle.path(component.graph)
 
 
 def read_weights(bundle: Bundle, component: Component) -> bytes | None:

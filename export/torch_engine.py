@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 from ..bundle import Bundle
 from ..engines.base import TensorSpec
+from ..engines.low_rank import AdaptedBundle
 from ..engines.options import RunOptions
 from ..engines.profile import check_dims
 from ..engines.store import default_store
@@ -129,4 +131,9 @@ def open_torch_engine(bundle: Bundle, name: str, run: RunOptions) -> TorchEngine
             f"{component.weights} holds weights that {name} does not know: {', '.join(result.unexpected_keys[:3])}",
             remedy="Export the checkpoint again.",
         )
+    if isinstance(bundle, AdaptedBundle) and name in bundle.layers:
+        from .low_rank import LowRankModule
+
+        module = LowRankModule(traceable.module, bundle.layers[name])
+        traceable = replace(traceable, module=module, inputs=component.inputs)
     return TorchEngine(traceable, run)

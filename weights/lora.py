@@ -68,11 +68,15 @@ class Delta:
     def shape(self) -> tuple[int, ...]:
         return (self.up.shape[0], *self.down.shape[1:])
 
+    def matrices(self) -> tuple[Float32, Float32]:
+        """`down` [r, in * kh * kw] and `up` [out, r] in float32, without the factor."""
+        rank = self.down.shape[0]
+        down = convert(self.down, "float32", self.name).reshape(rank, -1)
+        return down, convert(self.up, "float32", self.name).reshape(self.up.shape[0], rank)
+
     def value(self) -> Float32:
         """The change in float32, shape `self.shape`."""
-        rank = self.down.shape[0]
-        up = convert(self.up, "float32", self.name).reshape(self.up.shape[0], rank)
-        down = convert(self.down, "float32", self.name).reshape(rank, -1)
+        down, up = self.matrices()
         change: Float32 = (up @ down) * np.float32(self.factor)
         return change.reshape(self.shape)
 

@@ -18,7 +18,7 @@ from ..base import Binding, Engine, TensorSpec
 from ..graph.accounting import Forms, count_operators
 from ..options import RunOptions
 from ..profile import check_dims, dimension_names
-from ..weights import check_graph, check_weights
+from ..weights import check_weights, checked_graph
 from .ort import OrtBinding, Provider, check_tensors, import_onnxruntime
 from .ort_build import OrtBackend
 from .ort_cpu import refuse_float16
@@ -109,9 +109,9 @@ class OpenVinoBackend(OrtBackend):
 
         refuse_float16(job)
         job.progress(job.name, "optimising", 0.0)
-        source = check_graph(job.bundle, job.component)
+        source = checked_graph(job.bundle, job.component)
         check_weights(job.bundle, job.component, None)
-        graph = rewrite_for_openvino(source.read_bytes(), keep_angles=self.precision != "f32")
+        graph = rewrite_for_openvino(source, keep_angles=self.precision != "f32")
         job.target.write_bytes(graph)
         return {"weights": "shared with the bundle", "operators": dict(sorted(count_operators(graph).items()))}
 

@@ -304,15 +304,16 @@ class OrtEngine:
     @classmethod
     def from_onnx(
         cls,
-        path: Path,
+        model: Path | bytes,
         *,
         inputs: Sequence[TensorSpec],
         outputs: Sequence[TensorSpec],
+        folder: Path | None = None,
         run: RunOptions | None = None,
         optimization: str = "all",
     ) -> OrtEngine:
-        """Load a graph whose external data lie beside it on the CPU, and optimise it now."""
-        session = open_session(path, run=run or RunOptions(), optimization=optimization)
+        """Load a graph whose external data lie beside it, or in `folder`, on the CPU, and optimise it now."""
+        session = open_session(model, external_folder=folder, run=run or RunOptions(), optimization=optimization)
         return cls(session, inputs=inputs, outputs=outputs)
 
     @property

@@ -22,7 +22,7 @@ from ..graph.accounting import Forms, check_fusion, count_operators
 from ..graph.float16 import convert_saved
 from ..options import BuildOptions, RunOptions
 from ..store import ROOM_REMEDY
-from ..weights import check_data, check_graph, check_weights, read_weights, source_bytes
+from ..weights import check_data, check_weights, checked_graph, read_weights, source_bytes
 from .ort import OrtEngine, Provider, import_onnxruntime, open_session
 from .registry import Backend, BuildJob, OpenJob
 
@@ -61,7 +61,7 @@ class OrtBackend(Backend):
         """Have ONNX Runtime optimise the graph and save it. Raises `CancelledError`, `CorruptError`."""
         self.check(job)
         job.progress(job.name, "optimising", 0.0)
-        source = check_graph(job.bundle, job.component)
+        source = checked_graph(job.bundle, job.component)
         check_weights(job.bundle, job.component, None)
         weights = job.bundle.path(job.component.weights)
         beside = job.options.float16 or weights.stat().st_size > INLINE_BYTES
@@ -74,12 +74,12 @@ class OrtBackend(Backend):
             watcher = threading.Thread(target=_cancel_load, args=(job.cancel, finished, options), daemon=True)
             watcher.start()
 
-        graph, rewritten = self.rewrite(source.read_bytes(), job)
+        graph, rewritten = self.rewrite(source, job)
         finished = threading.Event()
         try:
             session = open_session(
                 graph,
-                external_folder=source.parent,
+                external_folder=weights.parent,
                 provider=self.provider,
                 run=RunOptions(threads=1, spinning="off"),
                 optimization=job.options.optimization,
@@ -88,7 +88,7 @@ class OrtBackend(Backend):
         except Exception as error:
             if job.cancel.is_set():
                 raise CancelledError(f"the build of {job.name!r} was cancelled") from error
-            if isinstance(error, CorruptError) and self._loads(graph, source.parent, job):
+            if isinstance(error, CorruptError) and self._loads(graph, weights.parent, job):
                 self._blame_the_disk(job, error)
             raise
         finally:

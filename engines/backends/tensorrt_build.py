@@ -19,7 +19,7 @@ from ..graph.accounting import check_fusion
 from ..key import ANY_DEVICE
 from ..options import BuildOptions
 from ..profile import Profile
-from ..weights import check_graph, check_weights
+from ..weights import check_weights, checked_graph
 from .registry import Backend, BuildJob, OpenJob, register
 from .tensorrt import MODULES, TensorRTEngine, errors_said, import_tensorrt, logger, read_cache, write_cache
 
@@ -56,7 +56,7 @@ class TensorRT(Backend):
 
     def build(self, job: BuildJob) -> Mapping[str, Any]:
         """Parse, check and build. Raises `CorruptError`, `MismatchError`, `CancelledError`, `FewstepError`."""
-        graph = check_graph(job.bundle, job.component)
+        graph = checked_graph(job.bundle, job.component)
         check_weights(job.bundle, job.component, job.store)
         module = import_tensorrt(self.name)
         check_operators(module, job.name, job.component.operators)
@@ -66,7 +66,8 @@ class TensorRT(Backend):
         typed = 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
         network: trt.INetworkDefinition = builder.create_network(typed)
         config: trt.IBuilderConfig = builder.create_builder_config()
-        parser = parse(module, network, graph, logger(self.name))
+        beside = job.bundle.path(job.component.weights).with_name(job.component.graph)
+        parser = parse(module, network, graph, beside, logger(self.name))
         check_io(network, job.component.inputs, job.component.outputs)
         types = check_types(module, network, job.component.dtype)
         layers = Counter(network.get_layer(i).type.name for i in range(network.num_layers))
@@ -185,18 +186,18 @@ register(TensorRT())
 register(TensorRTRtx())
 
 
-def parse(module: Any, network: trt.INetworkDefinition, graph: Path, log: trt.ILogger) -> trt.OnnxParser:
-    """Parse a graph whose weights lie beside it. Raises `CorruptError` with the parser's own words and the node.
+def parse(module: Any, network: trt.INetworkDefinition, graph: bytes, place: Path, log: trt.ILogger) -> trt.OnnxParser:
+    """Parse a graph whose weights lie beside its place. Raises `CorruptError` with the parser's own words and the node.
 
     The parser is returned because the network points at the weights it holds.
     """
     parser: trt.OnnxParser = module.OnnxParser(network, log)
-    done = parser.parse(graph.read_bytes(), str(graph))
+    done = parser.parse(graph, str(place))
     # Empty bytes parse as a network of nothing.
     if not done or network.num_outputs == 0:
         complaints = [describe(parser.get_error(i)) for i in range(parser.num_errors)]
         raise CorruptError(
-            f"{graph.name} cannot be parsed: {'; '.join(complaints) or errors_said() or 'it holds no outputs'}",
+            f"{place.name} cannot be parsed: {'; '.join(complaints) or errors_said() or 'it holds no outputs'}",
             expected="an ONNX graph of operators that the backend knows",
             remedy="Export the checkpoint again.",
         )

@@ -19,6 +19,8 @@ import numpy as np
 from ...bundle import Bundle
 from ...errors import MissingError
 from ..backends.registry import registered
+from ..graph.low_rank import RANK
+from ..low_rank import INPUTS, RANKS, AdaptedBundle
 from ..options import RunOptions
 from ..profile import Profile
 from .gate import Evaluate, engine_function
@@ -58,6 +60,37 @@ def cases_of_profiles(
     return [*admitted, *made], [*([EXACT] if admitted else []), maker]
 
 
+def with_changes(bundle: AdaptedBundle, cases: Sequence[Case]) -> list[Case]:
+    """The cases of a component that takes low-rank changes: as they are, for no change; and the first one changed."""
+    if not cases:
+        return []
+    part, dims = bundle.component(cases[0].component), {RANK: RANKS[0]}
+    random = np.random.default_rng(0)
+    plain = [
+        replace(
+            case,
+            dims={**case.dims, **dims},
+            inputs={
+                s.name: case.inputs[s.name] if s.name in case.inputs else _zeros(s.resolve({**case.dims, **dims}))
+                for s in part.inputs
+            },
+        )
+        for case in cases
+    ]
+    first = plain[0]
+    changed = {n: random.normal(0.0, 0.02, first.inputs[n].shape).astype(np.float32) for n in INPUTS}
+    inputs = {**first.inputs, **changed}
+    evaluate, own_error, _ = _reference(bundle, first.component)
+    with _exact_arithmetic():
+        outputs = {n: np.array(v) for n, v in evaluate(inputs, first.dims).items()}
+    error = {d: e + own_error for d, e in first.torch_error.items()}
+    return [*plain, replace(first, index=len(cases), inputs=inputs, outputs=outputs, torch_error=error)]
+
+
+def _zeros(shape: tuple[int, ...]) -> NDArray[Any]:
+    return np.zeros(shape, np.float32)
+
+
 def _resized(bundle: Bundle, cases: Sequence[Case], dims: Mapping[str, int], index: int) -> Case:
     """A stored case's inputs, each repeated or cut along its axes to these dimensions; outputs are to be made."""
     case = cases[index % len(cases)]
@@ -87,7 +120,11 @@ def _reference(bundle: Bundle, component: str) -> tuple[Evaluate, float, str]:
 
     part = bundle.component(component)
     graph = OrtEngine.from_onnx(
-        bundle.path(part.graph), inputs=part.inputs, outputs=part.outputs, optimization="disabled"
+        bundle.read_graph(part),
+        inputs=part.inputs,
+        outputs=part.outputs,
+        folder=bundle.path(part.weights).parent,
+        optimization="disabled",
     )
     measured = bundle.gate.get("components", {}).get(component, {}).get("worst_relative_l2")
     return engine_function(graph), float(measured or 0.0), GRAPH

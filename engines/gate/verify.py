@@ -12,12 +12,13 @@ from ..backends.registry import OpenJob, load_backend
 from ..base import Engine
 from ..find import engine_key
 from ..key import differences
+from ..low_rank import AdaptedBundle
 from ..options import RunOptions
 from ..store import Entry, Store
 from ..weights import check_graph, check_weights
 from .gate import Evaluate, GateReport, failure, gate_engine
 from .reference import FILE, Case, read_reference, stated_reference
-from .sizes import cases_of_profiles
+from .sizes import cases_of_profiles, with_changes
 
 _log = logging.getLogger("fewstep.engines")
 
@@ -48,6 +49,8 @@ def verify_entry(
     engine = kind.open(OpenJob.of(bundle, entry, store, run))
     dtype = kind.computes or ("float16" if entry.key.options.get("float16") else part.dtype)
     own = [c for c in cases if c.component == name]
+    if isinstance(bundle, AdaptedBundle):
+        own = with_changes(bundle, own)
     admitted, makers = cases_of_profiles(bundle, own, entry.key.profiles) if own else (own, [])
     report = gate_engine(engine, admitted, component=name, dtype=dtype, name=f"the engine {entry.name}", check=False)
     if not store.read_only:

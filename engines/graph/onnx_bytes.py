@@ -51,6 +51,7 @@ class OnnxGraph:
     constants: dict[str, tuple[int, ...]]
     outputs: tuple[str, ...]
     opsets: dict[str, int]
+    inputs: list[str]
     _model: list[tuple[int, int, bytes]]
     _graph: list[tuple[int, int, bytes]]
 
@@ -63,6 +64,14 @@ class OnnxGraph:
 
     def add_integers(self, name: str, values: Sequence[int]) -> str:
         return self.add_constant(name, INT64, [len(values)], struct.pack(f"<{len(values)}q", *values))
+
+    def add_input(self, name: str, shape: Sequence[int | str]) -> None:
+        """Make a float32 tensor of this shape, in numbers and symbols, an input of the model."""
+        self.inputs.append(name)
+        self.shapes[name], self.types[name] = tuple(shape), FLOAT
+        dims = b"".join(block(1, string(2, d) if isinstance(d, str) else number(1, d)) for d in shape)
+        tensor = block(2, block(1, number(1, FLOAT) + block(2, dims)))
+        self._graph.append((_GRAPH_INPUT, 2, string(1, name) + tensor))
 
     def add_output(self, name: str) -> None:
         """Make a float32 tensor of any shape an output of the model."""
@@ -82,7 +91,9 @@ class OnnxGraph:
 
 def read_graph(model: bytes | memoryview) -> OnnxGraph:
     """Take a serialised model apart. Raises `CorruptError` for bytes that are no protocol buffer."""
-    graph = OnnxGraph(nodes=[], shapes={}, types={}, constants={}, outputs=(), opsets={}, _model=[], _graph=[])
+    graph = OnnxGraph(
+        nodes=[], shapes={}, types={}, constants={}, outputs=(), opsets={}, inputs=[], _model=[], _graph=[]
+    )
     for tag, wire, value in fields_of(memoryview(model)):
         if tag == _MODEL_GRAPH and wire == 2:
             _read_graph(value, graph)
@@ -112,6 +123,8 @@ def _read_graph(message: memoryview, graph: OnnxGraph) -> None:
                 graph.shapes[name] = shape
             if tag == _GRAPH_OUTPUT:
                 outputs.append(name)
+            elif tag == _GRAPH_INPUT:
+                graph.inputs.append(name)
     graph.outputs = tuple(outputs)
 
 
