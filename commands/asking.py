@@ -30,6 +30,15 @@ def pair(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not TOP,LEFT, like 16,0") from error
 
 
+def lora(text: str) -> tuple[str, float]:
+    """`style.safetensors:0.8` as (file, factor); what follows the last colon is a factor if it is a number."""
+    file, colon, scale = text.rpartition(":")
+    try:
+        return (file, float(scale)) if colon else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
 def threshold(text: str) -> float | str:
     """A number, or `none`."""
     try:
@@ -42,12 +51,22 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-2", help="what a second text encoder reads instead")
     parser.add_argument("--negative-2", help="negative prompt for a second text encoder")
     parser.add_argument(
-        "--prompt-syntax", choices=("plain", "a1111"), help="a1111: (word:1.3), [word] and BREAK (default: plain)"
+        "--prompt-syntax",
+        choices=("plain", "a1111"),
+        help="a1111: (word:1.3), [word], BREAK and <lora:name:0.8> (default: plain)",
     )
     parser.add_argument(
         "--long-prompts",
         choices=("truncate", "chunk"),
         help="what one pass does not take: cut, as diffusers does, or in chunks (default: cut; a1111: in chunks)",
+    )
+    parser.add_argument(
+        "--lora",
+        dest="loras",
+        type=lora,
+        action="append",
+        metavar="FILE[:SCALE]",
+        help="change the weights by a LoRA, for this picture alone; repeatable (default scale: 1)",
     )
     parser.add_argument("--clip-skip", type=between(0, 64), metavar="N", help="leave out the last N text layers")
     for name in (*SIZES, *CROPS):
@@ -85,6 +104,7 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
     add_engine_options(parser)
     parser.add_argument("--vae-tiling", choices=SPARING, default="auto", help="large pictures in tiles (default: auto)")
     parser.add_argument("--vae-slicing", choices=SPARING, default="auto", help="one picture at a time (default: auto)")
+    parser.add_argument("--lora-folder", metavar="DIR", help="where LoRAs are found by name")
     parser.add_argument(
         "--drop-text-encoders", action="store_true", help="let go of the text encoders once prompts are encoded"
     )
@@ -99,6 +119,7 @@ def load_options(options: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
         "vae_tiling": SPARING[options.vae_tiling],
         "vae_slicing": SPARING[options.vae_slicing],
         "keep_text_encoders": not options.drop_text_encoders,
+        "lora_folder": options.lora_folder,
     }
 
 
@@ -121,6 +142,8 @@ def call_options(options: argparse.Namespace) -> dict[str, Any]:
 
     given = {k: v for k in NAMES if (v := getattr(options, k, None)) is not None}
     given = {k: v[0] if isinstance(v, list) and len(v) == 1 and k in MANY else v for k, v in given.items()}
+    if "loras" in given:
+        given["loras"] = dict(given["loras"])
     given["options"] = sampler_options(options)
     return given | ({"mask_threshold": None} if given.get("mask_threshold") == "none" else {})
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from .asking import lora
 from .common import bar, defaults_line, emit, say
 
 
@@ -57,15 +58,6 @@ def define(parser: argparse.ArgumentParser) -> None:
         "--quick-gate", action="store_true", help="compare at fewer points, as is done for models of full size anyway"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
-
-
-def lora(text: str) -> tuple[str, float]:
-    """`style.safetensors:0.8` as (file, factor); what follows the last colon is a factor if it is a number."""
-    file, colon, scale = text.rpartition(":")
-    try:
-        return (file, float(scale)) if colon else (text, 1.0)
-    except ValueError:
-        return text, 1.0
 
 
 def embedding(text: str) -> tuple[str | None, str]:

@@ -32,6 +32,7 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--most-steps", type=between(1, 1000), default=100, help="of a request (default: %(default)s)")
     parser.add_argument("--deadline", type=float, default=120.0, metavar="SECONDS", help="of a request (%(default)s)")
     parser.add_argument("--drain", type=float, default=30.0, metavar="SECONDS", help="SIGTERM waits (%(default)s)")
+    parser.add_argument("--lora-folder", metavar="DIR", help="LoRAs that requests may name")
     add_engine_options(parser)
 
 
@@ -95,5 +96,6 @@ def _load(options: argparse.Namespace, bundle: Any, metrics: Any) -> Any:
         observer=metrics,
         backend=options.backend,
         threads=options.threads,
+        lora_folder=options.lora_folder,
         **({"size": options.size[0]} if options.size else {}),
     )

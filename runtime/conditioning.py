@@ -6,12 +6,14 @@ else in the runtime knows what they mean.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from ..engines import TensorSpec
+from ..engines.graph.low_rank import Layer
 from ..errors import ArgumentError, NonFiniteError
 from .arrays import Float32
 
@@ -22,17 +24,33 @@ TOKENS = "tokens"
 Arrays = Mapping[str, Float32]
 
 
+class Change(Protocol):
+    """A low-rank change of a network's weights (`loras.py`), as arrays for a row."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def kernels(self) -> bool:
+        """Whether it changes convolutions of larger kernels, which not every graph admits."""
+
+    def packed(self, layers: Sequence[Layer], rank: int) -> Arrays:
+        """`lora_down` [I, rank] and `lora_up` [rank, O] for these layers: the same arrays each time."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Conditioning:
     """One image's arrays, each of the shape that a row of the UNet's input has.
 
     positive: of the prompt's row. negative: of the row that guidance leads away from; `None` where there is none.
     tokens: the length that both rows' prompts have or divide; arrays along `tokens` are repeated to fill a longer one.
+    change: of the network's weights for both rows, if there is one.
     """
 
     positive: Arrays
     negative: Arrays | None
     tokens: int
+    change: Change | None = None
 
     @property
     def parts(self) -> tuple[Arrays, ...]:

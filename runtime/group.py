@@ -14,6 +14,7 @@ from ..bundle import Bundle
 from ..errors import ArgumentError, CancelledError, UnsupportedError
 from .call import takes_a_call
 from .device.base import Device
+from .loras import LoraLibrary
 from .pipeline import Pipeline, follow
 from .prepare import Prepared
 from .request import Request
@@ -37,6 +38,11 @@ class PipelineGroup:
     def device(self) -> Device:
         """The first device, on which prompts are encoded."""
         return self.pipelines[0].device
+
+    @property
+    def loras(self) -> LoraLibrary:
+        """The first device's, which reads what requests ask for."""
+        return self.pipelines[0].loras
 
     def reopened(self, bundle: Bundle | None = None, *, device: str | None = None) -> PipelineGroup:
         """Another group on the same devices with the same options, of another bundle."""

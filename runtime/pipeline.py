@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,6 +17,8 @@ import numpy as np
 from ..bundle import Bundle
 from ..engines import Engine, RunOptions, Store, open_engines
 from ..engines.find import command
+from ..engines.graph.low_rank import RANK
+from ..engines.low_rank import RANKS, Adapted, with_low_rank
 from ..engines.memory import largest_batch
 from ..errors import ArgumentError, BlackImageError, CancelledError, MismatchError, NonFiniteError, OutOfMemoryError
 from ..schedules import Program
@@ -24,6 +28,7 @@ from .call import takes_a_call
 from .device.base import RECORDINGS, Device, Slots, TickTimes, check_engine
 from .device.open import open_device
 from .device.pool import SlotPool
+from .loras import LoraLibrary
 from .pictures.vae import Vae, check_images
 from .prepare import Prepared, prepare
 from .prompts.encoders import TextEncoders
@@ -46,7 +51,8 @@ class Pipeline:
 
     At most `most_contexts` sets of slots are kept between calls, by latent shape and number. vae_tiling, vae_slicing:
     `"auto"`, `True` or `False`, as `Vae` says. keep_text_encoders: `False` opens them when a prompt comes that is not
-    known yet, and closes them once it is encoded, so that their memory is free while images are made.
+    known yet, and closes them once it is encoded, so that their memory is free while images are made. lora_folder:
+    where LoRAs are found by name; without it requests give paths.
     """
 
     def __init__(
@@ -67,6 +73,7 @@ class Pipeline:
         vae_tiling: str | bool = "auto",
         vae_slicing: str | bool = "auto",
         keep_text_encoders: bool = True,
+        lora_folder: str | os.PathLike[str] | None = None,
         engine_options: Mapping[str, Any] | None = None,
         progress: Callable[[str, str, float], None] | None = None,
     ) -> None:
@@ -91,10 +98,15 @@ class Pipeline:
         self._on_device = self._open([*(encoders if keep_text_encoders else ()), "unet", "vae_decoder"])
         check_engine(self._on_device["unet"], self.device)
         self.engines = {n: e if n == "unet" else self.device.on_host(e) for n, e in self._on_device.items()}
+        self.loras = LoraLibrary(bundle, None if lora_folder is None else Path(lora_folder))
+        self._adaptable: dict[tuple[str, bool], Adapted] = {}
+        self._adapting = threading.Lock()
         self.text = TextEncoders(
             bundle,
             self.engines if keep_text_encoders else lambda: self._open_on_host(encoders),
             keep_engines=keep_text_encoders,
+            changes=self.loras.changes,
+            adapt=self._adapted,
         )
         self.vae = Vae(
             bundle,
@@ -171,6 +183,8 @@ class Pipeline:
         for warning in set(request.warnings) - self._warned:
             log.warning("%s", warning)
         self._warned.update(request.warnings)
+        for asked in set(request.wording.loras):
+            self.loras.changes(asked)  # what is missing or damaged is told before anything is computed
         return request
 
     def stream(self, request: Request, *, previews: bool = False) -> Generator[Step, None, Result]:
@@ -187,7 +201,11 @@ class Pipeline:
     def prepare(self, request: Request) -> Prepared:
         """The request with prompts and picture encoded and noise drawn, ready for slots."""
         with self._memory_told(request, request.images), self._own_size_explained(request):
-            return prepare(self.bundle, self.text, self.vae, request)
+            prepared = prepare(self.bundle, self.text, self.vae, request, self.loras)
+            changes = [s.conditioning.change for s in prepared.samplings if s.conditioning.change is not None]
+            if changes:
+                self._adapted("unet", any(c.kernels for c in changes))  # no tick waits for an engine that is opened
+            return prepared
 
     def make(self, prepared: Prepared, *, previews: bool = False) -> Generator[Step, None, ResultPart]:
         """The pictures of a prepared request, or of a part of one, step by step or as one piece of work."""
@@ -288,9 +306,38 @@ class Pipeline:
                 for slot in admitted:
                     slots.release(slot)
 
-    def make_slots(self, shape: Shape, count: int) -> Slots:
-        """Slots of a latent shape (C, h, w) on this pipeline's device, for callers that tick themselves."""
-        return self.device.make_slots(self._on_device["unet"], shape, count)
+    def make_slots(
+        self, shape: Shape, count: int, *, split: Callable[[Engine], Engine] = lambda engine: engine
+    ) -> Slots:
+        """Slots of a latent shape (C, h, w) on this pipeline's device, for callers that tick themselves.
+
+        split: makes of an engine what the slots evaluate, the same for the same engine.
+        """
+
+        def adapt(kernels: bool) -> Adapted:
+            adapted = self._adapted("unet", kernels)
+            return replace(adapted, engine=split(adapted.engine))
+
+        slots = self.device.make_slots(split(self._on_device["unet"]), shape, count)
+        slots.adapt = adapt
+        return slots
+
+    def _adapted(self, name: str, kernels: bool) -> Adapted:
+        """The engine of a component that takes LoRAs, opened when the first image asks for one (built, where need be).
+
+        One that takes changes of larger kernels does for all, once it is there.
+        """
+        with self._adapting:
+            known = self._adaptable.get((name, True)) or self._adaptable.get((name, kernels))
+            if known is None:
+                bundle = with_low_rank(self.bundle, name, kernels=kernels)
+                plain, dims = self._on_device.get(name), {**self._dims(name), RANK: RANKS[0]}
+                options = {**self._options, **({} if plain is None else {"backend": plain.backend})}
+                with self.device.guard_memory("the engine that takes LoRAs"):
+                    engine = open_engines(bundle, [name], dims={name: dims}, **options)[name]
+                own = engine if name == "unet" else self.device.on_host(engine)
+                known = self._adaptable[name, kernels] = Adapted(engine=own, layers=bundle.layers[name])
+            return known
 
     @property
     def memory_bytes(self) -> int:

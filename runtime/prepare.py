@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from ..families.base import GUIDANCE_INPUT, guidance_embedding
 from .arrays import Float32, Shape
 from .conditioning import Arrays, Conditioning
 from .device.base import Sampling
+from .loras import LoraLibrary
 from .noise.seeds import request_noise
 from .pictures.inpaint import Blend, make_blend
 from .pictures.vae import Vae
@@ -47,10 +48,12 @@ class Prepared:
         return channels, height, width
 
 
-def prepare(bundle: Bundle, text: TextEncoders, vae: Vae, request: Request) -> Prepared:
+def prepare(
+    bundle: Bundle, text: TextEncoders, vae: Vae, request: Request, loras: LoraLibrary | None = None
+) -> Prepared:
     """Encode the prompts and the pictures, and draw the noise, in the order in which diffusers draws it."""
     began = time.perf_counter()
-    conditionings, truncated = condition(bundle, text, request)
+    conditionings, truncated = condition(bundle, text, request, loras)
     encoded = time.perf_counter()
     noise = request_noise(
         request.seeds,
@@ -91,15 +94,22 @@ def latent_shape(bundle: Bundle, request: Request) -> Shape:
     return latent.channels, request.height // latent.factor, request.width // latent.factor
 
 
-def condition(bundle: Bundle, text: TextEncoders, request: Request) -> tuple[list[Conditioning], tuple[bool, ...]]:
+def condition(
+    bundle: Bundle, text: TextEncoders, request: Request, loras: LoraLibrary | None = None
+) -> tuple[list[Conditioning], tuple[bool, ...]]:
     """What the UNet is told of each image, and whether its prompts were cut.
 
     A negative prompt that was not given is the empty prompt; in families that say so (`force_zeros_for_empty_prompt`)
-    it is zeros, as in diffusers.
+    it is zeros, as in diffusers. loras: where those that images ask for are; they change what reads either prompt.
     """
     wording, two_rows = request.wording, request.guided and not bundle.guidance_embedding
     positives, negatives = list(wording.positives), list(wording.negatives) if two_rows else []
+    changes = [{} if not asked or loras is None else loras.changes(asked) for asked in wording.loras]
     prompts = [*positives, *(n or _empty_like(p) for n, p in zip(negatives, positives, strict=False))]
+    prompts = [
+        replace(p, loras=asked) if isinstance(p, Prompt) and change.keys() - {"unet"} else p
+        for p, asked, change in zip(prompts, [*wording.loras, *wording.loras], [*changes, *changes], strict=False)
+    ]
     encoded = iter(text.encode([p for p in prompts if isinstance(p, Prompt)]))
     embeddings = [next(encoded) if isinstance(p, Prompt) else p for p in prompts]
     tokens = common_length([e.tokens for e in embeddings], MOST_TOKENS)
@@ -109,7 +119,7 @@ def condition(bundle: Bundle, text: TextEncoders, request: Request) -> tuple[lis
         guidance = {GUIDANCE_INPUT: guidance_embedding(request.guidance, bundle.guidance_embedding)}
     sizes, negative_sizes = request.sizes
     conditionings, truncated = [], []
-    for positive, negative, asked in zip(embeddings, of_negatives, wording.negatives, strict=False):
+    for positive, negative, asked, change in zip(embeddings, of_negatives, wording.negatives, changes, strict=False):
         truncated.append(positive.truncated or (negative is not None and negative.truncated))
         if negative is not None and asked is None and bundle.force_zeros:
             negative = negative.zeros()
@@ -118,6 +128,7 @@ def condition(bundle: Bundle, text: TextEncoders, request: Request) -> tuple[lis
                 positive={**positive.arrays, **sizes, **guidance},
                 negative=None if negative is None else {**negative.arrays, **negative_sizes, **guidance},
                 tokens=tokens,
+                change=change.get("unet"),
             )
         )
     return conditionings, tuple(truncated)

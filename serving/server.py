@@ -12,6 +12,7 @@ from typing import Any
 
 from ..bundle import Bundle
 from ..engines.backends.registry import load_backend, makes_in_memory
+from ..engines.base import Engine
 from ..engines.parallel import ParallelEngine
 from ..errors import ArgumentError, EngineFailedError, FewstepError, QueueFullError, UnavailableError
 from ..runtime.loader import load
@@ -75,11 +76,12 @@ class Server:
         self.sizes = tuple(dict.fromkeys(check_size(self.pipeline.bundle, s) for s in sizes or [self.pipeline.size]))
         self._counters = Counters(observer)
         unet, ways = self.pipeline.engines["unet"], _ways(self.pipeline, row_threads)
-        self._parallel = ParallelEngine(unet, ways=ways) if ways > 1 else None
+        self._ways = ways
+        self._split: dict[int, ParallelEngine] = {}
         self._cpu = CpuLock(used=unet.device == "cpu" and ways == 1)
         self._pools, self._estimates = make_pools(
             self.pipeline,
-            self._parallel or unet,
+            self._in_parallel,
             self.sizes,
             slots=self.most_slots + kept(self.most_slots),
             rows=_candidates(buckets, check_integer("most_rows", most_rows, 1, 1024)),
@@ -137,6 +139,14 @@ class Server:
         """
         request = self.request(prompt, **options)
         return self.submit_request(request, deadline_s=deadline_s, previews=previews, name=name, owner=owner)
+
+    def _in_parallel(self, engine: Engine) -> Engine:
+        """The engine with its rows evaluated in parallel, where that pays: the same for the same engine."""
+        if self._ways < 2 or isinstance(engine, ParallelEngine):
+            return engine
+        if id(engine) not in self._split:
+            self._split[id(engine)] = ParallelEngine(engine, ways=self._ways)
+        return self._split[id(engine)]
 
     def request(self, prompt: str | Sequence[str], **options: Any) -> Request:
         """What a call means, checked, for `submit_request`; its pictures have the size that the model takes.
@@ -244,8 +254,8 @@ class Server:
         self._encoder.close(timeout=self._hung_s)
         self._decoder.close(timeout=self._hung_s)
         self._watch.join()
-        if self._parallel is not None:
-            self._parallel.close()
+        for parallel in self._split.values():
+            parallel.close()
 
     def __enter__(self) -> Server:
         return self

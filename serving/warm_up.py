@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -20,7 +20,7 @@ Shape = tuple[int, int, int]
 
 def make_pools(
     pipeline: Pipeline,
-    unet: Engine,
+    split: Callable[[Engine], Engine],
     sizes: Sequence[tuple[int, int]],
     *,
     slots: int,
@@ -30,11 +30,12 @@ def make_pools(
 ) -> tuple[dict[Shape, tuple[Slots, BatchSizes]], Estimates]:
     """Slots and measured buckets for each size (width, height in pixels), and what the other stages take.
 
-    `unet` is the pipeline's own, or the same with its rows in parallel.
+    `split` makes of the pipeline's UNet what is evaluated: itself, or the same with its rows in parallel.
     `rows` are the buckets to consider, or with `fixed` to use, as far as the engine admits them (`MismatchError` if
     it admits none). `image` runs the VAE's encoder too.
     """
     pools: dict[Shape, tuple[Slots, BatchSizes]] = {}
+    unet = split(pipeline.engines["unet"])
     text_ms, decode_ms = 0.0, {}
     for size in sizes:
         prepared = _prepare(pipeline, size, image=image)
@@ -48,16 +49,12 @@ def make_pools(
                 expected="a profile for at least one",
                 remedy="Build the engine for the sizes and batches to serve: fewstep build BUNDLE --help",
             )
-        pool = _slots(pipeline, unet, prepared.shape, slots)
+        pool = pipeline.make_slots(prepared.shape, slots, split=split)
         buckets = _measure(pool, prepared, admitted, fixed=fixed)
         pools[prepared.shape] = pool, buckets
         decode_ms[prepared.shape] = _decode_ms(pipeline, prepared)
     pipeline.text.forget()
     return pools, Estimates({s: b for s, (_, b) in pools.items()}, text_ms=text_ms, decode_ms=decode_ms)
-
-
-def _slots(pipeline: Pipeline, unet: Engine, shape: Shape, count: int) -> Slots:
-    return pipeline.device.make_slots(unet, shape, count)
 
 
 def _prepare(pipeline: Pipeline, size: tuple[int, int], *, image: bool) -> Prepared:

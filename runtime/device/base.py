@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
 
 from ...engines import Engine, RunOptions
+from ...engines.graph.low_rank import DOWN, RANK, UP
+from ...engines.low_rank import Adapted, bucket
 from ...errors import ArgumentError, MismatchError, NonFiniteError
 from ...schedules import Program
 from ..arrays import Float32, Shape, UInt8
-from ..conditioning import Conditioning, check_conditioning
+from ..conditioning import Arrays, Conditioning, check_conditioning
 from ..noise.seeds import Gaussians
 from ..pictures.inpaint import Blend
 
@@ -84,8 +87,42 @@ class Decoded:
     tensor: Any = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluator:
+    """What evaluates some images: an engine, and where it takes changes of weights, which and of what rank."""
+
+    engine: Engine
+    adapted: Adapted | None = None
+    rank: int = 0
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return id(self.engine), self.rank
+
+    def parts(self, sampling: Sampling) -> tuple[Arrays, ...]:
+        """What the UNet is told of an image, by row, in the engine's inputs."""
+        conditioning = sampling.conditioning
+        if self.adapted is None:
+            return conditioning.parts
+        if conditioning.change is not None:
+            change = conditioning.change.packed(self.adapted.layers, self.rank)
+        else:
+            change = no_change(self.adapted.extent, self.rank)
+        return tuple({**arrays, **change} for arrays in conditioning.parts)
+
+
+@lru_cache(maxsize=8)
+def no_change(extent: tuple[int, int], rank: int) -> Arrays:
+    """The arrays of a row whose weights are as they are, the same ones each time."""
+    down, up = extent
+    return {DOWN: np.zeros((down, rank), np.float32), UP: np.zeros((rank, up), np.float32)}
+
+
 class Slots(ABC):
     """A fixed number of slots of one latent shape (C, h, w) for the engine of a UNet.
+
+    adapt: opens the engine that takes low-rank changes, of larger kernels too where it is told so; `None` where images
+    with changes are not admitted.
 
     Not thread-safe: one thread at a time. Devices say how state is kept and moved (`_place`, `_clear`, `_evaluate`,
     `_finish`, `_state`); who is in which slot, what is admitted and who shares an evaluation is said here.
@@ -94,6 +131,7 @@ class Slots(ABC):
     def __init__(self, engine: Engine, *, slots: int, shape: Shape, most_rows: int) -> None:
         self._engine, self.shape, self._most_rows = engine, shape, max(2, most_rows)
         self._samplings: list[Sampling | None] = [None] * slots
+        self.adapt: Callable[[bool], Adapted] | None = None
 
     @property
     def count(self) -> int:
@@ -123,6 +161,8 @@ class Slots(ABC):
         if not self.free:
             raise ArgumentError(f"all {self.count} slots are in use", remedy="Release one first.")
         check_conditioning(sampling.conditioning, self._engine.inputs, self._sides)
+        if sampling.conditioning.change is not None and self.adapt is None:
+            raise ArgumentError("the image has a LoRA", expected="slots of a pipeline, which opens an engine for it")
         program, slot = sampling.program, self.free[0]
         # x_0 = init_noise n + init_latent z
         start = program.init_noise * gaussian.astype(np.float64)
@@ -151,6 +191,14 @@ class Slots(ABC):
             self._evaluate(group, tokens, rows or 0, {s: x0 for s, x0 in (previews or {}).items() if s in group})
             for slot in group:
                 self.sampling(slot).position += 1
+
+    def _evaluator(self, samplings: Sequence[Sampling]) -> Evaluator:
+        """The engine for an evaluation of these images: the plain one unless an image has a change of weights."""
+        changes = [s.conditioning.change for s in samplings if s.conditioning.change is not None]
+        if not changes or self.adapt is None:
+            return Evaluator(engine=self._engine)
+        adapted = self.adapt(any(c.kernels for c in changes))
+        return Evaluator(engine=adapted.engine, adapted=adapted, rank=bucket(max(c.rank for c in changes)))
 
     def share(self, slots: Sequence[int]) -> list[tuple[int, list[int]]]:
         """Slots that share an evaluation, with its prompt length."""
@@ -292,6 +340,7 @@ def share_evaluations(samplings: Mapping[int, Sampling], most_rows: int) -> list
     return [(tokens, g) for tokens, of_length in groups.items() for g in of_length]
 
 
-def unet_dims(shape: Shape, rows: int, tokens: int) -> dict[str, int]:
-    """The dimensions that a UNet is bound to for an evaluation."""
-    return {"rows": rows, "height": shape[1], "width": shape[2], "tokens": tokens}
+def unet_dims(shape: Shape, rows: int, tokens: int, rank: int = 0) -> dict[str, int]:
+    """The dimensions that a UNet is bound to for an evaluation; `rank` is of changes of its weights."""
+    dims = {"rows": rows, "height": shape[1], "width": shape[2], "tokens": tokens}
+    return {**dims, RANK: rank} if rank else dims

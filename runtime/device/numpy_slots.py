@@ -15,7 +15,7 @@ from ...errors import OutOfMemoryError
 from ...schedules import Program
 from ..arrays import Float32, Shape
 from ..conditioning import conditioning_inputs, write_row
-from .base import MOST_HISTORY, MOST_ROWS, Decoded, Sampling, Slots, TickTimes, unet_dims
+from .base import MOST_HISTORY, MOST_ROWS, Decoded, Evaluator, Sampling, Slots, TickTimes, unet_dims
 from .numpy_update import SlotState
 
 
@@ -55,7 +55,7 @@ class NumpySlots(Slots):
     def __init__(self, engine: Engine, *, slots: int, shape: Shape, most_rows: int = MOST_ROWS) -> None:
         super().__init__(engine, slots=slots, shape=shape, most_rows=most_rows)
         self._values = SlotState(slots, shape, MOST_HISTORY)
-        self._bindings: dict[tuple[int, int], _Rows] = {}
+        self._bindings: dict[tuple[int, ...], _Rows] = {}
         self._mixed = np.zeros((slots, *shape), np.float32)
         self._times = TickTimes()
 
@@ -95,13 +95,14 @@ class NumpySlots(Slots):
     def _evaluate(self, slots: list[int], tokens: int, rows: int, previews: Mapping[int, Float32]) -> None:
         began = time.perf_counter()
         samplings = [self.sampling(s) for s in slots]
-        evaluation = self._rows(max(rows, sum(s.rows for s in samplings)), tokens)
+        evaluator = self._evaluator(samplings)
+        evaluation = self._rows(evaluator, max(rows, sum(s.rows for s in samplings)), tokens)
         row = 0
         for slot, sampling in zip(slots, samplings, strict=True):
             evaluation.timestep[row : row + sampling.rows] = sampling.program.timesteps[sampling.position]
             sample = evaluation.sample[row]
             self._values.model_input(slot, sampling.program, sampling.position, sample)
-            for i, arrays in enumerate(sampling.conditioning.parts):
+            for i, arrays in enumerate(evaluator.parts(sampling)):
                 if i:
                     np.copyto(evaluation.sample[row + i], sample)
                 evaluation.tell(row + i, arrays)
@@ -152,10 +153,11 @@ class NumpySlots(Slots):
             if sampling.blend is not None:
                 sampling.blend.apply(values.latent[slot], sampling.position, self._mixed[0])
 
-    def _rows(self, rows: int, tokens: int) -> _Rows:
-        key = (rows, tokens)
+    def _rows(self, evaluator: Evaluator, rows: int, tokens: int) -> _Rows:
+        key = (rows, tokens, *evaluator.key)
         if key not in self._bindings:
-            self._bindings[key] = _Rows(self._engine, self._engine.bind(unet_dims(self.shape, rows, tokens)), rows)
+            engine = evaluator.engine
+            self._bindings[key] = _Rows(engine, engine.bind(unet_dims(self.shape, rows, tokens, evaluator.rank)), rows)
         return self._bindings[key]
 
 

@@ -56,7 +56,7 @@ class TorchSlots(Slots):
         self.device = torch.device(device)
         self.graphs = graphs
         self._stream = take_stream(torch, self.device.index or 0) if self.device.type == "cuda" else None
-        self._batches: dict[tuple[int, int, int], Batch] = {}
+        self._batches: dict[tuple[int, ...], Batch] = {}
         with self._here():
             self._values = state_class(self.device, fused)(
                 slots + 1,  # one slot more than there are: padding goes there
@@ -165,7 +165,7 @@ class TorchSlots(Slots):
         capturable: bool = True,
     ) -> None:
         """Run work eagerly, or captured where there is a cache and the engines admit a caller's graph."""
-        if self.graphs is None or not capturable or self._engine.capture != "whole_request":
+        if self.graphs is None or not capturable or batch.evaluator.engine.capture != "whole_request":
             with torch.no_grad(), guard_memory(self.device, f"a {kind}"):
                 body()
             return
@@ -177,7 +177,7 @@ class TorchSlots(Slots):
             rows=batch.rows,
             tokens=batch.tokens,
             evaluations=evaluations,
-            engines=(id(self._engine), *(id(o) for o in owners)),
+            engines=(id(batch.evaluator.engine), *(id(o) for o in owners)),
             extras=extras,
         )
         buffers = (*self._values.buffers, *batch.tensors)
@@ -185,7 +185,7 @@ class TorchSlots(Slots):
         try:
             with torch.no_grad(), guard_memory(self.device, f"a {kind}"):
                 state = self._values.tensors
-                self.graphs.run(key, body, owners=(self._engine, *owners), buffers=buffers, restore=state)
+                self.graphs.run(key, body, owners=(batch.evaluator.engine, *owners), buffers=buffers, restore=state)
         finally:
             self._clock.resume(evaluations)
 
@@ -212,11 +212,12 @@ class TorchSlots(Slots):
         """The buffers of an evaluation of so many slots and rows, its tables saying which these are."""
         samplings = [self.sampling(s) for s in slots]
         rows = max(least_rows, sum(s.rows for s in samplings))
-        key = (len(slots), rows, tokens)
+        evaluator = self._evaluator(samplings)
+        key = (len(slots), rows, tokens, *evaluator.key)
         if key not in self._batches:
             with guard_memory(self.device, f"an evaluation of {rows} rows"):
-                binding = self._engine.bind(unet_dims(self.shape, rows, tokens))
-                self._batches[key] = Batch(binding, len(slots), rows, tokens, self.shape, self.device)
+                binding = evaluator.engine.bind(unet_dims(self.shape, rows, tokens, evaluator.rank))
+                self._batches[key] = Batch(evaluator, binding, len(slots), rows, tokens, self.shape, self.device)
         batch = self._batches[key]
         self._values.flush()
         batch.point(slots, samplings, scrap=self.count)

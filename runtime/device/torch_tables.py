@@ -13,7 +13,7 @@ import torch
 
 from ...engines import Binding
 from ..conditioning import OWN_INPUTS
-from .base import Sampling
+from .base import Evaluator, Sampling
 from .memory import as_tensor, upload
 from .torch_records import Records
 
@@ -33,6 +33,7 @@ class Batch:
 
     def __init__(
         self,
+        evaluator: Evaluator,
         binding: Binding,
         count: int,
         rows: int,
@@ -40,7 +41,8 @@ class Batch:
         shape: tuple[int, ...],
         device: torch.device,
     ) -> None:
-        self.binding, self.count, self.rows, self.tokens = binding, count, rows, tokens
+        self.evaluator, self.binding = evaluator, binding
+        self.count, self.rows, self.tokens = count, rows, tokens
         self.inputs = {n: as_tensor(a) for n, a in binding.inputs.items()}
         self.sample, self.timestep = self.inputs["sample"], self.inputs["timestep"]
         self.out = as_tensor(binding.outputs["out"])
@@ -91,7 +93,7 @@ class Batch:
         Shorter prompts are repeated whole to fill a longer one. What is left over is told what the last row is. No tick
         does this: what a UNet is told of an image stays as it is from one evaluation to the next.
         """
-        parts = [p for s in samplings for p in s.conditioning.parts]
+        parts = [p for s in samplings for p in self.evaluator.parts(s)]
         parts += [parts[-1]] * (self.rows - len(parts))
         for name in self._conditioned:
             told = [copies.of(p[name]) for p in parts]

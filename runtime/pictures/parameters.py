@@ -23,6 +23,7 @@ from ...schedules.spacing import SPACINGS
 from ...values import Reader, escape, has_controls, parse_json
 from ..arguments import LARGEST_SEED
 from ..call import RECORDED
+from ..prompts.lora_tags import MOST_SCALE
 from .reading import existing_file
 
 JSON_KEY = "fewstep"
@@ -128,6 +129,9 @@ def check_parameters(p: Mapping[str, Any], reading: Reader) -> None:
         reading.integer("the batch's seed", batch.get("seed"), 0, LARGEST_SEED)
         for prompt in reading.array("the batch's prompts", batch.get("prompts"), 1):
             reading.text("a prompt", prompt, least=0, most=MOST_TEXT)
+    for name, value in reading.mapping("loras", p.get("loras") or {}).items():
+        reading.text("a LoRA's name", name)
+        reading.number("a LoRA's scale", value, -MOST_SCALE, MOST_SCALE)
     for name, value in reading.mapping("options", p.get("options") or {}).items():
         reading.choice("an option's name", name, sorted(known_options()))
         _check_option(name, value, reading)
@@ -174,6 +178,7 @@ def command_line(p: Mapping[str, Any], output: str) -> str:
     for key in ("prompt_2", "negative_2"):
         if p.get(key) is not None:
             words.append(f"--{key.replace('_', '-')}={p[key]}")
+    words += [f"--lora={name}:{_digits(scale)}" for name, scale in (p.get("loras") or {}).items()]
     for key in ("steps", "sampler", "schedule", "guidance", "compat"):
         if p.get(key) is not None:
             words.append(f"--{key}={p[key]}")

@@ -13,9 +13,12 @@ import numpy as np
 
 from ...bundle import Bundle
 from ...engines.base import Binding, Engine
-from ...errors import NonFiniteError
+from ...engines.graph.low_rank import RANK
+from ...engines.low_rank import Adapted, bucket
+from ...errors import ArgumentError, NonFiniteError
 from ..arrays import Float32
-from ..conditioning import Arrays
+from ..conditioning import Arrays, Change
+from .lora_tags import Uses
 from .syntax import Chunk, Prompt
 from .tokenizer import PromptTokenizer
 
@@ -52,7 +55,8 @@ class TextEncoders:
     """Tokenises and encodes; keeps the last embeddings. Thread-safe: encoders run one prompt batch at a time.
 
     engines: the text encoders by name, or what opens them. With `keep_engines` off they are opened for prompts that
-    are not known and let go of once these are encoded.
+    are not known and let go of once these are encoded. changes: what LoRAs change, by component. adapt: opens the
+    engine of an encoder that takes changes.
     """
 
     def __init__(
@@ -62,10 +66,14 @@ class TextEncoders:
         *,
         keep: int = 64,
         keep_engines: bool = True,
+        changes: Callable[[Uses], Mapping[str, Change]] = lambda loras: {},
+        adapt: Callable[[str, bool], Adapted] | None = None,
     ) -> None:
         self._names, self._join = bundle.text_encoders, bundle.model.join
         known = [int(bundle.component(n).config.get("vocab_size", 2**31)) for n in self._names]
         self._tokenizers = [PromptTokenizer(bundle, r, k) for r, k in zip(bundle.tokenizers, known, strict=True)]
+        self._changes, self._adapt = changes, adapt
+        self._adapted: OrderedDict[tuple[int, ...], Binding] = OrderedDict()
         self._open = engines if callable(engines) else lambda: engines
         self._keep_engines = keep_engines
         self._engines: list[Engine] = []
@@ -92,9 +100,9 @@ class TextEncoders:
             self.hits += len(asked) - len(missing)
             fresh: dict[Prompt, Embedding] = {}
             try:
-                for skip in dict.fromkeys(p.clip_skip for p in missing):
-                    together = [p for p in missing if p.clip_skip == skip]
-                    fresh.update(zip(together, self._run(together, skip), strict=True))
+                for skip, loras in dict.fromkeys((p.clip_skip, p.loras) for p in missing):
+                    together = [p for p in missing if p.clip_skip == skip and p.loras == loras]
+                    fresh.update(zip(together, self._run(together, skip, loras), strict=True))
             finally:
                 if not self._keep_engines:
                     self._engines, self._bindings = [], {}
@@ -111,7 +119,7 @@ class TextEncoders:
         with self._lock:
             self._kept.clear()
 
-    def _run(self, prompts: Sequence[Prompt], clip_skip: int) -> list[Embedding]:
+    def _run(self, prompts: Sequence[Prompt], clip_skip: int, loras: Uses) -> list[Embedding]:
         """Encode every chunk of every prompt in one pass, then put them together again."""
         laid, cut = self._lay_out(prompts)
         if any(cut):
@@ -120,7 +128,7 @@ class TextEncoders:
                 sum(cut),
             )
         counts = [len(chunks) for chunks in laid[0]]
-        bindings = self._encode_chunks([[c for chunks in of for c in chunks] for of in laid], clip_skip)
+        bindings = self._encode_chunks([[c for chunks in of for c in chunks] for of in laid], clip_skip, loras)
         outputs: list[dict[str, Float32]] = []
         for binding, of in zip(bindings, laid, strict=True):
             hidden = _weigh(binding.outputs["hidden"], [c for chunks in of for c in chunks])
@@ -155,8 +163,8 @@ class TextEncoders:
                 of[i] += [Chunk((), ())] * (most - len(of[i]))
         return laid, cut
 
-    def _encode_chunks(self, chunks: Sequence[Sequence[Chunk]], clip_skip: int) -> list[Binding]:
-        """Bindings of the encoders, run on their chunks."""
+    def _encode_chunks(self, chunks: Sequence[Sequence[Chunk]], clip_skip: int, loras: Uses) -> list[Binding]:
+        """Bindings of the encoders, run on their chunks, with their weights changed where LoRAs do."""
         count = len(chunks[0])
         if not self._engines:
             opened = self._open()
@@ -165,12 +173,32 @@ class TextEncoders:
         if bindings is None:
             bindings = [e.bind({"prompts": count}) for e in self._engines]
             self._bindings = {**dict(list(self._bindings.items())[-3:]), count: bindings}
+        changes = self._changes(loras)
+        bindings = [
+            self._changed(n, c, count) if (c := changes.get(n)) else b
+            for n, b in zip(self._names, bindings, strict=True)
+        ]
         for binding, tokenizer, of in zip(bindings, self._tokenizers, chunks, strict=True):
             np.copyto(binding.inputs["input_ids"], np.array([tokenizer.wrap(c.tokens) for c in of], np.int64))
             if "clip_skip" in binding.inputs:  # bundles of older exports lack it
                 np.copyto(binding.inputs["clip_skip"], clip_skip)
             binding.enqueue()
         return bindings
+
+    def _changed(self, name: str, change: Change, count: int) -> Binding:
+        """A binding of an encoder that takes changes, told this one in each of its rows."""
+        if self._adapt is None:
+            raise ArgumentError("the prompt has a LoRA", expected="the text encoders of a pipeline")
+        adapted, rank = self._adapt(name, change.kernels), bucket(change.rank)
+        key = (id(adapted.engine), count, rank)
+        binding = self._adapted.get(key)
+        if binding is None:
+            binding = self._adapted[key] = adapted.engine.bind({"prompts": count, RANK: rank})
+            if len(self._adapted) > 8:
+                self._adapted.popitem(last=False)
+        for input_name, array in change.packed(adapted.layers, rank).items():
+            binding.inputs[input_name][...] = array
+        return binding
 
 
 def _of_prompt(chunks: Float32) -> Float32:

@@ -11,6 +11,7 @@ import numpy as np
 
 from ...bundle import Bundle
 from ...errors import ArgumentError, UnknownNameError, UnsupportedError
+from .lora_tags import Uses
 
 SYNTAXES = ("plain", "a1111")
 LONG_PROMPTS = ("truncate", "chunk")
@@ -30,6 +31,7 @@ class Prompt:
 
     text_2: what a second text encoder reads instead. syntax: `"plain"` or `"a1111"`. long: what becomes of
     more tokens than one pass takes, `"truncate"` or `"chunk"`. clip_skip: layers left out, 0 for the family's own.
+    loras: those that change the text encoders that read it.
     """
 
     text: str
@@ -37,6 +39,7 @@ class Prompt:
     syntax: str = "plain"
     long: str = "truncate"
     clip_skip: int = 0
+    loras: Uses = ()
 
     def of_encoder(self, index: int) -> str:
         """What encoder `index` reads; an empty `text_2` reads the first, as in diffusers."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -13,15 +14,17 @@ from ...errors import ArgumentError
 from ..arrays import Float32
 from ..call import Call
 from .encoders import Embedding
+from .lora_tags import Uses, read_loras, take_tags, uses
 from .syntax import Prompt, check_clip_skip, check_prompt, check_reading
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Wording:
-    """One entry an image; a negative `None` was not given."""
+    """One entry an image; a negative `None` was not given. loras: what changes the weights of both rows."""
 
     positives: tuple[Prompt | Embedding, ...]
     negatives: tuple[Prompt | Embedding | None, ...]
+    loras: tuple[Uses, ...]
 
     @property
     def images(self) -> int:
@@ -38,20 +41,22 @@ class Wording:
     def described(self) -> list[dict[str, Any]]:
         """What a picture's parameters say of it, by image: `prompt`, `negative`, and where given a second encoder's."""
         descriptions = []
-        for positive, negative, text, other in zip(
-            self.positives, self.negatives, self.texts, self.negative_texts, strict=True
+        for positive, negative, text, other, loras in zip(
+            self.positives, self.negatives, self.texts, self.negative_texts, self.loras, strict=True
         ):
             words: dict[str, Any] = {"prompt": text, "negative": other}
             for name, one in (("prompt_2", positive), ("negative_2", negative)):
                 if isinstance(one, Prompt) and one.text_2 is not None:
                     words[name] = one.text_2
+            if loras:
+                words["loras"] = {PurePath(name).name: scale for name, scale in loras}
             if isinstance(positive, Embedding) or isinstance(negative, Embedding):
                 words["embeddings"] = True
             descriptions.append(words)
         return descriptions
 
     def repeated(self, times: int) -> Wording:
-        return Wording(positives=self.positives * times, negatives=self.negatives * times)
+        return Wording(positives=self.positives * times, negatives=self.negatives * times, loras=self.loras * times)
 
 
 def read_wording(bundle: Bundle, call: Call, each: int) -> Wording:
@@ -75,16 +80,21 @@ def read_wording(bundle: Bundle, call: Call, each: int) -> Wording:
         )
     if call.negative is not None and call.negative_prompt_embeds is not None:
         raise ArgumentError("a negative prompt and negative_prompt_embeds", expected="at most one of the two")
+    tagged: list[dict[str, float]] = []
     if call.prompt_embeds is not None:
         _refuse_beside_embeddings(call, ("prompt_2", "clip_skip"))
         positives: list[Prompt | Embedding] = list(_embeddings(bundle, call, ""))
     else:
         texts = _texts("prompt", call.prompt)
+        if syntax == "a1111":
+            texts, tagged = map(list, zip(*(take_tags(t) for t in texts), strict=True)) if texts else ([], [])
         others = _matched("prompt_2", call.prompt_2, len(texts))
         positives = [
             Prompt(text=t, text_2=o, syntax=syntax, long=long, clip_skip=skip)
             for t, o in zip(texts, others, strict=True)
         ]
+    asked = read_loras(call.loras, len(positives))
+    loras = [uses(a, t) for a, t in zip(asked, tagged or [{}] * len(asked), strict=True) for _ in range(each)]
     positives = [p for p in positives for _ in range(each)]
     # diffusers' clip_skip leaves the negative prompt alone; the web UI's setting is for both
     skip = 0 if syntax == "plain" else skip
@@ -97,7 +107,7 @@ def read_wording(bundle: Bundle, call: Call, each: int) -> Wording:
         raise ArgumentError(
             f"{len(negatives)} negative prompts for {len(positives)} images", expected="one an image, or a single one"
         )
-    return Wording(positives=tuple(positives), negatives=tuple(negatives))
+    return Wording(positives=tuple(positives), negatives=tuple(negatives), loras=tuple(loras))
 
 
 def _negatives(bundle: Bundle, call: Call, like: Prompt) -> list[Prompt | Embedding | None]:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import msgspec
 from msgspec import Meta
 
+from ...runtime.prompts.lora_tags import MOST_SCALE
 from .errors import HttpError, shown
 from .settings import Settings
 
@@ -29,6 +30,12 @@ OPTION = (
 OPTIONS = Annotated[
     dict[NAME, OPTION], Meta(max_length=32, description='of sampler and schedule, by name, like {"rho": 5}')
 ]
+LORAS = Annotated[
+    dict[Annotated[str, Meta(min_length=1, max_length=128)], Annotated[float, Meta(ge=-MOST_SCALE, le=MOST_SCALE)]],
+    Meta(max_length=8, description="changes of the model's weights for these images, by name, with their scales"),
+]
+JSON_FIELDS = {"sampler_options": OPTIONS, "loras": LORAS}
+"""Fields that are JSON in a form."""
 FORMATS = Literal["png", "jpeg", "webp"]
 
 
@@ -48,13 +55,11 @@ class Calls:
             raise self._refusal(error) from error
 
     def edit_from(self, fields: dict[str, Any]) -> Any:
-        """Convert a form's fields, which are strings; that of `sampler_options` is JSON."""
+        """Convert a form's fields, which are strings; some are JSON."""
         try:
-            if isinstance(own := fields.get("sampler_options"), str):
-                fields = {
-                    **fields,
-                    "sampler_options": msgspec.convert(_whole(msgspec.json.decode(own)), OPTIONS | None),
-                }
+            for name, kind in JSON_FIELDS.items():
+                if isinstance(own := fields.get(name), str):
+                    fields = {**fields, name: msgspec.convert(_whole(msgspec.json.decode(own)), kind | None)}
             return msgspec.convert(fields, type=self.edit, strict=False)
         except (msgspec.MsgspecError, RecursionError) as error:
             raise self._refusal(error) from error
@@ -117,6 +122,7 @@ def _fields(settings: Settings, sizes: list[str]) -> list[Any]:
         ("sampler", NAME | None, None),
         ("schedule", NAME | None, None),
         ("sampler_options", OPTIONS | None, None),
+        ("loras", LORAS | None, None),
         ("deadline_s", number(1.0, settings.deadline_s, "seconds after which it is given up"), None),
     ]
 
@@ -137,6 +143,7 @@ def arguments(call: Any) -> dict[str, Any]:
         "schedule": call.schedule,
         "seed": call.seed,
         "options": call.sampler_options,
+        "loras": call.loras,
     }
     options = {name: value for name, value in given.items() if value is not None}
     options["images_per_prompt"] = call.n or 1

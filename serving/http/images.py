@@ -51,7 +51,7 @@ class ImageRoutes:
         with self._bodies.hold(request, self._settings.json_bytes):
             body = await read_body(request, self._settings.json_bytes)
             server, calls = self._ready()
-            call = self._checked(calls.generation_from(body))
+            call = self._checked(server, calls.generation_from(body))
         return server, call, await asyncio.to_thread(server.request, call.prompt, **arguments(call))
 
     async def _read_edit(self, request: Request) -> tuple[Server, Any, RuntimeRequest]:
@@ -60,7 +60,7 @@ class ImageRoutes:
         server.check_room()  # before anything of it is read
         with self._bodies.hold(request, self._settings.body_bytes):
             fields, files = await read_form(request, self._settings.body_bytes)
-            call = self._checked(calls.edit_from(fields))
+            call = self._checked(server, calls.edit_from(fields))
             async with self._decoders:
                 return server, call, await asyncio.to_thread(self._edit, server, call, files)
 
@@ -69,7 +69,9 @@ class ImageRoutes:
         pictures = _pictures(files, self._settings.picture_pixels)
         return server.request(call.prompt, **arguments(call), **pictures, strength=call.strength)
 
-    def _checked(self, call: Any) -> Any:
+    def _checked(self, server: Server, call: Any) -> Any:
+        if call.loras and server.pipeline.loras.folder is None:
+            raise HttpError(400, "invalid_request", "this service has no LoRAs", param="loras")
         if call.model is not None and call.model not in self._settings.models:
             raise HttpError(404, "model_not_found", "there is no model of that name here")
         return call
