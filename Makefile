@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 CORE := $(VENV)/.core
 FULL := $(VENV)/.full
 
-.PHONY: bench-export bench-sd15 bench-sd15-request bench-sdxl bench-peers demo test lint parity bench bindings-check install-check ray-test load-bench load-bench-sd15 soak live-bench door-bench model clean
+.PHONY: lora-bench bench-export bench-sd15 bench-sd15-request bench-sdxl bench-peers demo test lint parity bench bindings-check install-check ray-test load-bench load-bench-sd15 soak live-bench door-bench model clean
 
 demo: $(CORE)
 	$(BIN)/fewstep demo
@@ -109,6 +109,9 @@ load-bench-sd15: $(FULL) $(SD15)/bundle/bundle.json
 	$(BIN)/python bench/load.py --bundle $(SD15)/bundle --name "SD 1.5's size, random weights" --sizes 256x256 \
 		--steps 1,2,4 --guided 0 --threads $$(nproc) --rows 4 --timings 3 --repeats 3 --long 12 --seconds 100 \
 		--rates 0.4,0.8,1.2 --without "static batches" --json $(RESULTS)/load-sd15-cpu.json
+
+lora-bench: $(FULL) $(SD15)/bundle/bundle.json
+	$(BIN)/python bench/loras.py $(SD15)/bundle $(SD15)/model --rounds 5 --json $(RESULTS)/loras-sd15-cpu.json
 
 soak: $(FULL)
 	$(BIN)/python bench/soak.py --json $(RESULTS)/soak-cpu.json

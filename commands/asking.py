@@ -30,6 +30,16 @@ def pair(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not TOP,LEFT, like 16,0") from error
 
 
+def lora_use(text: str) -> tuple[str, float | dict[str, float]]:
+    """As `lora`; by component too: `style.safetensors:unet=0.8,text_encoder=0.5`."""
+    file, colon, scales = text.rpartition(":")
+    pairs = [s.partition("=") for s in scales.split(",")]
+    try:
+        return (file, {n: float(s) for n, _, s in pairs}) if colon and all(e for _, e, _ in pairs) else lora(text)
+    except ValueError:
+        return text, 1.0
+
+
 def lora(text: str) -> tuple[str, float]:
     """`style.safetensors:0.8` as (file, factor); what follows the last colon is a factor if it is a number."""
     file, colon, scale = text.rpartition(":")
@@ -63,7 +73,7 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lora",
         dest="loras",
-        type=lora,
+        type=lora_use,
         action="append",
         metavar="FILE[:SCALE]",
         help="change the weights by a LoRA, for this picture alone; repeatable (default scale: 1)",

@@ -18,7 +18,8 @@ class Call:
     """The arguments of a call; `None` stands for the bundle's own wherever that makes sense.
 
     prompt, negative: one, or one an image. loras: files of LoRAs (names, where the pipeline has a folder of them), each
-    with its scale, or such a mapping for each prompt; `<lora:name:0.8>` in a prompt of A1111's syntax adds to it.
+    with its scale (a number, or by component: `{"unet": 0.8}`), or such a mapping for each prompt; `<lora:name:0.8>` in
+    a prompt of A1111's syntax adds to it.
 
     prompt_2, negative_2: what a second text encoder reads instead.
     prompt_syntax: `"plain"`, or `"a1111"` for `(word:1.3)`, `[word]` and BREAK. long_prompts: `"truncate"` what one
@@ -52,7 +53,7 @@ class Call:
 
     prompt: str | Sequence[str] | None = None
     negative: str | Sequence[str] | None = None
-    loras: Mapping[str, float] | Sequence[Mapping[str, float] | None] | None = None
+    loras: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None
     prompt_2: str | Sequence[str] | None = None
     negative_2: str | Sequence[str] | None = None
     prompt_syntax: str = "plain"

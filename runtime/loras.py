@@ -18,7 +18,7 @@ import numpy as np
 
 from ..bundle import Bundle
 from ..engines.graph.low_rank import DOWN, UP, Layer
-from ..errors import ArgumentError, MissingError, UnsupportedError
+from ..errors import ArgumentError, MissingError, UnknownNameError, UnsupportedError
 from ..weights.lora import Delta, Fusion, LoraFile, match_loras
 from ..weights.stored import open_tensors
 from .conditioning import Arrays
@@ -29,6 +29,8 @@ _PREFIX, _TEXT = "model.", "text_model."
 _SHOWN = 12
 
 Shapes = Mapping[str, tuple[int, ...]]
+Stamped = tuple[Path, int, int]
+"""A file as it was when it was found: with its size and its time of change in nanoseconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -98,6 +100,11 @@ class LoraLibrary:
         self.hits = self.misses = 0
 
     @property
+    def components(self) -> tuple[str, ...]:
+        """Those that a LoRA may change."""
+        return ("unet", *self._bundle.text_encoders)
+
+    @property
     def names(self) -> list[str]:
         """What the folder has, without suffixes."""
         return [] if self.folder is None else sorted(p.stem for p in self.folder.glob(f"*{SUFFIX}"))
@@ -125,12 +132,16 @@ class LoraLibrary:
     def changes(self, asked: Uses) -> Mapping[str, LoraChange]:
         """What some LoRAs change together, by component; the same objects for the same files and scales.
 
-        Raises `MissingError`, `CorruptError`, and `UnsupportedError` for kinds of adapters that are no plain LoRA.
+        Raises `UnknownNameError` for a component that the bundle has not, `MissingError`, `CorruptError`, and
+        `UnsupportedError` for kinds of adapters that are no plain LoRA.
         """
         if not asked:
             return {}
+        for _, component, _ in asked:
+            if component and component not in self.components:
+                raise UnknownNameError("component with LoRAs", component, self.components)
         with self._lock:
-            files = [(self._stamped(self.find(name)), scale) for name, scale in asked]
+            files = [(self._stamped(self.find(name)), component, scale) for name, component, scale in asked]
             key = tuple(files)
             known = self._changes.get(key)
             if known is None:
@@ -152,14 +163,16 @@ class LoraLibrary:
     def _bytes(self) -> int:
         return sum(c.bytes for by_component in self._changes.values() for c in by_component.values())
 
-    def _stamped(self, path: Path) -> tuple[Path, int, int]:
+    def _stamped(self, path: Path) -> Stamped:
         status = path.stat()
         return path.absolute(), status.st_size, status.st_mtime_ns
 
-    def _together(self, files: Sequence[tuple[tuple[Path, int, int], float]]) -> dict[str, LoraChange]:
+    def _together(self, files: Sequence[tuple[Stamped, str, float]]) -> dict[str, LoraChange]:
         by_component: dict[str, dict[str, list[tuple[Delta, float]]]] = {}
-        for stamped, scale in files:
+        for stamped, only, scale in files:
             for component, deltas in self._fusion(stamped).deltas.items():
+                if only not in ("", component):
+                    continue
                 _, own = self._known_networks()[component]
                 for key, several in deltas.items():
                     if key not in own:
@@ -169,7 +182,7 @@ class LoraLibrary:
                     by_module.setdefault(module, []).extend((d, scale * d.factor) for d in several)
         return {n: _sum(deltas, self._known_networks()[n][1]) for n, deltas in by_component.items()}
 
-    def _fusion(self, stamped: tuple[Path, int, int]) -> Fusion:
+    def _fusion(self, stamped: Stamped) -> Fusion:
         if stamped not in self._read:
             self._read[stamped] = match_loras([LoraFile(path=stamped[0])], self._known_networks())
             while len(self._read) > 256:
@@ -181,7 +194,7 @@ class LoraLibrary:
         """Configuration and shapes of weights of each network that a LoRA may change, by component."""
         if self._networks is None:
             self._networks = {}
-            for name in ("unet", *self._bundle.text_encoders):
+            for name in self.components:
                 part = self._bundle.component(name)
                 tensors = open_tensors([self._bundle.path(part.weights)])
                 shapes = {n.removeprefix(_PREFIX).removeprefix(_TEXT): t.shape for n, t in tensors.items()}

@@ -23,6 +23,7 @@ from .components import (
     uncompiled,
 )
 from .loading import ABSENT, component_options, open_pretrained, precision_of
+from .loras import Adapters, LoraMethods
 from .methods import INSTEAD, REFUSED, quiet_method
 from .schedulers import check_scheduler, config_of, make_scheduler
 
@@ -43,7 +44,7 @@ class _Refusing(type):
         )
 
 
-class DiffusionPipeline(metaclass=_Refusing):
+class DiffusionPipeline(LoraMethods, metaclass=_Refusing):
     """A pipeline in diffusers' words. This class itself only loads: `from_pretrained` gives the class of the bundle.
 
     `scheduler` may be replaced by any of diffusers' schedulers that the samplers cover, or a subclass with its own
@@ -69,6 +70,7 @@ class DiffusionPipeline(metaclass=_Refusing):
         self._set("_said", set())
         self._set("_scheduler", None)
         self._set("_held", {})
+        self._set("_adapters", Adapters())
         self._adopt(opened)
         self._replace({k: v for k, v in given.items() if k != "scheduler"})
         if "scheduler" in given:
@@ -97,6 +99,7 @@ class DiffusionPipeline(metaclass=_Refusing):
         chosen: Any = cls._of(pipeline.bundle)
         made: P = chosen(pipeline.pipeline, **{"scheduler": pipeline.held_scheduler, **components})
         made._set("_held", {**pipeline._held, **made._held})
+        made._set("_adapters", pipeline._adapters.copy())
         return made
 
     @classmethod

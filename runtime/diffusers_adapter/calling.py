@@ -11,11 +11,13 @@ import numpy as np
 
 from ...bundle import Bundle
 from ...errors import ArgumentError, UnknownNameError, UnsupportedError
+from ..arguments import check_real
 from ..pictures.reading import as_stored
 from ..programs import step_options
 from ..request import Request, make_request
 from ..result import Result, Step
 from .components import Opened
+from .loras import Adapters
 from .outputs import Output, as_asked, as_tensor
 from .schedulers import has_own_levels, run_own_levels
 from .streams import Streams, read_streams
@@ -23,7 +25,6 @@ from .streams import Streams, read_streams
 REFUSED = (
     "ip_adapter_image",
     "ip_adapter_image_embeds",
-    "cross_attention_kwargs",
     "guidance_rescale",
     "denoising_start",
     "denoising_end",
@@ -49,6 +50,8 @@ class Called(Protocol):
     def bundle(self) -> Bundle: ...
     @property
     def held_scheduler(self) -> Any: ...
+    @property
+    def lora_uses(self) -> Adapters: ...
 
 
 def call(pipe: Called, positional: Sequence[Any], named: Mapping[str, Any]) -> Any:
@@ -111,6 +114,7 @@ def make_call_request(pipe: Called, given: Mapping[str, Any], streams: Streams) 
     }
     if given.get("latents") is not None:
         asked["latents"] = given["latents"]
+    asked["loras"] = pipe.lora_uses.uses(_lora_scale(given["cross_attention_kwargs"]))
     side = int(config.get("sample_size") or 64) * factor
     size = (given.get("width") or side, given.get("height") or side)
     if pipe.task != "text":
@@ -132,6 +136,16 @@ def make_call_request(pipe: Called, given: Mapping[str, Any], streams: Streams) 
         )
     request = make_request(bundle, given["prompt"], **asked, **streams.seeds)
     return replace(request, generators=streams.drawn, first_draws=pipe.task == "inpaint")
+
+
+def _lora_scale(given: Mapping[str, Any] | None) -> float:
+    """What `cross_attention_kwargs` multiplies the LoRAs' scales by."""
+    for name in given or {}:
+        if name != "scale":
+            raise UnsupportedError(
+                f"cross_attention_kwargs with {name!r}", expected="scale alone", remedy="Leave it out."
+            )
+    return check_real("cross_attention_kwargs's scale", (given or {}).get("scale", 1.0), -100.0, 100.0)
 
 
 def _steps(pipe: Called, config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

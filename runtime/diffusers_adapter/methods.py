@@ -38,15 +38,7 @@ INSTEAD: Mapping[str, str] = {
 QUIET = ("set_progress_bar_config", "maybe_free_model_hooks", "remove_all_hooks")
 """Nobody need be told of these."""
 
-_LORA = "Fuse it when the checkpoint is exported: fewstep export CHECKPOINT FOLDER --lora FILE"
 REFUSED: Mapping[str, str] = {
-    **dict.fromkeys(
-        (
-            *("load_lora_weights", "fuse_lora", "unfuse_lora", "set_adapters", "unload_lora_weights"),
-            *("get_active_adapters", "get_list_adapters", "delete_adapters", "enable_lora", "disable_lora"),
-        ),
-        _LORA,
-    ),
     "load_textual_inversion": "Set tokenizer and text encoder to diffusers' objects that have read the embedding.",
     "load_ip_adapter": "IP-Adapters are not done.",
     "enable_freeu": "FreeU is not done.",

@@ -131,7 +131,9 @@ def check_parameters(p: Mapping[str, Any], reading: Reader) -> None:
             reading.text("a prompt", prompt, least=0, most=MOST_TEXT)
     for name, value in reading.mapping("loras", p.get("loras") or {}).items():
         reading.text("a LoRA's name", name)
-        reading.number("a LoRA's scale", value, -MOST_SCALE, MOST_SCALE)
+        for component, scale in value.items() if isinstance(value, dict) else [("unet", value)]:
+            reading.text("a LoRA's component", component)
+            reading.number("a LoRA's scale", scale, -MOST_SCALE, MOST_SCALE)
     for name, value in reading.mapping("options", p.get("options") or {}).items():
         reading.choice("an option's name", name, sorted(known_options()))
         _check_option(name, value, reading)
@@ -178,7 +180,7 @@ def command_line(p: Mapping[str, Any], output: str) -> str:
     for key in ("prompt_2", "negative_2"):
         if p.get(key) is not None:
             words.append(f"--{key.replace('_', '-')}={p[key]}")
-    words += [f"--lora={name}:{_digits(scale)}" for name, scale in (p.get("loras") or {}).items()]
+    words += [f"--lora={name}:{_scales(scale)}" for name, scale in (p.get("loras") or {}).items()]
     for key in ("steps", "sampler", "schedule", "guidance", "compat"):
         if p.get(key) is not None:
             words.append(f"--{key}={p[key]}")
@@ -197,6 +199,13 @@ def command_line(p: Mapping[str, Any], output: str) -> str:
         words.append(f"--image={p['image']}")
         words += [f"--strength={p['strength']}"] if p.get("strength") is not None else []
     return " ".join(map(shell_word, [*words, f"--output={output}"]))
+
+
+def _scales(scale: float | Mapping[str, float]) -> str:
+    """A LoRA's scale as `--lora` takes it: a number, or by component."""
+    if not isinstance(scale, Mapping):
+        return _digits(scale)
+    return ",".join(f"{component}={_digits(s)}" for component, s in scale.items())
 
 
 def _digits(number: float) -> str:

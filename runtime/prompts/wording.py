@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from ...errors import ArgumentError
 from ..arrays import Float32
 from ..call import Call
 from .encoders import Embedding
-from .lora_tags import Uses, read_loras, take_tags, uses
+from .lora_tags import Uses, described, read_loras, take_tags, together
 from .syntax import Prompt, check_clip_skip, check_prompt, check_reading
 
 
@@ -49,7 +48,7 @@ class Wording:
                 if isinstance(one, Prompt) and one.text_2 is not None:
                     words[name] = one.text_2
             if loras:
-                words["loras"] = {PurePath(name).name: scale for name, scale in loras}
+                words["loras"] = described(loras)
             if isinstance(positive, Embedding) or isinstance(negative, Embedding):
                 words["embeddings"] = True
             descriptions.append(words)
@@ -80,7 +79,7 @@ def read_wording(bundle: Bundle, call: Call, each: int) -> Wording:
         )
     if call.negative is not None and call.negative_prompt_embeds is not None:
         raise ArgumentError("a negative prompt and negative_prompt_embeds", expected="at most one of the two")
-    tagged: list[dict[str, float]] = []
+    tagged: list[Uses] = []
     if call.prompt_embeds is not None:
         _refuse_beside_embeddings(call, ("prompt_2", "clip_skip"))
         positives: list[Prompt | Embedding] = list(_embeddings(bundle, call, ""))
@@ -94,7 +93,7 @@ def read_wording(bundle: Bundle, call: Call, each: int) -> Wording:
             for t, o in zip(texts, others, strict=True)
         ]
     asked = read_loras(call.loras, len(positives))
-    loras = [uses(a, t) for a, t in zip(asked, tagged or [{}] * len(asked), strict=True) for _ in range(each)]
+    loras = [together(a, t) for a, t in zip(asked, tagged or [()] * len(asked), strict=True) for _ in range(each)]
     positives = [p for p in positives for _ in range(each)]
     # diffusers' clip_skip leaves the negative prompt alone; the web UI's setting is for both
     skip = 0 if syntax == "plain" else skip

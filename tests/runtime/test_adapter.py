@@ -104,7 +104,7 @@ def test_signatures_are_diffusers_own(ours: Any) -> None:
 
 REFUSED = [
     {"ip_adapter_image": drawing()},
-    {"cross_attention_kwargs": {"scale": 0.5}},
+    {"cross_attention_kwargs": {"gligen": 0.5}},
     {"guidance_rescale": 0.7},
     {"output_type": "bytes"},
     {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]},

@@ -93,7 +93,7 @@ def test_the_command_line(
     code, out, _ = call(capsys, "inspect", str(output))
     assert "--lora=whole.safetensors:0.8" in out
     code, _, err = call(capsys, "run", *shared, "--lora=absent", f"--output={output}")
-    assert (code, "no LoRA" in err) == (2, True), err
+    assert (code, "no LoRA" in err) == (3, True), err
 
 
 def test_a_servers_batches_mix_them(pipe: Any, expected: np.ndarray) -> None:
@@ -110,17 +110,17 @@ def test_a_servers_batches_mix_them(pipe: Any, expected: np.ndarray) -> None:
 def test_what_is_asked_for_again_is_packed_once(pipe: Any) -> None:
     """The same files and scales are the same arrays; memory of what is kept stays under its bound."""
     misses = pipe.loras.misses
-    one = pipe.loras.changes((("whole", 0.25),))
-    assert pipe.loras.changes((("whole", 0.25),)) is one
+    one = pipe.loras.changes((("whole", "", 0.25),))
+    assert pipe.loras.changes((("whole", "", 0.25),)) is one
     assert pipe.loras.misses == misses + 1
     layers = pipe._adapted("unet", True).layers
     before = pipe.loras._keep
     pipe.loras._keep = 4 * sum(a.nbytes for a in one["unet"].packed(layers, 16).values())
     try:
         for i in range(20):
-            change = pipe.loras.changes((("whole", 0.3 + i / 100),))["unet"]
+            change = pipe.loras.changes((("whole", "", 0.3 + i / 100),))["unet"]
             assert change.packed(layers, 16) is change.packed(layers, 16)
-        pipe.loras.changes((("whole", 0.25),))
+        pipe.loras.changes((("whole", "", 0.25),))
         assert pipe.loras.bytes <= pipe.loras._keep
     finally:
         pipe.loras._keep = before

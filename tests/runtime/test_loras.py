@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import make_lora, psnr, write_lora
+from fewstep.errors import FewstepError
+from fewstep.runtime import diffusers_adapter
 
 pytest.importorskip("peft")
 LEAST = 75.0
@@ -108,3 +112,59 @@ def grown(folder: Path, place: Path, rank: int, seed: int) -> Path:
         if ".attn" in module
     }
     return write_lora({"unet": lora}, place / f"rank{rank}.safetensors", "kohya", folder=folder)
+
+
+def test_diffusers_own_methods(pipe: Any, theirs: Any, files: dict[str, Path]) -> None:
+    """One sequence of calls on both: what is active, and the picture after each."""
+    ours = getattr(diffusers_adapter, type(theirs).__name__).from_pretrained(pipe)
+    theirs.unload_lora_weights()
+    call = {"num_inference_steps": 2, "guidance_scale": 4.0, "height": 64, "width": 64, "output_type": "np"}
+
+    def same(**more: Any) -> np.ndarray:
+        for query in ("get_active_adapters", "get_list_adapters"):
+            assert getattr(ours, query)() == getattr(theirs, query)()
+        made = [
+            p("a red circle", generator=torch.Generator().manual_seed(5), **call, **more).images[0]
+            for p in (theirs, ours)
+        ]
+        a, b = (np.round(m * 255).astype(np.uint8) for m in made)
+        assert psnr(a, b) >= LEAST
+        return np.asarray(a)
+
+    seen = [same()]
+    steps: list[Callable[[Any], Any]] = [
+        lambda p: p.load_lora_weights(files["kohya"].parent, weight_name=files["kohya"].name),
+        lambda p: p.load_lora_weights(files["attention"], adapter_name="b"),
+        lambda p: p.set_adapters(["default_0", "b"], [0.5, 20.0]),
+        lambda p: p.set_adapters(["default_0", "b"], [{"unet": 0.7}, 10.0]),
+        lambda p: p.disable_lora(),
+        lambda p: p.enable_lora(),
+        lambda p: p.set_adapters("b", 25.0),
+        lambda p: p.delete_adapters("b"),
+        lambda p: p.unload_lora_weights(),
+    ]
+    for step in steps:
+        for pipeline in (theirs, ours):
+            step(pipeline)
+        seen.append(same())
+    assert psnr(seen[0], seen[-1]) == np.inf
+    assert psnr(seen[0], seen[5]) == np.inf, "disabled"
+    assert sum(psnr(a, b) < LEAST for a, b in pairwise(seen)) >= 7
+    for pipeline in (theirs, ours):
+        pipeline.load_lora_weights(files["kohya"])
+    same(cross_attention_kwargs={"scale": 0.4})
+    for pipeline in (theirs, ours):
+        pipeline.fuse_lora(lora_scale=0.6)
+    fused = same()
+    for pipeline in (theirs, ours):
+        pipeline.unfuse_lora()
+        pipeline.unload_lora_weights()
+    assert psnr(same(), fused) < LEAST
+    for wrong in (
+        lambda: ours.set_adapters("absent"),
+        lambda: ours.load_lora_weights({}),
+        lambda: ours.load_lora_weights("/nowhere/at/all"),
+        lambda: ours.load_lora_weights(files["kohya"], low_speed=True),
+    ):
+        with pytest.raises(FewstepError):
+            wrong()
