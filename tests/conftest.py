@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
@@ -12,55 +15,87 @@ if not Path("/proc/driver/nvidia/version").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # without a GPU, kernels are run by Triton's interpreter
 
 import pytest
+from filelock import FileLock
+
+if TYPE_CHECKING:
+    from fewstep.bundle import Bundle
 
 sys.path.insert(0, str(Path(__file__).parent))
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+
+@pytest.fixture(scope="session")
+def of_the_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of this run share, and no other run."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "of-the-run"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache folder of the run's own: tests never see what a user has built."""
-    folder = tmp_path_factory.mktemp("cache")
+def own_cache(tmp_path_factory: pytest.TempPathFactory, of_the_run: Path) -> Path:
+    """A cache folder of the run's own: tests never see what a user has built. Its processes share traced graphs."""
+    folder, graphs = tmp_path_factory.mktemp("cache"), of_the_run / "graphs"
+    graphs.mkdir(exist_ok=True)
+    (folder / "graphs").symlink_to(graphs)
     os.environ["FEWSTEP_CACHE_DIR"] = str(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def tiny_sd1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made_once(tmp_path_factory: pytest.TempPathFactory, of_the_run: Path) -> Once:
+    """A folder that one process of the run makes, and of which every process has a copy."""
+
+    def copied(name: str, make: Callable[[Path], object]) -> Path:
+        place = of_the_run / name
+        with FileLock(f"{place}.lock"):
+            if not (place / "whole").exists():
+                make(place / name)
+                (place / "whole").touch()
+        return Path(shutil.copytree(place / name, tmp_path_factory.mktemp(name) / name))
+
+    return copied
+
+
+@pytest.fixture(scope="session")
+def tiny_sd1(made_once: Once) -> Path:
     from checkpoints import make_sd1
 
-    return make_sd1(tmp_path_factory.mktemp("sd1") / "tiny-sd1")
+    return made_once("tiny-sd1", make_sd1)
 
 
 @pytest.fixture(scope="session")
-def tiny_sd2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_sd2(made_once: Once) -> Path:
     from checkpoints import make_sd2
 
-    return make_sd2(tmp_path_factory.mktemp("sd2") / "tiny-sd2")
+    return made_once("tiny-sd2", make_sd2)
 
 
 @pytest.fixture(scope="session")
-def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_sdxl(made_once: Once) -> Path:
     from checkpoints import make_sdxl
 
-    return make_sdxl(tmp_path_factory.mktemp("sdxl") / "tiny-sdxl")
+    return made_once("tiny-sdxl", make_sdxl)
 
 
-def _exported(checkpoint: Path):
+def _exported(made_once: Once, name: str, checkpoint: Path) -> Bundle:
+    from fewstep.bundle import read_bundle
     from fewstep.export import export_bundle
 
-    return export_bundle(checkpoint, checkpoint.parent / "bundle")
+    return read_bundle(made_once(name, lambda folder: export_bundle(checkpoint, folder, name="bundle")))
 
 
 @pytest.fixture(scope="session")
-def sd1_bundle(tiny_sd1: Path):
-    return _exported(tiny_sd1)
+def sd1_bundle(made_once: Once, tiny_sd1: Path) -> Bundle:
+    return _exported(made_once, "sd1-bundle", tiny_sd1)
 
 
 @pytest.fixture(scope="session")
-def sd2_bundle(tiny_sd2: Path):
-    return _exported(tiny_sd2)
+def sd2_bundle(made_once: Once, tiny_sd2: Path) -> Bundle:
+    return _exported(made_once, "sd2-bundle", tiny_sd2)
 
 
 @pytest.fixture(scope="session")
-def sdxl_bundle(tiny_sdxl: Path):
-    return _exported(tiny_sdxl)
+def sdxl_bundle(made_once: Once, tiny_sdxl: Path) -> Bundle:
+    return _exported(made_once, "sdxl-bundle", tiny_sdxl)
