@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,13 @@ from fewstep.engines import BuildOptions, Engine, RunOptions, Store, build_engin
 from fewstep.engines.backends import registry
 from fewstep.errors import GateError, MismatchError, MissingExtraError
 from fewstep.runtime.device.cuda_graphs import TapeGraph
-from standin_tensorrt import Library, stand_in_tensorrt
+from standin_tensorrt import Library, Plan, stand_in_tensorrt
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("tensorrt_rtx")
 
 CAPTURABLE = BuildOptions(compute_capabilities=("8.9",), capturable=True)
-BATCHES = [1, 2, 4, 8, 16]
+SMALL = [1, 2, 4]
 
 
 @pytest.fixture
@@ -52,10 +54,16 @@ def sizes_of(bundle: Bundle) -> list[tuple[int, int]]:
     return [(2 * side, 2 * side), (side, side)]
 
 
-def build(bundle: Bundle, store: Store, **more: Any) -> None:
-    options = {"sizes": sizes_of(bundle), "batches": BATCHES} | more
+def build(
+    bundle: Bundle, store: Store, batches: list[int], *, sizes: Any = None, components: list[str] | None = None
+) -> None:
     built = build_engines(
-        bundle, backend="tensorrt-rtx", store=store, options=CAPTURABLE, profiles=profiles_for(bundle, **options)
+        bundle,
+        backend="tensorrt-rtx",
+        store=store,
+        components=components,
+        options=CAPTURABLE,
+        profiles=profiles_for(bundle, sizes=sizes or sizes_of(bundle), batches=batches),
     )
     for engine in built.values():
         gate, profiles = engine.entry.gate, engine.entry.key.profiles
@@ -65,18 +73,36 @@ def build(bundle: Bundle, store: Store, **more: Any) -> None:
         assert gate["realised"]["precision"]["float32"] > 0
 
 
-@pytest.mark.parametrize("family", ["student", "sd2_bundle", "sdxl_bundle"])
+@pytest.fixture(scope="module")
+def engines(student: Bundle, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Plan]]:
+    """The student's engines of its smaller size and of `SMALL` batches, built once, and the plans of those builds."""
+    root = tmp_path_factory.mktemp("engines")
+    with pytest.MonkeyPatch.context() as patch, stand_in_tensorrt(patch) as library:
+        build(student, Store(root), SMALL, sizes=sizes_of(student)[1:])
+        return root, dict(library.plans)
+
+
+@pytest.fixture
+def stored(engines: tuple[Path, dict[str, Plan]], library: Library, tmp_path: Path) -> Store:
+    """A copy of the student's engines, which the library knows."""
+    root, plans = engines
+    library.plans.update(plans)
+    return Store(shutil.copytree(root, tmp_path / "store"))
+
+
+@pytest.mark.parametrize(("family", "batches"), [("student", [1, 8]), ("sd2_bundle", [1, 2]), ("sdxl_bundle", [1, 2])])
 def test_a_life_from_the_graph_to_the_replay(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, family: str
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, family: str, batches: list[int]
 ) -> None:
+    """Of the student at most rows; what other families differ in, their inputs, is there at few."""
     bundle: Bundle = request.getfixturevalue(family)  # exported before there is a stand-in
     with stand_in_tensorrt(monkeypatch) as library:
-        live(bundle, library, Store(tmp_path))
+        live(bundle, library, Store(tmp_path), batches)
 
 
-def live(bundle: Bundle, library: Library, store: Store) -> None:
+def live(bundle: Bundle, library: Library, store: Store, batches: list[int]) -> None:
     """Every profile; every batch at both sizes, with guidance or without, against ONNX Runtime; then replays."""
-    build(bundle, store)
+    build(bundle, store, batches)
     for entry in store.entries():
         assert [p.order for p in entry.key.profiles] == sorted(p.order for p in entry.key.profiles)
         engine = open_engine(bundle, entry.key.component, backend="tensorrt-rtx", store=store)
@@ -90,7 +116,7 @@ def live(bundle: Bundle, library: Library, store: Store) -> None:
     exact = fewstep.load(bundle, backend="ort-cpu", device="cpu")
     euler = {"steps": 2, "sampler": "euler", "schedule": "trailing"}
     for larger, size in enumerate(sizes_of(bundle)):
-        for index, images in enumerate(BATCHES):
+        for index, images in enumerate(batches):
             call = {"seed": list(range(images)), "size": size, **euler}
             call["guidance"] = 3.0 if (index + larger) % 2 else 1.0  # each batch has both, at one size each
             prompts = [f"picture {i}" for i in range(images)]
@@ -110,30 +136,16 @@ def live(bundle: Bundle, library: Library, store: Store) -> None:
     assert library.slow_runs == 0, "a fallback kernel was run, and so recorded"
 
 
-def test_a_manifest_with_profiles_in_another_order_is_refused(
-    student: Bundle, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = Store(tmp_path)
-    build_engines(
-        student,
-        backend="tensorrt-rtx",
-        store=store,
-        components=["unet"],
-        options=CAPTURABLE,
-        profiles=profiles_for(student, batches=[1, 2]),
-    )
-    (plan,) = library.plans.values()
-    plan.profiles.reverse()
+def test_a_manifest_with_profiles_in_another_order_is_refused(student: Bundle, library: Library, stored: Store) -> None:
+    library.plans.update({d: replace(p, profiles=p.profiles[::-1]) for d, p in library.plans.items()})
     with pytest.raises(MismatchError, match="profile 0 of the engine takes"):
-        open_engine(student, "unet", backend="tensorrt-rtx", store=store, run=RunOptions())
+        open_engine(student, "unet", backend="tensorrt-rtx", store=stored, run=RunOptions())
 
 
-def test_ticks_evict_and_capture_again(student: Bundle, library: Library, tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    build(student, store, sizes=sizes_of(student)[1:], batches=[1, 2, 4])
+def test_ticks_evict_and_capture_again(student: Bundle, library: Library, stored: Store) -> None:
     exact = fewstep.load(student, backend="ort-cpu", device="cpu")
     with fewstep.Server(
-        student, device="cuda", backend="tensorrt-rtx", store=store, build="never", graphs_kept=1,
+        student, device="cuda", backend="tensorrt-rtx", store=stored, build="never", graphs_kept=1,
         sizes=[sizes_of(student)[1]], size=sizes_of(student)[1], most_slots=4, buckets=[1, 2, 4, 8],
     ) as server:  # fmt: skip
         tickets = [
@@ -145,11 +157,9 @@ def test_ticks_evict_and_capture_again(student: Bundle, library: Library, tmp_pa
             assert np.abs(ticket.result(60).images.astype(int) - exact("a circle", **call).images).max() <= 1
 
 
-def test_threads_share_engines_and_capture_in_turn(student: Bundle, library: Library, tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    build(student, store, sizes=sizes_of(student)[1:], batches=[1])
+def test_threads_share_engines_and_capture_in_turn(student: Bundle, library: Library, stored: Store) -> None:
     pipe = fewstep.load(
-        student, backend="tensorrt-rtx", device="cuda", store=store, build="never", size=sizes_of(student)[1]
+        student, backend="tensorrt-rtx", device="cuda", store=stored, build="never", size=sizes_of(student)[1]
     )
     expected = fewstep.load(student, backend="ort-cpu", device="cpu")("a circle", seed=1, size=sizes_of(student)[1])
     wrong: list[object] = []
@@ -202,17 +212,15 @@ def test_without_torch_the_graph_is_the_reference(
 ) -> None:
     monkeypatch.setitem(registry._in_memory, "torch", factory)
     store = Store(tmp_path)
-    build(student, store, sizes=sizes_of(student)[1:], batches=[4])
+    build(student, store, [4], sizes=sizes_of(student)[1:], components=["vae_decoder"])
     makers = {m for e in store.entries() for m in e.gate["reference"]}
     assert "the exported graph on ONNX Runtime" in makers
 
 
-def test_the_inspector_s_forms(student: Bundle, library: Library, tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    build_engines(student, backend="tensorrt-rtx", store=store, components=["unet"], options=CAPTURABLE)
+def test_the_inspector_s_forms(student: Bundle, library: Library, stored: Store) -> None:
     told = {}
     for library.form in ("10", "11", "names"):
-        told[library.form] = open_engine(student, "unet", backend="tensorrt-rtx", store=store).realised  # type: ignore[attr-defined]
+        told[library.form] = open_engine(student, "unet", backend="tensorrt-rtx", store=stored).realised  # type: ignore[attr-defined]
     count = student.component("unet").operators["Attention"]
     assert told["10"] == told["11"]
     assert told["10"]["attention"] == f"{count} fused of {count}"
@@ -220,19 +228,17 @@ def test_the_inspector_s_forms(student: Bundle, library: Library, tmp_path: Path
 
 
 def test_scratch_memory_is_shared_on_a_stream_and_a_cache_is_kept_after_a_run(
-    student: Bundle, library: Library, tmp_path: Path
+    student: Bundle, library: Library, stored: Store
 ) -> None:
-    store = Store(tmp_path)
-    build(student, store, sizes=sizes_of(student)[1:], batches=[1])
     pipe = fewstep.load(
-        student, backend="tensorrt-rtx", device="cuda", store=store, build="never", size=sizes_of(student)[1]
+        student, backend="tensorrt-rtx", device="cuda", store=stored, build="never", size=sizes_of(student)[1]
     )
     before = len(library.contexts)
     pipe("a circle", seed=1, size=sizes_of(student)[1])
     ran = [c for c in library.contexts[before:] if c.memory]
     assert len(ran) == 3, "a text encoder, a UNet and a decoder"
     assert len({c.memory for c in ran}) == 2, "what is on the slots' stream shares, and the encoder has its own"
-    caches = {p.name: p.read_bytes()[32:] for p in store.root.glob(".runtime.*.cache")}
+    caches = {p.name: p.read_bytes()[32:] for p in stored.root.glob(".runtime.*.cache")}
     assert caches
     assert any(c.startswith(b"kernels") for c in caches.values())
     assert json.loads(next(c for c in caches.values() if c.startswith(b"kernels"))[8:])
@@ -263,13 +269,11 @@ class OutsideGraphs(TorchDispatchMode):  # type: ignore[misc]
 
 
 def test_a_request_is_one_launch(
-    student: Bundle, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    student: Bundle, library: Library, stored: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`pytest -s` prints what a request asks of the driver."""
-    store = Store(tmp_path)
-    build(student, store, sizes=sizes_of(student)[1:], batches=[1])
     size, driver = sizes_of(student)[1], library.driver
-    pipe = fewstep.load(student, backend="tensorrt-rtx", device="cuda", store=store, build="never", size=size)
+    pipe = fewstep.load(student, backend="tensorrt-rtx", device="cuda", store=stored, build="never", size=size)
 
     def counts() -> tuple[int, int, int]:
         return driver.launches, driver.stream_synchronisations, library.runs
