@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from fewstep.bundle import Bundle
 
 sys.path.insert(0, str(Path(__file__).parent))
+gc.set_threshold(50_000, 20, 20)  # traces make millions of objects that stay: looking at them all cost a tenth
 Once = Callable[[str, Callable[[Path], object]], Path]
 
 
