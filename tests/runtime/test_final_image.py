@@ -14,7 +14,8 @@ from fewstep.bundle import Bundle
 from fewstep.cli import main
 from fewstep.commands import final_image
 from fewstep.commands.final_image import compare_final_images
-from fewstep.engines import RunOptions, build_engines, register_in_memory
+from fewstep.engines import RunOptions, build_engines
+from fewstep.engines.backends.registry import registered_backend
 from fewstep.export import export_bundle
 from fewstep.export.embedded import embedded_bundle, embedded_checkpoint
 
@@ -59,8 +60,8 @@ def test_an_engine_that_is_a_little_wrong_fails(bundle: Bundle) -> None:
     def factory(bundle: Bundle, name: str, run: RunOptions) -> Any:
         return Scaled(final_image._open_graph(bundle, name, run), 1.05 if name == "unet" else 1.0)
 
-    register_in_memory("scaled", factory)
-    verdict = compare_final_images(bundle, ["scaled"])[-1]
+    with registered_backend("scaled", factory):
+        verdict = compare_final_images(bundle, ["scaled"])[-1]
     assert not verdict.passed
     assert "limit 50.0 dB" in verdict.reason
     assert 10.0 < verdict.psnr < 50.0
