@@ -37,7 +37,9 @@ _DTYPES |= {"tensor(bool)": torch.bool}
 class Plan:
     """What a plan was built from."""
 
-    graph: Path
+    graph: bytes
+    folder: Path
+    """Where the graph's weights lie."""
     profiles: list[dict[str, Shapes]]
     user_memory: bool
 
@@ -84,7 +86,9 @@ class Runtime:
 class Engine:
     def __init__(self, library: Library, plan: Plan, runtime: Runtime) -> None:
         self.library, self.plan, self.runtime = library, plan, runtime
-        self.session = onnxruntime.InferenceSession(str(plan.graph), providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(plan.folder))
+        self.session = onnxruntime.InferenceSession(plan.graph, options, providers=["CPUExecutionProvider"])
         self.inputs = {n.name: n for n in self.session.get_inputs()}
         self.outputs = {n.name: n for n in self.session.get_outputs()}
 
@@ -281,11 +285,11 @@ def _execute(context: int, library: int, inputs: list[torch.Tensor], outputs: li
 _operators.impl("execute", _execute, "CPU")
 
 
-def inspection(graph: Path, form: str) -> str:
+def inspection(graph: bytes, form: str) -> str:
     """What an inspector writes of an engine of this graph: in the form of 10.x, of 11.x, or names alone."""
     import onnx
 
-    nodes = onnx.load(str(graph), load_external_data=False).graph.node
+    nodes = onnx.load_model_from_string(graph).graph.node
     if form == "names":
         return json.dumps({"Layers": [n.name for n in nodes]})
     layers = []
@@ -303,13 +307,13 @@ def stand_in_tensorrt(monkeypatch: pytest.MonkeyPatch, *, form: str = "11") -> I
     """TensorRT-RTX on a machine with a GPU, its runtime half and the GPU stood in for."""
     import tensorrt_rtx
 
-    graphs: dict[int, Path] = {}
+    graphs: dict[int, tuple[bytes, Path]] = {}
     added: list[dict[str, Shapes]] = []
     parse, add_profiles, write_plan = tensorrt_build.parse, tensorrt_build.add_profiles, tensorrt_build.write_plan
 
-    def watched_parse(module: Any, network: Any, graph: Path, log: Any) -> Any:
-        graphs[id(network)] = graph
-        return parse(module, network, graph, log)
+    def watched_parse(module: Any, network: Any, graph: bytes, place: Path, log: Any) -> Any:
+        graphs[id(network)] = graph, place.parent
+        return parse(module, network, graph, place, log)
 
     def watched_profiles(builder: Any, config: Any, inputs: Any, profiles: Any) -> None:
         added.clear()
@@ -326,7 +330,7 @@ def stand_in_tensorrt(monkeypatch: pytest.MonkeyPatch, *, form: str = "11") -> I
         if done:
             needs = config.get_flag(tensorrt_rtx.BuilderFlag.REQUIRE_USER_ALLOCATION)
             digest = hashlib.sha256(target.read_bytes()).hexdigest()
-            library.plans[digest] = Plan(graphs[id(network)], list(added), needs)
+            library.plans[digest] = Plan(*graphs[id(network)], list(added), needs)
         return done
 
     with stand_in_cuda(monkeypatch) as driver:
