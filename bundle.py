@@ -147,7 +147,10 @@ class Defaults:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bundle:
-    """A bundle on disk. `scheduler` is the checkpoint's diffusers scheduler configuration, word for word."""
+    """A bundle on disk. `scheduler` is the checkpoint's diffusers scheduler configuration, word for word.
+
+    `pipeline` is diffusers' class that the checkpoint names; bundles of older exports do not state it.
+    """
 
     folder: Path
     name: str
@@ -159,6 +162,7 @@ class Bundle:
     defaults: Defaults
     force_zeros: bool = False
     guidance_embedding: int = 0
+    pipeline: str | None = None
     licence: str | None = None
     source: Mapping[str, Any] = field(default_factory=dict)
     gate: Mapping[str, Any] = field(default_factory=dict)
@@ -175,6 +179,8 @@ class Bundle:
         READING.text("the name", self.name)
         READING.flag("force_zeros", self.force_zeros)
         READING.integer("guidance_embedding", self.guidance_embedding, 0, 2**16)
+        if self.pipeline is not None:
+            READING.choice("the pipeline", self.pipeline, self.model.pipelines)
         if self.licence is not None:
             READING.text("the licence", self.licence)
         READING.mapping("the source", self.source)
@@ -228,6 +234,16 @@ class Bundle:
         return find_family(self.family)
 
     @property
+    def respaces(self) -> bool:
+        """Whether diffusers' pipeline for it spaces the steps from a picture anew by its strength.
+
+        Of a bundle that does not state its pipeline, the UNet's embedding of guidance tells.
+        """
+        if self.pipeline is None:
+            return bool(self.guidance_embedding and self.model.respacing)
+        return self.pipeline in self.model.respacing
+
+    @property
     def text_encoders(self) -> tuple[str, ...]:
         """The names of its text encoders, in the order in which their outputs are joined."""
         return tuple(e.name for e in self.model.text_encoders)
@@ -256,6 +272,7 @@ class Bundle:
             "defaults": {k: getattr(self.defaults, k) for k in Defaults.__slots__},
             "force_zeros": self.force_zeros,
             "guidance_embedding": self.guidance_embedding,
+            "pipeline": self.pipeline,
             "licence": self.licence,
             "source": dict(self.source),
             "gate": dict(self.gate),
@@ -339,6 +356,7 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
             defaults=read_defaults(data["defaults"]),
             force_zeros=data["force_zeros"],
             guidance_embedding=data["guidance_embedding"],
+            pipeline=data.get("pipeline"),
             licence=data["licence"],
             source=data["source"],
             gate=data["gate"],

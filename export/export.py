@@ -220,6 +220,7 @@ def _assemble(
         defaults=_defaults(checkpoint, width * factor, height * factor, preset),
         force_zeros=checkpoint.force_zeros,
         guidance_embedding=int(unet.get("time_cond_proj_dim") or 0),
+        pipeline=checkpoint.pipeline,
         licence=checkpoint.licence,
         source={
             "checkpoint": Path(checkpoint.source).name,

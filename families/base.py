@@ -72,6 +72,8 @@ class Family:
     name: in manifests; title: for people. pipelines: diffusers' classes in `model_index.json`, the first the plain one.
     unet, vae: their classes and keys. unet_options: keys of the UNet's configuration that other families have not.
     addition_types: values of the UNet's `addition_embed_type` that its pipelines feed. vae_statistics: whether its
+    respacing: those of them that space the steps from a picture anew by its strength, the one for text first; the
+    others leave out the first steps.
     pipelines normalise latents by `latents_mean` and `latents_std` of the VAE's configuration.
     text_width: of the vectors that published UNets of it attend to, to tell files of several families apart.
     schedule: the published Align Your Steps table for it. steps, guidance, force_zeros: what a checkpoint that says
@@ -83,6 +85,7 @@ class Family:
     pipelines: tuple[str, ...]
     text_encoders: tuple[TextEncoder, ...]
     unet: FamilyPart = FamilyPart(classes={"UNet2DConditionModel": UNET_KEYS})
+    respacing: tuple[str, ...] = ()
     vae: FamilyPart = FamilyPart(classes={"AutoencoderKL": VAE_KEYS, "AutoencoderTiny": TINY_KEYS})
     unet_options: tuple[str, ...] = ()
     addition_types: tuple[str, ...] = ()

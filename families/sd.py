@@ -30,7 +30,7 @@ class StableDiffusion(Family):
 
         That of inpainting turns PNDM's Runge-Kutta steps off besides; that of latent consistency models does nothing.
         """
-        if pipeline == _CONSISTENCY:
+        if pipeline in _CONSISTENCY:
             return dict(config)
         scheduler = config.get("_class_name")
         corrections: dict[str, Any] = {}
@@ -47,13 +47,14 @@ class StableDiffusion(Family):
         """A `sample_size` below 64 that was written before diffusers 0.9 is taken for 64."""
         size, written = config.get("sample_size"), _VERSION.match(str(config.get("_diffusers_version", "")))
         old = written is not None and tuple(map(int, written.groups("0"))) < (0, 9)
-        if pipeline != _CONSISTENCY and old and isinstance(size, int) and size < 64:
+        if pipeline not in _CONSISTENCY and old and isinstance(size, int) and size < 64:
             return {**config, "sample_size": 64}
         return dict(config)
 
 
-_INPAINT, _CONSISTENCY = "StableDiffusionInpaintPipeline", "LatentConsistencyModelPipeline"
-_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", _INPAINT, _CONSISTENCY)
+_INPAINT = "StableDiffusionInpaintPipeline"
+_CONSISTENCY = ("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline")
+_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", _INPAINT, *_CONSISTENCY)
 _CLIPPING = ("DDIMScheduler", "DDPMScheduler")
 """diffusers' schedulers that clip unless they are told not to."""
 _WITHOUT_OFFSET = ("DPMSolverSinglestepScheduler", "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
@@ -72,6 +73,7 @@ register_family(
         name="sd1",
         title="SD 1.x",
         pipelines=_PIPELINES,
+        respacing=_CONSISTENCY,
         text_encoders=(_ENCODER,),
         text_width=768,
         activation="quick_gelu",
@@ -79,6 +81,12 @@ register_family(
 )
 register_family(
     StableDiffusion(
-        name="sd2", title="SD 2.x", pipelines=_PIPELINES, text_encoders=(_ENCODER,), text_width=1024, activation="gelu"
+        name="sd2",
+        title="SD 2.x",
+        pipelines=_PIPELINES,
+        respacing=_CONSISTENCY,
+        text_encoders=(_ENCODER,),
+        text_width=1024,
+        activation="gelu",
     )
 )

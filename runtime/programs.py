@@ -3,41 +3,93 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from ..bundle import Bundle, Defaults
-from ..errors import UnknownNameError
+from ..errors import ArgumentError, UnknownNameError
 from ..schedules import NoiseSchedule, Program, compile_program, program_from_diffusers
-from ..schedules.compat.classes import CLASSES, pipelines_step
+from ..schedules.compat.classes import CLASSES, pipelines_step, spaces_anew
 from ..schedules.compat.named import diffusers_has, spacing_keys
 from ..schedules.names import Resolved, resolve_sampler, resolve_schedule, scheduler_class
 from ..schedules.solvers.registry import find_sampler
 
 MOST_KEPT = 256
+MOST_STEPS = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """How a request is sampled once the bundle's own is known: whose conventions, and which levels if they are given.
+
+    as_library: as diffusers runs the checkpoint's own scheduler, whose class `sampler` then is.
+    """
+
+    sampler: str
+    schedule: str | None
+    compat: str | None
+    timesteps: Sequence[float] | None
+    sigmas: Sequence[float] | None
+    options: Mapping[str, Any]
+    as_library: bool
+
+    @property
+    def explicit(self) -> bool:
+        return self.timesteps is not None or self.sigmas is not None
+
+    @property
+    def spaces_anew(self) -> bool:
+        """Whether diffusers' class of it runs, and can space all its steps by the strength of a picture."""
+        if self.explicit or not (self.as_library or self.compat == "diffusers"):
+            return False
+        return spaces_anew(find_sampler(resolve_sampler(self.sampler).name).diffusers or "")
 
 
 def choose_program(
+    bundle: Bundle, *, steps: int, strength: float | None = None, respaces: bool = False, **asked: Any
+) -> Program:
+    """The program of a request; asked: see `choose_sampling`. strength: of the picture that it starts from, if it does.
+
+    A picture leaves out the first steps; with `respaces` diffusers' classes that know how space all of them anew by its
+    strength.
+    """
+    chosen = choose_sampling(bundle, steps=steps, **asked)
+    scheduler, options = bundle.noise_config, chosen.options
+    shared: dict[str, Any] = {
+        "steps": None if chosen.explicit else steps,
+        "timesteps": chosen.timesteps,
+        "sigmas": chosen.sigmas,
+    }
+    if strength is not None:
+        anew = respaces and chosen.spaces_anew
+        shared |= {"strength": strength} if anew else {"start": start_step(steps, strength)}
+    if chosen.as_library:
+        return _kept(scheduler, {**shared, **pipelines_step(scheduler, options)})
+    named = {k: getattr(chosen, k) for k in ("sampler", "schedule", "compat")}
+    return _kept(scheduler, {**named, **shared, **options})
+
+
+def choose_sampling(
     bundle: Bundle,
     *,
     sampler: str | None,
     schedule: str | None,
     steps: int,
-    start: int = 0,
     compat: str | None = None,
     timesteps: Sequence[float] | None = None,
     sigmas: Sequence[float] | None = None,
     options: Mapping[str, Any],
-) -> Program:
-    """The program of a request.
+) -> Sampled:
+    """How a request is sampled.
 
     Without a sampler, the checkpoint's own scheduler as diffusers runs it. The bundle's own sampler under its own
     schedule runs as diffusers runs its class on that checkpoint, wherever that library has what is asked for; any other
     runs in fewstep's conventions, unless `compat` asks for diffusers'.
     """
     own = bundle.defaults
-    scheduler = bundle.noise_config
     if compat not in (None, "diffusers"):
         raise UnknownNameError("compat", str(compat), ("diffusers",))
     given = "timesteps" if timesteps is not None else "sigmas" if sigmas is not None else None
@@ -54,12 +106,30 @@ def choose_program(
             options = {**spacing_keys(str(own.sampler), spaced), **options}
         elif timesteps is None:
             schedule = spaced
-    explicit = timesteps is not None or sigmas is not None
-    shared = {"steps": None if explicit else steps, "start": start, "timesteps": timesteps, "sigmas": sigmas}
-    if sampler is None and schedule is None and set(options) <= set(step_options(scheduler)):
-        return _kept(scheduler, {**shared, **pipelines_step(scheduler, options)})
-    sampler = str(bundle.scheduler["_class_name"]) if sampler is None else sampler
-    return _kept(scheduler, {"sampler": sampler, "schedule": schedule, "compat": compat, **shared, **options})
+    as_library = sampler is None and schedule is None and set(options) <= set(step_options(bundle.noise_config))
+    return Sampled(
+        sampler=str(bundle.scheduler["_class_name"]) if sampler is None else sampler,
+        schedule=schedule,
+        compat=compat,
+        timesteps=timesteps,
+        sigmas=sigmas,
+        options=options,
+        as_library=as_library,
+    )
+
+
+def start_step(steps: int, strength: float) -> int:
+    """How many steps an image-to-image request leaves out; `ArgumentError` when none would remain."""
+    kept = min(int(steps * strength), steps)
+    if kept < 1:
+        raise ArgumentError(
+            f"strength {strength:g} of {steps} steps leaves no step",
+            expected="steps x strength of at least 1",
+            remedy=f"Use steps={math.ceil(1 / strength)}, or strength={1 / steps:.3g}."
+            if strength * MOST_STEPS >= 1
+            else f"Use a strength of at least {1 / steps:.3g}.",
+        )
+    return steps - kept
 
 
 def _is_own(own: Defaults, sampler: str | None, schedule: str | None, *, explicit: bool) -> bool:

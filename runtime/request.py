@@ -25,12 +25,11 @@ from .conditioning import Arrays
 from .noise.seeds import Gaussians, check_seed_device
 from .pictures.inpaint import check_mask_for
 from .pictures.resize import Pictures, fit_pictures, open_pictures, size_of
-from .programs import choose_program
+from .programs import MOST_STEPS, choose_program
 from .prompts.wording import Wording, as_float32, read_wording
 
 MOST_IMAGES = 1024
 LARGEST_SIDE = 16_384
-MOST_STEPS = 1000
 SIZE_ARGUMENTS = tuple(f"{n}{a}" for n in ("", "negative_") for a in ("original_size", "crop_top_left", "target_size"))
 PRESET_ARGUMENTS = ("steps", "guidance", "sampler", "schedule", "size")
 
@@ -99,15 +98,15 @@ def make_request(
     prompt: str | Sequence[str] | None = None,
     *,
     default_size: tuple[int, int] | None = None,
-    compile_from: Callable[[int], Program] | None = None,
+    compile_from: Callable[[float | None], Program] | None = None,
     sizes: Sequence[tuple[int, int]] | None = None,
     **given: Any,
 ) -> Request:
     """Fill what was left out from the bundle's defaults and check the rest; `ArgumentError` says what is wrong.
 
     given: the fields of `Call`, and options of the sampler. default_size: (width, height) where none is asked for and
-    there is no picture that has one. compile_from: makes the program from the number of steps to skip, instead of
-    sampler, schedule and options. sizes: those that may be made, where not any may.
+    there is no picture that has one. compile_from: makes the program from the strength of the picture, if there is one,
+    instead of sampler, schedule and options. sizes: those that may be made, where not any may.
     """
     call = make_call(prompt, given)
     defaults = bundle.defaults
@@ -135,21 +134,22 @@ def make_request(
     if sampler is None:
         sampler = defaults.sampler
         schedule = defaults.schedule if schedule is None and not explicit else schedule
-    start = 0 if pictures is None else start_step(steps, strength)
+    asked = None if pictures is None else strength
     program = (
         choose_program(
             bundle,
             sampler=sampler,
             schedule=schedule,
             steps=steps,
-            start=start,
+            strength=asked,
+            respaces=bundle.respaces and call.mask is None,
             compat=call.compat,
             timesteps=timesteps,
             sigmas=sigmas,
             options=call.options,
         )
         if compile_from is None
-        else compile_from(start)
+        else compile_from(asked)
     )
     if pictures is not None:
         pictures = pictures.of_images(len(seeds))
@@ -234,20 +234,6 @@ def _names(call: Call) -> dict[str, str]:
     """The names of the files that a call starts from, for its pictures' parameters."""
     given = (("image", call.image), ("mask", call.mask))
     return {k: Path(v).name for k, v in given if isinstance(v, (str, os.PathLike))}
-
-
-def start_step(steps: int, strength: float) -> int:
-    """How many steps an image-to-image request skips; `ArgumentError` when none would remain."""
-    kept = min(int(steps * strength), steps)
-    if kept < 1:
-        raise ArgumentError(
-            f"strength {strength:g} of {steps} steps leaves no step",
-            expected="steps x strength of at least 1",
-            remedy=f"Use steps={math.ceil(1 / strength)}, or strength={1 / steps:.3g}."
-            if strength * MOST_STEPS >= 1
-            else f"Use a strength of at least {1 / steps:.3g}.",
-        )
-    return steps - kept
 
 
 def check_size(bundle: Bundle, size: tuple[int, int]) -> tuple[int, int]:

@@ -38,6 +38,7 @@ def compile_program(
     noise: NoiseSchedule,
     prediction: str | None = None,
     start: int = 0,
+    strength: float = 1.0,
     compat: str | None = None,
     timesteps: Sequence[float] | None = None,
     sigmas: Sequence[float] | None = None,
@@ -48,6 +49,7 @@ def compile_program(
     sampler, schedule: any alias; an A1111 name such as "DPM++ 2M Karras" carries its schedule.
     prediction: what the network returns, the noise schedule's own if None.
     start: steps to skip (img2img).
+    strength: of a picture, by which LCM's and TCD's steps are spaced anew, with `compat="diffusers"` alone.
     compat: None, or "diffusers" for diffusers' own conventions, quirks included.
     timesteps, sigmas: explicit levels instead of a schedule; `sigmas` includes the one where sampling ends.
     options: of the sampler (eta, s_churn, solver_type, ...), of the spacing (rho, sigma_min, steps_offset, ...), and
@@ -70,10 +72,21 @@ def compile_program(
         raise UnknownNameError("prediction", prediction, PREDICTIONS)
     if compat == "diffusers":
         return compile_compat(
-            chosen, schedule, steps, noise, prediction, start, timesteps, sigmas, {**spelling.options, **options}
+            chosen,
+            schedule,
+            steps,
+            noise,
+            prediction,
+            start,
+            strength,
+            timesteps,
+            sigmas,
+            {**spelling.options, **options},
         )
     if compat is not None:
         raise UnknownNameError("compat", compat, ("diffusers",))
+    if strength != 1.0:
+        raise ArgumentError(f"strength={strength!r}", expected="compat='diffusers', or start: the steps to skip")
     solver_options, layout = split_options(chosen, {**spelling.options, **options})
     axis = _edm_axis(layout) if chosen.name == "edm_euler" else _axis(noise, chosen)
     if timesteps is None and sigmas is None:

@@ -62,7 +62,8 @@ def _words(error: Exception) -> str:
 
 def _pipeline_class(checkpoint: Checkpoint, *, image: bool = False) -> Any:
     """The class that makes pictures from prompts, whichever task's the checkpoint names, or its class for pictures."""
-    plain = checkpoint.model.pipelines[0]
+    model = checkpoint.model
+    plain = (model.respacing if checkpoint.pipeline in model.respacing else model.pipelines)[0]
     if image:
         return getattr(diffusers, plain.replace("Pipeline", "Img2ImgPipeline"))
     named = checkpoint.pipeline

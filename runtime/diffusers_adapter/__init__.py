@@ -15,6 +15,8 @@ from .auto import AutoPipelineForImage2Image, AutoPipelineForInpainting, AutoPip
 from .base import DiffusionPipeline
 from .classes import (
     PIPELINES,
+    LatentConsistencyModelImg2ImgPipeline,
+    LatentConsistencyModelPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
@@ -31,6 +33,8 @@ __all__ = [
     "AutoPipelineForInpainting",
     "AutoPipelineForText2Image",
     "DiffusionPipeline",
+    "LatentConsistencyModelImg2ImgPipeline",
+    "LatentConsistencyModelPipeline",
     "Output",
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipeline",

@@ -28,7 +28,6 @@ from .methods import INSTEAD, REFUSED, quiet_method
 from .schedulers import check_scheduler, config_of, make_scheduler
 
 P = TypeVar("P", bound="DiffusionPipeline")
-CONSISTENCY = "LatentConsistencyModelPipeline"
 EMPTY = ("safety_checker", "feature_extractor", "image_encoder")
 """Components of diffusers' pipelines that bundles do not hold: `None`, and nothing else can be set."""
 
@@ -104,8 +103,11 @@ class DiffusionPipeline(LoraMethods, metaclass=_Refusing):
 
     @classmethod
     def _of(cls, bundle: Bundle) -> type[DiffusionPipeline]:
-        """The class itself, or where it is of no family the one that a bundle is of."""
-        return cls if cls.ARGUMENTS else class_for(bundle, "text")
+        """The class itself, or where it is of no family the one that a bundle's checkpoint names."""
+        if cls.ARGUMENTS:
+            return cls
+        named = (c for c in _classes(DiffusionPipeline) if c.__name__ == bundle.pipeline)
+        return next(named, None) or class_for(bundle, "text")
 
     @property
     def pipeline(self) -> Opened:
@@ -115,12 +117,14 @@ class DiffusionPipeline(LoraMethods, metaclass=_Refusing):
 
     @property
     def bundle(self) -> Bundle:
-        """The bundle with the scheduler of now and without its preset, as diffusers runs a checkpoint."""
+        """The bundle with this class, the scheduler of now and without its preset, as diffusers runs a checkpoint."""
         own = self.pipeline.bundle.defaults
         plain = Defaults(
             width=own.width, height=own.height, steps=own.steps, guidance=own.guidance, prediction=own.prediction
         )
-        return replace(self.pipeline.bundle, defaults=plain, scheduler=self.scheduler_config)
+        admitted = self.pipeline.bundle.model.pipelines
+        named = next(c.__name__ for c in type(self).__mro__ if c.__name__ in admitted)
+        return replace(self.pipeline.bundle, defaults=plain, scheduler=self.scheduler_config, pipeline=named)
 
     @property
     def scheduler_config(self) -> Mapping[str, Any]:
@@ -289,14 +293,18 @@ class DiffusionPipeline(LoraMethods, metaclass=_Refusing):
 def class_for(bundle: Bundle, task: str) -> type[DiffusionPipeline]:
     """diffusers' class for a bundle and a task: `text`, `image` or `inpaint`.
 
-    Raises `UnsupportedError` for a bundle whose class there is not done here.
+    Raises `UnsupportedError` for a task that diffusers has no class for.
     """
-    if bundle.guidance_embedding and CONSISTENCY in bundle.model.pipelines:
+    model = bundle.model
+    admitted = model.respacing if bundle.respaces else [p for p in model.pipelines if p not in model.respacing]
+    classes = [c for c in _classes(DiffusionPipeline) if c.__name__ in model.pipelines and c.task == task]
+    found = next((c for c in classes if c.__name__ in admitted), None)
+    if found is None:
         raise UnsupportedError(
-            f"{CONSISTENCY}, which is diffusers' class for the bundle {bundle.name!r}",
-            remedy=f"Use {bundle.model.pipelines[0]}, whose defaults differ: 4 steps at guidance 8.5 are that one's.",
+            f"a class of {admitted[0]}'s kind for the task {task!r}",
+            expected=f"{' or '.join(c.__name__ for c in classes)}, which takes the bundle {bundle.name!r} too",
         )
-    return next(c for c in _classes(DiffusionPipeline) if c.task == task and c.__name__ in bundle.model.pipelines)
+    return found
 
 
 def _classes(of: type[DiffusionPipeline]) -> Iterator[type[DiffusionPipeline]]:

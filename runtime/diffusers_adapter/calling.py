@@ -11,7 +11,7 @@ import numpy as np
 
 from ...bundle import Bundle
 from ...errors import ArgumentError, UnknownNameError, UnsupportedError
-from ..arguments import check_real
+from ..arguments import check_integer, check_real
 from ..pictures.reading import as_stored
 from ..programs import step_options
 from ..request import Request, make_request
@@ -31,6 +31,8 @@ REFUSED = (
     "masked_image_latents",
     "padding_mask_crop",
 )
+_DISTILLED = "LCMScheduler"
+"""The one whose `set_timesteps` and `step` take what pipelines of latent consistency models hand to them."""
 _EMBEDS = ("prompt_embeds", "negative_prompt_embeds")
 _POOLED = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
@@ -95,6 +97,11 @@ def _refuse(pipe: Called, given: Mapping[str, Any]) -> None:
             raise UnsupportedError(f"{name} in a call in diffusers' signature", remedy="Leave it out.")
     if given["output_type"] not in ("pil", "np", "pt", "latent"):
         raise ArgumentError(f"output_type is {given['output_type']!r}", expected="pil, np, pt or latent")
+    if pipe.bundle.respaces and not pipe.bundle.guidance_embedding:
+        raise UnsupportedError(
+            f"{type(pipe).__name__} with a UNet that takes no embedding of guidance (time_cond_proj_dim)",
+            remedy=f"Use {pipe.bundle.model.pipelines[0]} or its kin, with LCMScheduler.",
+        )
     tensors = list(given["callback_on_step_end_tensor_inputs"] or [])
     if set(tensors) - {"latents"}:
         raise UnsupportedError(f"callback_on_step_end_tensor_inputs {tensors}", expected="latents alone")
@@ -102,14 +109,14 @@ def _refuse(pipe: Called, given: Mapping[str, Any]) -> None:
 
 def make_call_request(pipe: Called, given: Mapping[str, Any], streams: Streams) -> Request:
     """The request of a call."""
-    bundle = pipe.bundle
+    bundle = _distilled(pipe.bundle, given)
     config, factor = bundle.component("unet").config, bundle.latent.factor
     asked: dict[str, Any] = {
-        "negative": given["negative_prompt"],
+        "negative": given.get("negative_prompt"),
         "guidance": given["guidance_scale"],
         "images_per_prompt": given["num_images_per_prompt"],
         "clip_skip": given["clip_skip"] or 0,
-        **{k: given[k] for k in (*_EMBEDS, *(_POOLED if pipe.BIG else ()))},
+        **{k: given.get(k) for k in (*_EMBEDS, *(_POOLED if pipe.BIG else ()))},
         **_steps(pipe, bundle.scheduler, given),
     }
     if given.get("latents") is not None:
@@ -148,15 +155,30 @@ def _lora_scale(given: Mapping[str, Any] | None) -> float:
     return check_real("cross_attention_kwargs's scale", (given or {}).get("scale", 1.0), -100.0, 100.0)
 
 
+def _distilled(bundle: Bundle, given: Mapping[str, Any]) -> Bundle:
+    """The bundle with `original_inference_steps` of a call, where it has them."""
+    asked = given.get("original_inference_steps")
+    if asked is None:
+        return bundle
+    most = int(bundle.scheduler.get("num_train_timesteps", 1000))
+    taught = check_integer("original_inference_steps", asked, 1, most)
+    return replace(bundle, scheduler={**bundle.scheduler, "original_inference_steps": taught})
+
+
 def _steps(pipe: Called, config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """What a call asks of its sampler: steps or explicit levels, and the options that the scheduler's `step` takes."""
-    eta = {"eta": given["eta"]} if "eta" in step_options(config) else {}
-    levels = {"timesteps": given["timesteps"], "sigmas": given["sigmas"]}
+    eta = {"eta": given["eta"]} if "eta" in step_options(config) and "eta" in given else {}
+    levels = {"timesteps": given["timesteps"], "sigmas": given.get("sigmas")}
     held = pipe.held_scheduler
+    handed = {}
+    if "original_inference_steps" in given:
+        if config["_class_name"] != _DISTILLED:
+            raise UnsupportedError(f"{config['_class_name']} in {type(pipe).__name__}", expected=_DISTILLED)
+        handed = {k: given[k] for k in ("original_inference_steps", "strength") if k in given}
     if held is not None and has_own_levels(held):
-        own = run_own_levels(held, steps=given["num_inference_steps"], options=eta, **levels)
+        own = run_own_levels(held, steps=given["num_inference_steps"], options=eta, handed=handed, **levels)
         return {"steps": own.steps, "compile_from": own.compile}
-    explicit = given["timesteps"] is not None or given["sigmas"] is not None
+    explicit = any(v is not None for v in levels.values())
     return {"steps": None if explicit else given["num_inference_steps"], **levels, **eta}
 
 

@@ -27,6 +27,20 @@ _SIZES = {
     "negative_target_size": None,
 }
 _SCORES = {"aesthetic_score": 6.0, "negative_aesthetic_score": 2.5}
+_CONSISTENCY = {
+    "num_inference_steps": 4,
+    "original_inference_steps": None,
+    "timesteps": None,
+    "guidance_scale": 8.5,
+    "num_images_per_prompt": 1,
+    "generator": None,
+    "latents": None,
+    "prompt_embeds": None,
+    **_ADAPTERS,
+    **_OUTPUT,
+    "clip_skip": None,
+    **_CALLBACK,
+}
 _MASK = {"image": None, "mask_image": None, "masked_image_latents": None}
 
 
@@ -56,6 +70,21 @@ class StableDiffusionInpaintPipeline(DiffusionPipeline):
     ARGUMENTS: ClassVar[Mapping[str, Any]] = {
         **_PROMPTS, **_MASK, **_SIZE, "padding_mask_crop": None, "strength": 1.0, **_STEPS, "guidance_scale": 7.5,
         **_NEGATIVE, **_NOISE, "latents": None, **_EMBEDS, **_ADAPTERS, **_OUTPUT, "clip_skip": None, **_CALLBACK,
+    }  # fmt: skip
+
+
+class LatentConsistencyModelPipeline(DiffusionPipeline):
+    """Text to image by models distilled with their guidance: diffusers' signature of that name."""
+
+    ARGUMENTS: ClassVar[Mapping[str, Any]] = {**_PROMPTS, **_SIZE, **_CONSISTENCY}
+
+
+class LatentConsistencyModelImg2ImgPipeline(DiffusionPipeline):
+    """Image to image by the same models, all steps spaced by the strength: diffusers' signature of that name."""
+
+    task = "image"
+    ARGUMENTS: ClassVar[Mapping[str, Any]] = {
+        **_PROMPTS, "image": None, "num_inference_steps": 4, "strength": 0.8, **_CONSISTENCY,
     }  # fmt: skip
 
 
@@ -100,6 +129,8 @@ PIPELINES = (
     StableDiffusionPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
+    LatentConsistencyModelPipeline,
+    LatentConsistencyModelImg2ImgPipeline,
     StableDiffusionXLPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,

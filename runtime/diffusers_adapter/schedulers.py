@@ -20,6 +20,7 @@ from ...schedules.compat.classes import CLASSES
 from ...schedules.compat.held import held_layout
 from ...schedules.names import resolve_sampler
 from ..library import open_library
+from ..programs import start_step
 from .components import FrozenConfig, UnsupportedAttributeError
 
 OWN = "set_timesteps"
@@ -89,10 +90,10 @@ def has_own_levels(value: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class OwnLevels:
-    """The levels that a caller's `set_timesteps` made: how many steps were asked for, and the program from a start."""
+    """The levels that a caller's `set_timesteps` made: the steps asked for, and the program by a picture's strength."""
 
     steps: int
-    compile: Callable[[int], Program]
+    compile: Callable[[float | None], Program]
 
 
 def run_own_levels(
@@ -102,18 +103,24 @@ def run_own_levels(
     timesteps: Sequence[float] | None,
     sigmas: Sequence[float] | None,
     options: Mapping[str, Any],
+    handed: Mapping[str, Any],
 ) -> OwnLevels:
-    """Run a caller's `set_timesteps` as diffusers' pipelines do, and read the levels that the scheduler then holds."""
+    """Run a caller's `set_timesteps` as diffusers' pipelines do, and read the levels that the scheduler then holds.
+
+    handed: what a pipeline hands it besides; a strength among that, it has spaced its steps by itself.
+    """
     given = {k: v for k, v in (("timesteps", timesteps), ("sigmas", sigmas)) if v is not None}
     if len(given) > 1:
         raise ArgumentError("both timesteps and sigmas were given", remedy="Pass one of them.")
-    for name in given:
-        if name not in inspect.signature(value.set_timesteps).parameters:
+    parameters = inspect.signature(value.set_timesteps).parameters
+    rest = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for name in (*given, *(() if rest else handed)):
+        if name not in parameters:
             raise ArgumentError(f"set_timesteps of {type(value).__name__} takes no {name}", remedy=f"Leave {name} out.")
     if given:
-        value.set_timesteps(**given, device="cpu")
+        value.set_timesteps(**given, device="cpu", **handed)
     else:
-        value.set_timesteps(steps, device="cpu")
+        value.set_timesteps(steps, device="cpu", **handed)
     held = _numbers(value.timesteps)
     levels = None if getattr(value, "sigmas", None) is None else _numbers(value.sigmas)
     layout = held_layout(
@@ -124,11 +131,13 @@ def run_own_levels(
         init_noise=float(getattr(value, "init_noise_sigma", 1.0)),
     )
     config = config_of(value)
+    asked = len(held) if given else steps
 
-    def compile_from(start: int) -> Program:
-        return program_from_diffusers(config, steps=len(held), start=start, layout=layout, **options)
+    def compile_from(strength: float | None) -> Program:
+        left_out = 0 if strength is None or "strength" in handed else start_step(asked, strength)
+        return program_from_diffusers(config, steps=len(held), start=left_out, layout=layout, **options)
 
-    return OwnLevels(steps=len(held) if given else steps, compile=compile_from)
+    return OwnLevels(steps=asked, compile=compile_from)
 
 
 def _stock(value: Any) -> type | None:

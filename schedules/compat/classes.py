@@ -198,6 +198,11 @@ def pipelines_step(scheduler_config: Config, options: Config) -> dict[str, Any]:
     return {**taken, **options}
 
 
+def spaces_anew(name: str) -> bool:
+    """Whether `set_timesteps` of a class takes the strength of a picture and spaces all steps by it."""
+    return name in CLASSES and CLASSES[name].layout is grids.lcm_family
+
+
 def solver_of(name: str, config: Config, options: Config) -> Solved:
     """The sampler that a class and its options mean, and the arguments to run it with."""
     solver = CLASSES[name].solver
@@ -212,6 +217,7 @@ def program_from_diffusers(
     timesteps: Sequence[float] | None = None,
     sigmas: Sequence[float] | None = None,
     start: int = 0,
+    strength: float = 1.0,
     single: bool = True,
     layout: Callable[[GridRequest], Grid] | None = None,
     **options: Any,
@@ -221,6 +227,7 @@ def program_from_diffusers(
     scheduler_config: the parsed `scheduler_config.json`, `_class_name` included; keys the class does not read are
         ignored, as diffusers ignores them.
     steps, or timesteps or sigmas where diffusers' `set_timesteps` takes them. start: steps skipped (img2img).
+    strength: of a picture, by which the steps are spaced where the class's `set_timesteps` takes it (`spaces_anew`).
     single: hold the tables in float32 as diffusers does; False is for telling its rounding apart.
     layout: lays out levels of their own (`held_layout`) instead of the class's.
     options: arguments of the scheduler's `step` (eta, s_churn, ...).
@@ -253,8 +260,16 @@ def program_from_diffusers(
     rescales = "rescale_betas_zero_snr" in kind.reads
     tables = Tables.of(config, rescales=rescales, floored=not kind.exact_zero, single=single)
     _check_steps(steps, timesteps, sigmas, start, tables.count)
+    _check_strength(strength, spaced=spaces_anew(name) and start == 0 and steps is not None)
     request = GridRequest(
-        tables=tables, steps=steps, timesteps=timesteps, sigmas=sigmas, start=start, options=options, takes=kind.takes
+        tables=tables,
+        steps=steps,
+        timesteps=timesteps,
+        sigmas=sigmas,
+        start=start,
+        options=options,
+        takes=kind.takes,
+        strength=strength,
     )
     grid = (layout or kind.layout)(request)
     first = grid.path.calls[0] if grid.path.calls else grid.path.first
@@ -290,6 +305,13 @@ def _check_steps(
         raise ArgumentError(f"steps={steps!r}", expected=f"an integer from 1 to {count}")
     if isinstance(start, bool) or not isinstance(start, int) or start < 0:
         raise ArgumentError(f"start={start!r}", expected="an integer of at least 0")
+
+
+def _check_strength(strength: float, *, spaced: bool) -> None:
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
+        raise ArgumentError(f"strength={strength!r}", expected="a number from 0 to 1")
+    if strength != 1 and not spaced:
+        raise ArgumentError(f"strength={strength!r}", expected="LCM or TCD, and steps of which none is skipped")
 
 
 def _schedule_name(kind: SchedulerClass, config: Config, timesteps: object, sigmas: object) -> str:

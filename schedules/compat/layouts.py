@@ -95,7 +95,8 @@ def check_start(start: int, total: int) -> None:
 class GridRequest:
     """What is asked of a scheduler: its config's levels, or explicit ones, and how many steps to skip.
 
-    takes: the explicit levels, `timesteps` and `sigmas`, that its class's `set_timesteps` has arguments for.
+    takes: the explicit levels, `timesteps` and `sigmas`, that its class's `set_timesteps` has arguments for. strength:
+    of a picture, for the classes that space all steps anew by it.
     """
 
     tables: Tables
@@ -106,6 +107,7 @@ class GridRequest:
     options: Mapping[str, Any]
     takes: tuple[str, ...] = ()
 
+    strength: float = 1.0
     @property
     def config(self) -> Mapping[str, Any]:
         return self.tables.config
@@ -235,17 +237,26 @@ def ddpm_family(request: GridRequest) -> Grid:
 
 
 def lcm_family(request: GridRequest) -> Grid:
-    """LCM and TCD: picked from the timesteps of the distillation."""
+    """LCM and TCD: picked from the timesteps of the distillation, of which a strength keeps the lowest."""
     request.refuse_explicit()
     tables, config = request.tables, request.config
     if request.timesteps is not None:
         t = _int_timesteps(request)
     else:
-        steps, taught = int(request.steps or 0), int(config.get("original_inference_steps") or 50)
+        steps, taught = int(request.steps or 0), int(config.get("original_inference_steps", 50))
+        if not 1 <= taught <= tables.count:
+            raise ArgumentError(f"original_inference_steps={taught}", expected=f"an integer from 1 to {tables.count}")
         if steps > taught:
             raise ArgumentError(f"steps={steps}", expected=f"at most original_inference_steps={taught}")
-        origin = np.arange(taught, 0, -1) * (tables.count // taught) - 1
-        t = origin[np.floor(np.linspace(0, taught, steps, endpoint=False)).astype(int)].astype(np.float64)
+        kept = int(taught * request.strength)
+        if steps > kept:
+            raise ArgumentError(
+                f"strength {request.strength:g} leaves {kept} of the {taught} timesteps of the distillation",
+                expected=f"at least one for each of the {steps} steps",
+                remedy="Use fewer steps, or a higher strength.",
+            )
+        origin = np.arange(kept, 0, -1) * (tables.count // taught) - 1
+        t = origin[np.floor(np.linspace(0, kept, steps, endpoint=False)).astype(int)].astype(np.float64)
     return vp_grid(request, next_pairs(request, t, end_of_lcm(request)))
 
 

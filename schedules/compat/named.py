@@ -30,6 +30,7 @@ def compile_compat(
     noise: NoiseSchedule,
     prediction: str | None,
     start: int,
+    strength: float,
     timesteps: Sequence[float] | None,
     sigmas: Sequence[float] | None,
     options: Mapping[str, Any],
@@ -54,7 +55,15 @@ def compile_compat(
     step_options = pipelines_step(config, step_options)
     if schedule is not None:
         steps, timesteps = _apply_schedule(config, kind, schedule, steps, timesteps, sampler)
-    return program_from_diffusers(config, steps=steps, timesteps=timesteps, sigmas=sigmas, start=start, **step_options)
+    return program_from_diffusers(
+        config,
+        steps=steps,
+        timesteps=timesteps,
+        sigmas=sigmas,
+        start=start,
+        strength=strength,
+        **step_options,
+    )
 
 
 def scheduler_config(sampler: Sampler, noise: NoiseSchedule) -> dict[str, Any]:

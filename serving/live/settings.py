@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from ...bundle import Bundle
 from ...errors import ArgumentError, UnknownNameError
 from ...runtime.pipeline import Pipeline
+from ...runtime.programs import choose_sampling
 from ...runtime.request import Request, check_integer
 from .noise import MODES
 
@@ -24,7 +26,8 @@ class LiveSettings:
     """Parameters of the coming frames; `None` leaves one to the bundle.
 
     steps: evaluations of the UNet a frame takes, with a picture as without one. strength: how much of an input
-    picture is made anew; a schedule of about `steps / strength` steps is entered `steps` before its end. noise:
+    picture is made anew; a schedule of about `steps / strength` steps is entered `steps` before its end, or all steps
+    are spaced by it where the bundle's pipeline does that (`respaces`). noise:
     `"fixed"` (the seed's own for every frame, so that frames hang together), `"walk"` (moves on by `walk` of the way
     to the next seed's noise a frame) or `"fresh"` (another seed a frame). size: (width, height) in pixels.
     """
@@ -77,8 +80,12 @@ class LiveSettings:
 
         `ArgumentError` for what the bundle cannot make.
         """
-        steps = pipeline.bundle.defaults.steps if self.steps is None else self.steps
-        scheduled = max(steps, math.ceil(steps / self.strength - 1e-9)) if image else steps
+        steps, strength = pipeline.bundle.defaults.steps if self.steps is None else self.steps, self.strength
+        scheduled = steps
+        if image and not self._spaced_anew(pipeline.bundle, steps):
+            scheduled = max(steps, math.ceil(steps / self.strength - 1e-9))
+            # half a step more than the steps that are kept, so that rounding keeps them
+            strength = min(1.0, (steps + 0.5) / scheduled)
         return pipeline.request(
             self.prompt,
             negative=self.negative,
@@ -89,9 +96,16 @@ class LiveSettings:
             seed=self.seed,
             size=self.size or pipeline.size,
             image=np.full((8, 8, 3), 128, np.uint8) if image else None,
-            # half a step more than the steps that are kept, so that rounding keeps them
-            strength=min(1.0, (steps + 0.5) / scheduled),
+            strength=strength if image else 1.0,
         )
+
+    def _spaced_anew(self, bundle: Bundle, steps: int) -> bool:
+        own = bundle.defaults
+        sampler, schedule = self.sampler, self.schedule
+        if sampler is None:
+            sampler, schedule = own.sampler, own.schedule if schedule is None else schedule
+        chosen = choose_sampling(bundle, sampler=sampler, schedule=schedule, steps=steps, options={})
+        return bundle.respaces and chosen.spaces_anew
 
 
 def _between(name: str, value: object, low: float, high: float) -> None:
