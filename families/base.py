@@ -20,6 +20,8 @@ UNET_KEYS = ("block_out_channels", "cross_attention_dim", "in_channels", "out_ch
 VAE_KEYS = ("block_out_channels", "latent_channels", "in_channels", "out_channels")
 TINY_KEYS = ("encoder_block_out_channels", "decoder_block_out_channels", "latent_channels", "in_channels")
 LATENT_STATISTICS = ("latents_mean", "latents_std")
+VAE_SCALING = 0.18215
+"""What a VAE's latents are multiplied by where its configuration does not say."""
 SIZED_UP_BLOCKS = frozenset({"UpBlock2D", "CrossAttnUpBlock2D"})
 """Blocks that interpolate to a given size (`upsample_size` in diffusers' `UNet2DConditionModel.forward`)."""
 TEXT_KEYS = ("hidden_size", "max_position_embeddings", "vocab_size")
@@ -70,10 +72,10 @@ class Family:
     """A kind of checkpoint whose parts fit together in one way; subclasses say what is different.
 
     name: in manifests; title: for people. pipelines: diffusers' classes in `model_index.json`, the first the plain one.
-    unet, vae: their classes and keys. unet_options: keys of the UNet's configuration that other families have not.
-    addition_types: values of the UNet's `addition_embed_type` that its pipelines feed. vae_statistics: whether its
     respacing: those of them that space the steps from a picture anew by its strength, the one for text first; the
     others leave out the first steps.
+    unet, vae: their classes and keys. unet_options: keys of the UNet's configuration that other families have not.
+    addition_types: values of the UNet's `addition_embed_type` that its pipelines feed. vae_statistics: whether its
     pipelines normalise latents by `latents_mean` and `latents_std` of the VAE's configuration.
     text_width: of the vectors that published UNets of it attend to, to tell files of several families apart.
     schedule: the published Align Your Steps table for it. steps, guidance, force_zeros: what a checkpoint that says
@@ -83,9 +85,9 @@ class Family:
     name: str
     title: str
     pipelines: tuple[str, ...]
+    respacing: tuple[str, ...] = ()
     text_encoders: tuple[TextEncoder, ...]
     unet: FamilyPart = FamilyPart(classes={"UNet2DConditionModel": UNET_KEYS})
-    respacing: tuple[str, ...] = ()
     vae: FamilyPart = FamilyPart(classes={"AutoencoderKL": VAE_KEYS, "AutoencoderTiny": TINY_KEYS})
     unet_options: tuple[str, ...] = ()
     addition_types: tuple[str, ...] = ()
@@ -142,6 +144,17 @@ class Family:
         kept = {k: v for k, v in config.items() if k not in ("shift_factor", *LATENT_STATISTICS)}
         stated = {k: config.get(k) for k in LATENT_STATISTICS}
         return {**kept, **stated} if self.vae_statistics and None not in stated.values() else kept
+
+    def latents_to_keep(self, latents: Float32, vae: Config) -> Float32:
+        """A picture's latents [B, C, h, w] as its pipelines take them for inpainting, from those of its VAE's graph.
+
+        They are scaled alone there, z scaling_factor, and not normalised by mean and standard deviation; decoding is as
+        everywhere (`_encode_vae_image` of diffusers' inpainting).
+        """
+        if any(vae.get(k) is None for k in LATENT_STATISTICS):
+            return latents
+        mean, std = (np.asarray(vae[k], np.float32)[:, None, None] for k in LATENT_STATISTICS)
+        return latents * std + mean * np.float32(vae.get("scaling_factor", VAE_SCALING))
 
     def conditions(self, unet: Config) -> tuple[Condition, ...]:
         """What a UNet of this configuration is told besides latent and timestep."""

@@ -72,6 +72,7 @@ def prepare(
     if pictures is not None and pictures.masks is not None and latents is not None:
         if vae.samples:
             noise.draw_for_pictures(len(pictures.pixels), shape)  # diffusers encodes the masked picture too
+        latents = bundle.model.latents_to_keep(latents, bundle.component("vae_encoder").config)
         masks = np.broadcast_to(pictures.masks, (request.images, *pictures.masks.shape[1:]))
         blends = [make_blend(request.program, *kept) for kept in zip(masks, latents, gaussians, strict=True)]
     return Prepared(

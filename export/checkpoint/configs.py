@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ...families.base import VAE_SCALING
+
 UNET_DEFAULTS: dict[str, Any] = {
     "act_fn": "silu",
     "addition_embed_type": None,
@@ -70,7 +72,7 @@ VAE_DEFAULTS: dict[str, Any] = {
     "mid_block_add_attention": True,
     "norm_num_groups": 32,
     "out_channels": 3,
-    "scaling_factor": 0.18215,
+    "scaling_factor": VAE_SCALING,
     "shift_factor": None,
     "up_block_types": ["UpDecoderBlock2D"],
     "use_post_quant_conv": True,
