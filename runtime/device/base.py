@@ -27,7 +27,7 @@ from ..conditioning import Arrays, Conditioning, check_conditioning
 from ..noise.seeds import Gaussians
 from ..pictures.inpaint import Blend
 
-MOST_HISTORY = 5
+MOST_HISTORY = 6
 RECORDINGS = ("captures", "replays", "failures", "evictions", "invalidations")
 MOST_ROWS = 64
 """Rows of one evaluation; more are done in several."""

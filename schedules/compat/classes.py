@@ -109,7 +109,7 @@ CLASSES: dict[str, SchedulerClass] = {
         clips=True,
     ),
     "PNDMScheduler": SchedulerClass(
-        solver=meanings.without_prk,
+        solver=meanings.pndm,
         spacing="leading",
         sets={"skip_prk_steps": True},
         layout=grids.pndm_family,

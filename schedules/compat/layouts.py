@@ -15,6 +15,7 @@ import numpy as np
 
 from ...errors import ArgumentError, UnknownNameError
 from ..levels import Level, Path
+from ..solvers.multistep import RUNGE_KUTTA
 from ..spacing import beta as beta_spacing
 from ..spacing import exponential, karras
 from .tables import Array, Tables
@@ -106,8 +107,8 @@ class GridRequest:
     start: int
     options: Mapping[str, Any]
     takes: tuple[str, ...] = ()
-
     strength: float = 1.0
+
     @property
     def config(self) -> Mapping[str, Any]:
         return self.tables.config
@@ -266,26 +267,60 @@ def end_of_lcm(request: GridRequest) -> Level:
 
 
 def pndm_family(request: GridRequest) -> Grid:
-    """PNDM without its Runge-Kutta part: the second timestep twice, steps of 1000 // n as in DDIM.
+    """PNDM, with or without its Runge-Kutta steps."""
+    request.refuse_explicit()
+    t = list(_int_timesteps(request))
+    check_start(request.start, len(t))
+    return (_plms_grid if request.config.get("skip_prk_steps", False) else _prk_grid)(request, t)
+
+
+def _prk_grid(request: GridRequest, t: list[float]) -> Grid:
+    """Three Runge-Kutta steps of four calls each, their middles half of 1000 // n above the lower end; PLMS from there.
+
+    Where a step begins is told by how many calls there were, and where it ends by the timestep that was called: with
+    calls left out at the start the two are apart, in diffusers too.
+    """
+    tables, steps = request.tables, len(t)
+    if steps < 4:
+        raise ArgumentError(f"{steps} steps of PNDM with Runge-Kutta steps", expected="at least 4")
+    ratio = tables.count // steps
+    half = ratio // 2
+    stages = [[top, low + half, low + half, low] for top, low in itertools.pairwise(t[:4])]
+    calls = [*itertools.chain(*stages), *t[3:]]
+    pairs = []
+    for count, ti in enumerate(calls[request.start :]):
+        if count < RUNGE_KUTTA:
+            here, there = calls[count // 4 * 4], ti if count % 2 else ti - half
+        else:
+            here, there = ti, ti - ratio
+        pairs.append((tables.at_timestep(here), or_end(request, there, keep=True)))
+    return _called(request, pairs, calls[request.start :], steps)
+
+
+def _plms_grid(request: GridRequest, t: list[float]) -> Grid:
+    """The second timestep twice, steps of 1000 // n as in DDIM.
 
     The second call is taken for the end of a step that began 1000 // n above it, whatever the first call's was.
     """
-    request.refuse_explicit()
     tables = request.tables
-    t = list(_int_timesteps(request))
     ratio = tables.count // len(t)
     calls = (t[:2] + t[1:] if len(t) > 1 else t)[request.start :]
-    check_start(request.start, len(t))
     pairs = []
     for count, ti in enumerate(calls):
         if count == 1:
             pairs.append((tables.at_timestep(ti + ratio), tables.at_timestep(ti)))
         else:
             pairs.append((tables.at_timestep(ti), or_end(request, ti - ratio, keep=True)))
+    return _called(request, pairs, calls, len(t))
+
+
+def _called(request: GridRequest, pairs: list[tuple[Level, Level]], calls: list[float], steps: int) -> Grid:
+    """A grid of steps from pair to pair in which the network is called elsewhere."""
+    tables = request.tables
     path = Path(
         pairs=pairs,
         skipped=request.start,
-        total=len(t),
+        total=steps,
         calls=[tables.at_timestep(ti) for ti in calls],
         at_sigma=tables.at_sigma,
         at_timestep=tables.at_timestep,

@@ -9,6 +9,7 @@ from typing import Any
 from ...errors import UnknownNameError, UnsupportedError
 from ..names import resolve_sampler
 from ..solvers import euler
+from ..solvers import multistep as multistep_solvers
 from ..solvers.registry import Sampler, find_sampler
 
 Config = Mapping[str, Any]
@@ -24,9 +25,9 @@ def churned_late(name: str, config: Config, options: Config) -> Solved:
     return replace(plain(name), solve=euler.euler_churned_late), dict(options)
 
 
-def without_prk(name: str, config: Config, options: Config) -> Solved:
+def pndm(name: str, config: Config, options: Config) -> Solved:
     if not config.get("skip_prk_steps", False):
-        raise UnsupportedError("PNDM with its Runge-Kutta steps (PRK)", remedy="Set skip_prk_steps to true.")
+        return replace(plain(name), solve=multistep_solvers.pndm), dict(options)
     return plain(name), {**options, "mix_raw": True}
 
 

@@ -254,6 +254,8 @@ def schedulers_by_family() -> Iterator[Entry]:
         (tcd, {"clip_sample": True}),
     ):
         yield Entry(f"{name} {config}", "sd1", scheduler(name, **config))
+    yield Entry("PNDMScheduler {}", "sd1", scheduler("PNDMScheduler"), image=True)
+    yield Entry("PNDMScheduler of v", "sd2", scheduler("PNDMScheduler", **V, steps_offset=1))
     yield Entry("cosine betas", "sd1", scheduler(DDIM, beta_schedule="squaredcos_cap_v2", clip_sample=False))
     betas = [0.0001 + 0.00002 * i for i in range(600)]
     yield Entry("trained betas", "sd1", scheduler(EULER, trained_betas=betas, num_train_timesteps=600))
@@ -269,6 +271,7 @@ def schedulers_by_family() -> Iterator[Entry]:
         (EULER, {"timestep_spacing": "leading"}),
         (ancestral, {"timestep_spacing": "trailing"}),
         (MULTI, {"solver_order": 3}),
+        ("PNDMScheduler", {"skip_prk_steps": False}),
         ("EDMEulerScheduler", {}),
         ("EDMDPMSolverMultistepScheduler", {"sigma_max": 30.0}),
         ("EDMDPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"}),
@@ -324,8 +327,6 @@ def parts_and_files() -> Iterator[Entry]:
 
 def refused() -> Iterator[Entry]:
     for base, name, config, words in (
-        ("sd1", "PNDMScheduler", {}, "PRK"),
-        ("sdxl", "PNDMScheduler", {"skip_prk_steps": False}, "skip_prk_steps"),
         ("sd1", DDIM, {"thresholding": True}, "thresholding"),
         ("sdxl", MULTI, {"thresholding": True}, "thresholding"),
         ("sd1", MULTI, {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}, "dpmsolver"),

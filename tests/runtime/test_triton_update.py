@@ -39,11 +39,13 @@ CLIPPED = {**NOISE.config, "_class_name": "DDIMScheduler", "clip_sample": True, 
 
 
 def programs(names: list[str]) -> list[Program]:
-    """One of each, and two that clip x0."""
+    """One of each, two that clip x0, and the one that remembers most."""
     clipped = [
         program_from_diffusers({**CLIPPED, "_class_name": n}, steps=4) for n in ("DDIMScheduler", "LCMScheduler")
     ]
-    return [*(compile_program(n, steps=3 + i % 3, noise=NOISE) for i, n in enumerate(names)), *clipped]
+    longest = program_from_diffusers({**NOISE.config, "_class_name": "PNDMScheduler"}, steps=5)
+    assert longest.history == MOST_HISTORY
+    return [*(compile_program(n, steps=3 + i % 3, noise=NOISE) for i, n in enumerate(names)), *clipped, longest]
 
 
 def states(chosen: list[Program], *, blends: bool) -> tuple[TorchSlotState, TritonSlotState]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fewstep.errors import ArgumentError
+from fewstep.runtime.device.base import MOST_HISTORY
 from fewstep.runtime.device.numpy_update import SlotState
 from fewstep.schedules import NoiseSchedule, Program, compile_program, program_from_diffusers
 from fewstep.schedules.solvers.registry import SAMPLERS
@@ -22,7 +23,7 @@ def network(x: np.ndarray, t: float) -> np.ndarray:
 
 
 def programs() -> list[Program]:
-    """One program a sampler, of different lengths, schedules, predictions and starts."""
+    """One program a sampler, of different lengths, schedules, predictions and starts, and PNDM's Runge-Kutta form."""
     schedules, predictions = ("trailing", "karras", "ays"), ("epsilon", "v_prediction", "sample")
     return [
         compile_program(
@@ -34,7 +35,7 @@ def programs() -> list[Program]:
             prediction=predictions[i % 2],
         )
         for i, name in enumerate(NAMES)
-    ]
+    ] + [program_from_diffusers({**NOISE.config, "_class_name": "PNDMScheduler"}, steps=7, start=s) for s in (0, 2)]
 
 
 def material(count: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -54,7 +55,7 @@ def alone(program: Program, start: np.ndarray, latent: np.ndarray, draws: np.nda
 def test_every_sampler_in_one_batch_is_as_it_is_alone() -> None:
     chosen = programs()
     start, latent, draws = material(len(chosen), 40)
-    state = SlotState(len(chosen) + 1, SHAPE, 4)
+    state = SlotState(len(chosen) + 1, SHAPE, MOST_HISTORY)
     # Every slot has had an image whose network overflowed.
     for array in (state.latent, state.history, state.noise, state._held):
         array.fill(np.nan)
@@ -198,7 +199,7 @@ def test_the_torch_form_is_the_numpy_form() -> None:
 
     chosen = programs()
     start, latent, draws = material(len(chosen), 40)
-    state = TorchSlotState(len(chosen), SHAPE, 4, longest_program=32, max_draws=40, device="cpu")
+    state = TorchSlotState(len(chosen), SHAPE, MOST_HISTORY, longest_program=32, max_draws=40, device="cpu")
     state.latent.fill_(float("nan"))
     state.history.fill_(float("nan"))
     for slot, program in enumerate(chosen):

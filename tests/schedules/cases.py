@@ -47,7 +47,7 @@ Choice = list[dict[str, Any]]
 @dataclass(frozen=True)
 class Family:
     """One sampler's configurations: every prediction with every combination of `every`, and of each of `varied` one
-    at random."""
+    at random, from the `least` number of steps that diffusers' class takes on."""
 
     label: str
     config: dict[str, Any]
@@ -55,6 +55,7 @@ class Family:
     every: tuple[Choice, ...] = (SPACINGS, RESPACINGS)
     varied: tuple[Choice, ...] = ()
     step: dict[str, Any] = field(default_factory=dict)
+    least: int = 1
 
 
 def families() -> Iterator[Family]:
@@ -81,6 +82,7 @@ def families() -> Iterator[Family]:
     variances = [{"variance_type": v} for v in ("fixed_small", "fixed_small_log", "fixed_large")]
     yield Family("ddpm", {"_class_name": "DDPMScheduler", "clip_sample": False}, every=(SPACINGS, variances))
     yield Family("plms", {"_class_name": "PNDMScheduler", "skip_prk_steps": True}, TWO, (SPACINGS, ends))
+    yield Family("pndm", {"_class_name": "PNDMScheduler"}, TWO, (SPACINGS, ends), least=4)
     yield from clipped_families()
     yield from multistep_families()
     yield from cosine_families()
@@ -181,7 +183,7 @@ def cases(seed: int = 0) -> Iterator[Case]:
     rng = random.Random(seed)
     for family in families():
         for prediction, *chosen in itertools.product(family.predictions, *family.every):
-            for steps in range(1, 31):
+            for steps in range(family.least, 31):
                 for start in {0, rng.randrange(steps)}:
                     varied = [rng.choice(choice) for choice in family.varied]
                     yield build(family, prediction, [*chosen, *varied], steps, start)
@@ -194,7 +196,7 @@ def sampled(per_family: int, seed: int = 0) -> list[Case]:
     chosen = []
     for family in families():
         for _ in range(per_family):
-            steps = rng.randint(1, 30)
+            steps = rng.randint(family.least, 30)
             start = rng.choice([0, 0, rng.randrange(steps)])
             choices = [rng.choice(choice) for choice in (*family.every, *family.varied)]
             chosen.append(build(family, rng.choice(family.predictions), choices, steps, start))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -110,7 +111,6 @@ def test_what_is_not_linear_is_refused_by_name(option: str, compat: str | None) 
     [
         ({"_class_name": "DDIMScheduler", "thresholding": True}, "thresholding"),
         ({"_class_name": "DDPMScheduler", "variance_type": "learned_range"}, "learned_range"),
-        ({"_class_name": "PNDMScheduler"}, "PRK"),
         ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"}, "dpmsolver"),
         ({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas"),
         ({"_class_name": "DPMSolverMultistepScheduler", "variance_type": "learned"}, "learned"),
@@ -195,6 +195,28 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
 def test_impossible_combinations_say_what_mends_them(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ArgumentError, match=words):
         compile_program("euler", noise=NOISE, **arguments)
+
+
+def test_what_lays_out_no_steps_is_refused_by_name() -> None:
+    """Where diffusers' own class fails, and where a strength means nothing."""
+    for steps in (1, 2, 3):
+        with pytest.raises(ArgumentError, match="expected at least 4"):
+            program_from_diffusers({"_class_name": "PNDMScheduler"}, steps=steps)
+    for taught in (0, -5, 1001):
+        with pytest.raises(ArgumentError, match="original_inference_steps"):
+            program_from_diffusers({"_class_name": "LCMScheduler", "original_inference_steps": taught}, steps=2)
+    lcm, euler = {"_class_name": "LCMScheduler"}, {"_class_name": "EulerDiscreteScheduler"}
+    for config, given in (
+        (lcm, {"steps": 4, "strength": 0.05}),
+        (lcm, {"steps": 4, "strength": 0.5, "start": 1}),
+        (lcm, {"timesteps": [900, 10], "strength": 0.5}),
+        (euler, {"steps": 4, "strength": 0.5}),
+        *((lcm, {"steps": 4, "strength": bad}) for bad in (-0.1, 1.1, math.nan, "0.5", None, True)),
+    ):
+        with pytest.raises(ArgumentError, match="strength"):
+            program_from_diffusers(config, **given)
+    with pytest.raises(ArgumentError, match="strength"):
+        compile_program("lcm", steps=4, noise=NOISE, strength=0.5)
 
 
 def test_other_impossible_combinations() -> None:

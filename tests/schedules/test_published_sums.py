@@ -74,6 +74,10 @@ PROGRAMS: list[tuple[str, dict[str, Any], int, int, str, float]] = [
     ("UniPCMultistepScheduler", {**UNIPC, **V}, 10, 0, "mean", 0.1014),
     ("UniPCMultistepScheduler", {**UNIPC, **V, **KARRAS}, 10, 0, "mean", 0.1966),
     ("UniPCMultistepScheduler", UNIPC, 10, 8, "sum", 315.5757),
+    ("PNDMScheduler", LINEAR, 10, 0, "sum", 198.1318),
+    ("PNDMScheduler", {**LINEAR, **V}, 10, 0, "sum", 67.3986),
+    ("PNDMScheduler", {**LINEAR, "beta_start": 0.01, "set_alpha_to_one": True}, 10, 0, "sum", 230.0399),
+    ("PNDMScheduler", {**LINEAR, "beta_start": 0.01}, 10, 0, "sum", 186.9482),
     ("LCMScheduler", SCALED, 1, 0, "sum", 18.7097),
     ("LCMScheduler", SCALED, 10, 0, "sum", 197.7616),
     ("TCDScheduler", SCALED, 1, 0, "sum", 29.8715),
@@ -247,7 +251,7 @@ def plms_by_hand(alpha_bar: np.ndarray, timesteps: list[int], x: np.ndarray) -> 
 
 @pytest.mark.parametrize("timesteps", [[999], [999, 400], [900, 700, 500, 300, 100], list(range(991, 0, -10))])
 def test_plms_is_the_loop_of_its_first_release(timesteps: list[int]) -> None:
-    """PNDM's published sums are of its Runge-Kutta part, which is refused by name; this is its multistep part."""
+    """PNDM's published sums are of its Runge-Kutta form; this is its multistep part alone."""
     noise = NoiseSchedule.from_diffusers(LINEAR)
     program = compile_program("plms", timesteps=timesteps, noise=noise)
     x = RAMP.astype(np.float64)
