@@ -14,22 +14,11 @@ import msgspec
 from msgspec import Meta
 
 from ...runtime.prompts.lora_tags import MOST_SCALE
+from ..options import NAME, OPTIONS, whole
 from .errors import HttpError, shown
 from .settings import Settings
 
 LARGEST_SEED = 2**63 - 1024
-NAME = Annotated[str, Meta(max_length=64)]
-NUMBER = Meta(ge=-1e6, le=1e6)
-OPTION = (
-    Annotated[int, Meta(ge=-1_000_000, le=1_000_000)]
-    | Annotated[float, NUMBER]
-    | bool
-    | Annotated[str, Meta(max_length=64)]
-    | Annotated[list[Annotated[int, Meta(ge=0, le=1000)]], Meta(max_length=64)]
-)
-OPTIONS = Annotated[
-    dict[NAME, OPTION], Meta(max_length=32, description='of sampler and schedule, by name, like {"rho": 5}')
-]
 LORAS = Annotated[
     dict[Annotated[str, Meta(min_length=1, max_length=128)], Annotated[float, Meta(ge=-MOST_SCALE, le=MOST_SCALE)]],
     Meta(max_length=8, description="changes of the model's weights for these images, by name, with their scales"),
@@ -50,7 +39,7 @@ class Calls:
     def generation_from(self, body: bytes) -> Any:
         """Decode JSON; `HttpError` 400 says where it is not as it should be."""
         try:
-            return msgspec.convert(_whole(msgspec.json.decode(body)), type=self.generation)
+            return msgspec.convert(whole(msgspec.json.decode(body)), type=self.generation)
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             raise self._refusal(error) from error
 
@@ -59,7 +48,7 @@ class Calls:
         try:
             for name, kind in JSON_FIELDS.items():
                 if isinstance(own := fields.get(name), str):
-                    fields = {**fields, name: msgspec.convert(_whole(msgspec.json.decode(own)), kind | None)}
+                    fields = {**fields, name: msgspec.convert(whole(msgspec.json.decode(own)), kind | None)}
             return msgspec.convert(fields, type=self.edit, strict=False)
         except (msgspec.MsgspecError, RecursionError) as error:
             raise self._refusal(error) from error
@@ -151,12 +140,3 @@ def arguments(call: Any) -> dict[str, Any]:
         width, _, height = call.size.partition("x")
         options["size"] = int(width), int(height)
     return options
-
-
-def _whole(data: Any) -> Any:
-    """JSON with 2.0 as 2, since JSON Schema's integers include it; other floats stay floats, bools bools."""
-    if isinstance(data, dict):
-        return {k: _whole(v) for k, v in data.items()}
-    if isinstance(data, list):
-        return [_whole(v) for v in data]
-    return int(data) if isinstance(data, float) and data.is_integer() else data

@@ -28,6 +28,7 @@ PICTURE_HEADER = struct.Struct("<BBHId")
 # kind u8, version u8, reserved u16, frame's number u32, input's number u32, server's latency in us u32, clock f64
 FRAME_HEADER = struct.Struct("<BBHIIId")
 MOST_MESSAGE = MOST_BYTES + PICTURE_HEADER.size
+OPTIONS = "sampler_options"
 Number = msgspec.Meta(ge=0, le=2**32 - 1)
 
 
@@ -42,7 +43,7 @@ class ProtocolError(FewstepError):
 class Set(msgspec.Struct, tag="set", forbid_unknown_fields=True, frozen=True):
     """Change these settings (names and values of `LiveSettings`) for the frames to come."""
 
-    settings: dict[str, str | int | float | list[int] | None]
+    settings: dict[str, str | int | float | list[int] | dict[str, Any] | None]
     id: int = 0
     at: float = 0.0
 
@@ -81,6 +82,8 @@ def read_text(text: str) -> Set | Ack | Clear:
         message: Set | Ack | Clear = _texts.decode(text.encode("utf-8", "strict"))
     except (msgspec.MsgspecError, UnicodeEncodeError, RecursionError) as error:
         raise ProtocolError("a text that is no message", expected="JSON of type set, ack or clear") from error
+    if isinstance(message, Set) and any(isinstance(v, dict) and k != OPTIONS for k, v in message.settings.items()):
+        raise ProtocolError("a setting that is an object", expected=f"{OPTIONS} alone to be one")
     numbers = (message.frame,) if isinstance(message, Ack) else (message.id,)
     if not all(0 <= n < 2**32 for n in numbers):
         raise ProtocolError("a number out of range", expected="0 to 4294967295")

@@ -27,7 +27,8 @@ class LiveSettings:
 
     steps: evaluations of the UNet a frame takes, with a picture as without one. strength: how much of an input
     picture is made anew; a schedule of about `steps / strength` steps is entered `steps` before its end, or all steps
-    are spaced by it where the bundle's pipeline does that (`respaces`). noise:
+    are spaced by it where the bundle's pipeline does that (`respaces`). sampler_options: of sampler and schedule, by
+    name. noise:
     `"fixed"` (the seed's own for every frame, so that frames hang together), `"walk"` (moves on by `walk` of the way
     to the next seed's noise a frame) or `"fresh"` (another seed a frame). size: (width, height) in pixels.
     """
@@ -40,6 +41,7 @@ class LiveSettings:
     guidance: float | None = None
     sampler: str | None = None
     schedule: str | None = None
+    sampler_options: Mapping[str, Any] | None = None
     size: tuple[int, int] | None = None
     noise: str = "fixed"
     walk: float = 0.05
@@ -54,6 +56,10 @@ class LiveSettings:
             _between("guidance", self.guidance, 0.0, 100.0)
         if self.noise not in MODES:
             raise UnknownNameError("noise", str(self.noise), MODES)
+        if self.sampler_options is not None and not isinstance(self.sampler_options, Mapping):
+            raise ArgumentError(
+                f"sampler_options is {str(self.sampler_options)[:40]!r}", expected='options by name, like {"rho": 5}'
+            )
         for name in ("sampler", "schedule", "negative"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
@@ -92,6 +98,7 @@ class LiveSettings:
             steps=scheduled,
             sampler=self.sampler,
             schedule=self.schedule,
+            options=self.sampler_options or {},
             guidance=self.guidance,
             seed=self.seed,
             size=self.size or pipeline.size,
@@ -104,7 +111,8 @@ class LiveSettings:
         sampler, schedule = self.sampler, self.schedule
         if sampler is None:
             sampler, schedule = own.sampler, own.schedule if schedule is None else schedule
-        chosen = choose_sampling(bundle, sampler=sampler, schedule=schedule, steps=steps, options={})
+        options = self.sampler_options or {}
+        chosen = choose_sampling(bundle, sampler=sampler, schedule=schedule, steps=steps, options=options)
         return bundle.respaces and chosen.spaces_anew
 
 

@@ -24,6 +24,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from ...errors import EngineFailedError, FewstepError, UnavailableError
 from ..http import Metrics, Service, Settings
+from ..options import read_options
 from ..tasks import end_tasks
 from .frames import Frame
 from .hub import LiveHub
@@ -31,6 +32,7 @@ from .metrics import LiveMetrics
 from .noise import MODES
 from .pictures import MOST_BYTES, MOST_PIXELS
 from .protocol import (
+    OPTIONS,
     SUBPROTOCOL,
     Ack,
     Clear,
@@ -250,6 +252,8 @@ class Connection:
                 changes: dict[str, Any] = dict(message.settings)
                 if isinstance(changes.get("size"), list):
                     changes["size"] = tuple(changes["size"])
+                if OPTIONS in changes:
+                    changes[OPTIONS] = read_options(changes[OPTIONS])
                 self._remember(session.update(**changes), message)
                 self._answer, self._answered = message.id, False
                 self._wake.set()

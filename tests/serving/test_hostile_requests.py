@@ -36,7 +36,7 @@ CALL: dict[str, Any] = {
 }
 SETTINGS: dict[str, Any] = {
     **{"prompt": "a", "negative": "b", "seed": 1, "steps": 2, "strength": 0.6, "guidance": 1.0, "sampler": "lcm"},
-    **{"schedule": "trailing", "size": [64, 64], "noise": "walk", "walk": 0.1},
+    **{"schedule": "trailing", "size": [64, 64], "noise": "walk", "walk": 0.1, "sampler_options": {"rho": 5.0}},
 }
 
 

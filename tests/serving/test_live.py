@@ -59,6 +59,7 @@ def frame_of(session: LiveSession, number: int) -> Frame:
 def test_every_frame_is_the_picture_of_its_settings(server: Server, student: fewstep.Pipeline, psnr) -> None:
     """Prompt, seed, steps, sampler and guidance change between frames; a negative prompt stays when others change."""
     call: dict[str, Any] = {"prompt": PROMPT, "seed": 3, "steps": 2}
+    seen: list[np.ndarray] = []
     changes: list[dict[str, Any]] = [
         {},
         {"seed": 4},
@@ -66,13 +67,20 @@ def test_every_frame_is_the_picture_of_its_settings(server: Server, student: few
         {"prompt": OTHER},
         {"steps": 4, "sampler": "dpmpp_2m", "schedule": "karras"},
         {"sampler": "euler_ancestral"},
-        {"steps": 1, "guidance": 0.0, "sampler": None, "schedule": None},
+        {"sampler": "lms", "schedule": "karras", "sampler_options": {"order": 2, "rho": 3}},
+        {"sampler_options": {"order": 1}},
+        {"steps": 1, "guidance": 0.0, "sampler": None, "schedule": None, "sampler_options": None},
     ]
     with LiveSession(server, **call) as session:
         for change in changes:
             call |= change
             frame = frame_of(session, session.update(**change))
-            assert psnr(frame.image, student(**call).images[0]) >= 50, change
+            asked = {**call, "options": call.get("sampler_options") or {}}
+            asked.pop("sampler_options", None)
+            alone = student(**asked).images[0]
+            assert psnr(frame.image, alone) >= 50, change
+            seen.append(alone)
+        assert psnr(*seen[-3:-1]) < 50, "the options change the picture"
         assert session.settings.negative == "blue"
         assert session.stats().inputs == len(changes)
 

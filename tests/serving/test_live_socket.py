@@ -116,6 +116,11 @@ def test_what_cannot_be_obeyed_is_an_error_and_no_more(port: int) -> None:
             ({"sampler": "no such"}, "no such"),
             ({"size": [1, 2, 3]}, "size is"),
             ({"elephant": 1}, "unknown setting"),
+            ({"sampler_options": {"elephant": 1}}, "elephant"),
+            ({"sampler_options": {"eta": {"deep": 1}}}, "sampler_options"),
+            ({"sampler_options": {"eta": 1e7}}, "sampler_options"),
+            ({"sampler_options": {f"a{i}": 1 for i in range(33)}}, "sampler_options"),
+            ({"sampler_options": 5}, "sampler_options"),
         ):
             number = client.set(**change)
             error = client.until("error")
@@ -290,8 +295,15 @@ near_miss = st.fixed_dictionaries(
         "at": st.floats() | st.none(),
         "frame": st.integers(-(2**65), 2**65),
         "settings": st.dictionaries(
-            st.sampled_from(["prompt", "negative", "seed", "steps", "strength", "guidance", "sampler", "size"]),
-            st.none() | st.integers(-5, 60) | st.floats() | st.text(max_size=20) | st.lists(st.integers(), max_size=3),
+            st.sampled_from(
+                ["prompt", "negative", "seed", "steps", "strength", "guidance", "sampler", "size", "sampler_options"]
+            ),
+            st.dictionaries(st.sampled_from(["eta", "rho", "x"]), st.none() | st.floats() | st.integers(), max_size=3)
+            | st.none()
+            | st.integers(-5, 60)
+            | st.floats()
+            | st.text(max_size=20)
+            | st.lists(st.integers(), max_size=3),
         ),
     },
 ).map(json.dumps)
@@ -326,7 +338,8 @@ def test_any_messages_are_answered_or_end_in_a_typed_close(port: int, sent: list
         try:
             for message in sent:
                 client.socket.send(message)
-            client.set(prompt=PROMPT, steps=1, sampler=None, schedule=None, noise="fixed", guidance=0, seed=1)
+            plain = {"sampler": None, "schedule": None, "sampler_options": None}
+            client.set(prompt=PROMPT, steps=1, **plain, noise="fixed", guidance=0, seed=1)
             while client.until("set")["settings"]["prompt"] != PROMPT:
                 pass
         except ConnectionClosed:
