@@ -248,6 +248,13 @@ def sweep_left(target: Path) -> list[str]:
     return swept
 
 
+def is_left(folder: Path) -> bool:
+    """Whether a folder that was being written has no writer any more."""
+    hold = _hold(folder, wait=False)
+    _let_go(hold)
+    return hold is not None
+
+
 def _left(target: Path, endings: str) -> list[Path]:
     """The folders beside `target` that are named for it, with one of these endings."""
     named = re.compile(rf"\.{re.escape(target.name)}\.(?:{endings})")

@@ -1,4 +1,4 @@
-"""`fewstep engines list|show|verify|prune`."""
+"""`fewstep engines list|show|verify|prune`: the engines of this user, and the bundles that the cache keeps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from .common import emit
 def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=("list", "show", "verify", "prune"))
     parser.add_argument(
-        "name", nargs="*", help="an engine's name, or how it begins (default: all; prune: by its rules)"
+        "name",
+        nargs="*",
+        help="an engine's name, or how it begins (default: all; prune: by its rules; list, prune: a kept bundle's too)",
     )
     parser.add_argument("--unused-days", type=float, help="prune: those not opened for so many days")
     parser.add_argument("--keep-mib", type=int, help="prune: the longest unused until the rest fits")
@@ -37,15 +39,24 @@ def execute(options: argparse.Namespace) -> int:
 def _list(options: argparse.Namespace) -> int:
     from ..engines import default_store
     from ..engines.inventory import list_engines
+    from ..engines.kept import list_kept
 
-    engines = list_engines(default_store(), options.name)
+    bundles = [k for k in list_kept() if not options.name or k.name.startswith(tuple(options.name))]
+    named = [n for n in options.name if not any(k.name.startswith(n) for k in bundles)]
+    engines = list_engines(default_store(), named) if named or not options.name else []
     data = [{"name": e.name, "bytes": e.length, "used": e.used, "state": e.state, "reason": e.reason} for e in engines]
     lines = []
     for e in engines:
-        used = time.strftime("%Y-%m-%d", time.localtime(e.used))
-        lines.append(f"{e.name}  {e.length / 1e6:9.2f} MB  used {used}  {e.state} {e.reason}")
-    emit(options, {"engines": data}, "\n".join(lines) or "no engines")
+        lines.append(f"{e.name}  {e.length / 1e6:9.2f} MB  used {_day(e.used)}  {e.state} {e.reason}")
+    kept = [{"name": k.name, "bytes": k.length, "used": k.used, "reason": k.reason} for k in bundles]
+    lines = lines or ["no engines"]
+    lines += [f"{k.name}  {k.length / 1e6:9.2f} MB  used {_day(k.used)}  a bundle {k.reason}" for k in bundles]
+    emit(options, {"engines": data, "bundles": kept}, "\n".join(lines))
     return 0
+
+
+def _day(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d", time.localtime(seconds))
 
 
 def _show(options: argparse.Namespace) -> int:
@@ -86,6 +97,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _prune(options: argparse.Namespace) -> int:
     from ..engines import default_store
     from ..engines.inventory import prune_engines
+    from ..engines.kept import list_kept
 
     keep = None if options.keep_mib is None else options.keep_mib * 2**20
     gone = prune_engines(
@@ -95,6 +107,7 @@ def _prune(options: argparse.Namespace) -> int:
         keep_bytes=keep,
         everything=options.everything,
         dry_run=options.dry_run,
+        kept=list_kept(),
     )
     data = [{"name": p.name, "bytes": p.length, "reason": p.reason} for p in gone]
     verb = "would delete" if options.dry_run else "deleted"

@@ -1,4 +1,4 @@
-"""The store's verbs: list, verify and prune its engines. They return data; the command line prints it."""
+"""The store's verbs: list, verify and prune its engines, and prune the bundles beside it. They return data."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ..errors import ArgumentError, FewstepError, MissingError
 from . import machine
 from .backends.registry import load_backend
 from .digest import compare_file
+from .kept import Kept, remove_kept
 from .key import ANY_DEVICE
 from .store import MANIFEST, REBUILD, Entry, Store, sweep
 
@@ -98,12 +99,14 @@ def prune_engines(
     keep_bytes: int | None = None,
     everything: bool = False,
     dry_run: bool = False,
+    kept: Sequence[Kept] = (),
 ) -> list[Pruned]:
     """Delete engines: damaged and failed ones and leftovers always; `stale` those of other machines or versions;
     those unused for so many days; the longest unused until the rest takes at most `keep_bytes`.
 
-    names: delete the engines whose names begin so, and nothing else. An engine that is being built is left alone.
-    Raises `ArgumentError` for a pinned store and for numbers below zero, `MissingError` for a name that none has.
+    kept: bundles beside the store (`list_kept`), to which the same rules apply. names: delete what is called so, or
+    begins so, and nothing else. What is being built is left alone. Raises `ArgumentError` for a pinned store and for
+    numbers below zero, `MissingError` for a name that none has.
     """
     for what, value in (("unused_days", unused_days), ("keep_bytes", keep_bytes)):
         if value is not None and not value >= 0:  # NaN is not either
@@ -113,20 +116,24 @@ def prune_engines(
             "a pinned store is read-only", expected="a store of your own", remedy="Unset FEWSTEP_STORE_DIGEST."
         )
     if names:
-        listed = list_engines(store, names)
-        return [gone for one in listed for gone in _remove(store, one.name, "asked for by name", dry_run=dry_run)]
-    result, kept = [], []
-    for one in list_engines(store):
+        bundles = [k for k in kept if k.name.startswith(tuple(names))]
+        of_engines = [n for n in names if not any(k.name.startswith(n) for k in bundles)]
+        chosen: list[Listed | Kept] = [*(list_engines(store, of_engines) if of_engines else ()), *bundles]
+        return [gone for one in chosen for gone in _remove(store, one, "asked for by name", dry_run=dry_run)]
+    result: list[Pruned] = []
+    stay: list[Listed | Kept] = []
+    there: list[Listed | Kept] = [*list_engines(store), *kept]
+    for one in there:
         reason = _why(one, stale=stale, unused_days=unused_days, everything=everything)
         if reason:
-            result += _remove(store, one.name, reason, dry_run=dry_run)
+            result += _remove(store, one, reason, dry_run=dry_run)
         else:
-            kept.append(one)
-    total = sum(k.length for k in kept)
-    for one in sorted(kept, key=lambda k: k.used):
+            stay.append(one)
+    total = sum(k.length for k in stay)
+    for one in sorted(stay, key=lambda k: k.used):
         if keep_bytes is None or total <= keep_bytes:
             break
-        removed = _remove(store, one.name, f"the store is above {keep_bytes} bytes", dry_run=dry_run)
+        removed = _remove(store, one, f"the cache is above {keep_bytes} bytes", dry_run=dry_run)
         result += removed
         total -= sum(r.length for r in removed)
     return result + _leftovers(store, dry_run=dry_run)
@@ -163,10 +170,13 @@ def _state(entry: Entry) -> tuple[str, str]:
     return "ready", ""
 
 
-def _why(one: Listed, *, stale: bool, unused_days: float | None, everything: bool) -> str:
+def _why(one: Listed | Kept, *, stale: bool, unused_days: float | None, everything: bool) -> str:
     if everything:
         return "all were asked for"
-    if one.state in {"damaged", "failed"} or (stale and one.state != "ready"):
+    if isinstance(one, Kept):
+        if one.reason:
+            return one.reason
+    elif one.state in {"damaged", "failed"} or (stale and one.state != "ready"):
         return f"{one.state}: {one.reason}"
     days = (time.time() - one.used) / 86400
     if unused_days is not None and days > unused_days:
@@ -174,11 +184,13 @@ def _why(one: Listed, *, stale: bool, unused_days: float | None, everything: boo
     return ""
 
 
-def _remove(store: Store, name: str, reason: str, *, dry_run: bool) -> list[Pruned]:
-    """Delete one engine, its manifest first, unless a builder holds its lock."""
+def _remove(store: Store, one: Listed | Kept, reason: str, *, dry_run: bool) -> list[Pruned]:
+    """Delete one engine or bundle, its manifest first, unless whoever makes it holds its lock."""
     from filelock import Timeout
 
-    folder = store.root / name
+    if isinstance(one, Kept):
+        return [Pruned(name=one.name, length=one.length, reason=reason)] if dry_run or remove_kept(one.name) else []
+    name, folder = one.name, store.root / one.name
     length = sum(p.lstat().st_size for p in folder.iterdir())
     if dry_run:
         return [Pruned(name=name, length=length, reason=reason)]

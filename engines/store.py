@@ -273,13 +273,18 @@ class Store:
 
 
 def default_store() -> Store:
-    """This user's store: in `$FEWSTEP_CACHE_DIR`, else the platform's cache; pinned by `$FEWSTEP_STORE_DIGEST`."""
+    """This user's store: `engines` in the cache; pinned by `$FEWSTEP_STORE_DIGEST`."""
+    return Store(cache_root() / "engines", pinned=os.environ.get(ENV_DIGEST) or None)
+
+
+def cache_root() -> Path:
+    """This user's cache: `$FEWSTEP_CACHE_DIR`, else the platform's folder for fewstep."""
     base = os.environ.get(ENV_CACHE)
     if not base:
         from platformdirs import user_cache_dir
 
         base = user_cache_dir("fewstep", appauthor=False)
-    return Store(Path(base) / "engines", pinned=os.environ.get(ENV_DIGEST) or None)
+    return Path(base)
 
 
 def sync(path: Path) -> None:

@@ -6,12 +6,11 @@ import hashlib
 from importlib import resources
 from pathlib import Path
 
-from filelock import FileLock
-
-from ..bundle import MANIFEST, Bundle, read_bundle
+from ..bundle import Bundle
+from ..engines.kept import find_kept, keeping, kept_folder
 from ..errors import ArgumentError, MissingError
 from ..places import writing
-from .trace.graphs import RECIPE, cache_folder
+from .trace.graphs import RECIPE
 
 MODELS = ("base", "student")
 
@@ -37,15 +36,15 @@ def embedded_bundle(model: str) -> tuple[Bundle, bool]:
         if file.is_file():
             digest.update(f"{file.relative_to(checkpoint)}\0{file.stat().st_size}\0".encode())
             digest.update(file.read_bytes())
-    folder = cache_folder().parent / "embedded" / f"{model}-{digest.hexdigest()[:12]}"
-    if (folder / MANIFEST).is_file():
-        return read_bundle(folder), False
-    with writing("the embedded model's bundle", folder.parent):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if (folder / MANIFEST).is_file():
-                return read_bundle(folder), False
-            from .export import export_bundle
+    folder = kept_folder("embedded", f"{model}-{digest.hexdigest()[:12]}")
+    kept = find_kept(folder)
+    if kept is not None:
+        return kept, False
+    with writing("the embedded model's bundle", folder.parent), keeping(folder):
+        kept = find_kept(folder)
+        if kept is not None:
+            return kept, False
+        from .export import export_bundle
 
-            reference = checkpoint / "reference.safetensors"
-            return export_bundle(checkpoint, folder, name=f"embedded-{model}", reference=reference), True
+        reference = checkpoint / "reference.safetensors"
+        return export_bundle(checkpoint, folder, name=f"embedded-{model}", reference=reference), True

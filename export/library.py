@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..bundle import MANIFEST, Bundle, read_bundle
+from ..bundle import Bundle
+from ..engines.kept import find_kept, keeping, kept_folder
 from ..errors import MissingExtraError, UnknownNameError
 from ..version import __version__
 
@@ -37,23 +38,18 @@ class DiffusersLibrary:
         Its folder is named by what it was made from: the parts' files with their sizes and times of change, and the
         options.
         """
-        from filelock import FileLock
-
         from .checkpoint.compose import compose_checkpoint
         from .export import export_bundle
-        from .trace.graphs import RECIPE, cache_folder
+        from .trace.graphs import RECIPE
 
         checkpoint = compose_checkpoint(source, revision=revision, variant=variant, offline=offline)
         files = [p for p in sorted(checkpoint.folder.rglob("*")) if p.is_file()]
         facts = [(str(f.relative_to(checkpoint.folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         told = json.dumps([RECIPE, __version__, str(checkpoint.folder.absolute()), facts, dtype, variant, revision])
         name = Path(source).name
-        folder = cache_folder().parent / "pretrained" / f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if (folder / MANIFEST).is_file():
-                return read_bundle(folder)
-            return export_bundle(
+        folder = kept_folder("pretrained", f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:12]}")
+        with keeping(folder):
+            return find_kept(folder) or export_bundle(
                 source, folder, name=name, dtype=dtype, variant=variant, revision=revision, offline=offline
             )
 

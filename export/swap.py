@@ -12,13 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from ..bundle import MANIFEST, Bundle, Component, read_bundle, write_manifest
+from ..bundle import Bundle, Component, read_bundle, write_manifest
 from ..bundle import Tokenizer as TokenizerRecord
 from ..engines.gate.reference import file_sha256, stated_reference
+from ..engines.kept import find_kept, keeping, kept_folder
 from ..errors import ArgumentError, UnsupportedError
 from ..families.base import vae_factor
 from ..places import copy_file, put_in_place, staging_folder, writing
@@ -29,7 +29,7 @@ from .export import Progress, export_component, find_or_trace
 from .gate.gating import REFERENCE, SWITCHED_OFF, judge
 from .plan import ComponentPlan, component_config, precision_for
 from .tokenizers import write_tokenizer
-from .trace.graphs import RECIPE, cache_folder
+from .trace.graphs import RECIPE
 
 HALVES = {"vae": ("vae_decoder", "vae_encoder")}
 
@@ -42,14 +42,16 @@ def swap_parts(bundle: Bundle, parts: Mapping[str, Any]) -> Bundle:
     place for, `ArgumentError` for one that does not fit the others, `GateError` where the graph and torch disagree,
     `WriteError` on a full disk.
     """
-    root = cache_folder().parent / "swapped"
+    root = kept_folder("swapped", "")
     with writing("a bundle with parts replaced", root), staging_folder(root / "saved") as saved:
         places = {n: _save(bundle, n, p, saved / n) for n, p in parts.items() if not isinstance(p, Bundle)}
         folder = root / f"{bundle.name.partition('+')[0]}-{_digest(bundle, parts, places)[:16]}"
-        with FileLock(f"{folder}.lock"):
-            if not (folder / MANIFEST).is_file():
+        with keeping(folder):
+            kept = find_kept(folder)
+            if kept is None:
                 _make(bundle, parts, places, folder)
-    return read_bundle(folder)
+                kept = read_bundle(folder)
+    return kept
 
 
 def _save(bundle: Bundle, name: str, part: Any, place: Path) -> Path:

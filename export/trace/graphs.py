@@ -17,9 +17,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from ...engines.base import TensorSpec
+from ...engines.store import cache_root
 from ...errors import CorruptError
 from ...places import writing
 from ...values import Reader, parse_json
@@ -65,9 +64,8 @@ def graph_key(kind: str, config: Mapping[str, Any], dtype: str) -> str:
 
 
 def cache_folder() -> Path:
-    """Where traced graphs are kept: `FEWSTEP_CACHE_DIR`, or the platform's cache folder."""
-    root = os.environ.get("FEWSTEP_CACHE_DIR") or platformdirs.user_cache_dir("fewstep", appauthor=False)
-    return Path(root) / "graphs"
+    """Where traced graphs are kept: `graphs` in the user's cache."""
+    return cache_root() / "graphs"
 
 
 def find_graph(key: str) -> TracedGraph | None:

@@ -20,6 +20,7 @@ import onnx
 import pytest
 import torch
 from checkpoints import _text, _unet, _vae, psnr
+from commandline import call
 from fewstep.errors import ArgumentError, FewstepError, MissingError, UnknownNameError, UnsupportedError
 from fewstep.runtime import diffusers_adapter
 from fewstep.runtime.diffusers_adapter import base, calling, loading
@@ -111,6 +112,23 @@ def test_a_component_of_another_pipeline(pair: tuple[Any, Any], tiny_sd1: Path, 
     alike(theirs, ours)
     with pytest.raises(ArgumentError, match="the unet of a pipeline as its vae"):
         ours.vae = ours.unet
+
+
+def test_a_pruned_bundle_is_exported_again(
+    pair: tuple[Any, Any], loaded: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What replacing a component left in the cache is listed and deleted with the engines, and made anew when asked."""
+    theirs, ours = pair
+    tokenizer = CLIPTokenizer.from_pretrained(Path(str(theirs.tokenizer.name_or_path)))
+    tokenizer.pad_token = "b"
+    theirs.tokenizer = ours.tokenizer = tokenizer
+    folder = ours.pipeline.bundle.folder
+    name = f"swapped/{folder.name}"
+    assert name in call(capsys, "engines", "list")[1]
+    assert call(capsys, "engines", "prune", name)[0] == 0
+    assert not folder.exists()
+    alike(theirs, diffusers_adapter.StableDiffusionPipeline.from_pretrained(loaded, tokenizer=tokenizer))
+    assert folder.is_dir()
 
 
 def test_no_generator_is_torchs_own(tiny_sd1: Path, loaded: Any) -> None:
