@@ -1,6 +1,6 @@
 """What others wrote, read by type and range: JSON of bounded depth, numbers that fit, texts that a terminal may show.
 
-Every JSON file that fewstep takes is parsed here; the HTTP face alone has msgspec, for its requests.
+All JSON that fewstep takes is parsed here; the doors alone have msgspec, to say what requests and messages may hold.
 """
 
 from __future__ import annotations
@@ -68,8 +68,9 @@ def escape(character: str) -> str:
 def parse_json(text: str | bytes, place: str, *, remedy: str = "", finite: bool = False) -> Any:
     """JSON in UTF-8, at most `MOST_DEPTH` deep, whose numbers fit a float and whose texts can be written again.
 
-    place: what holds it, for the message. finite: refuses infinity and keys that are there twice, as fewstep itself
-    writes none; diffusers writes some bounds as infinity. NaN is always refused. Raises `CorruptError`.
+    An object with a key twice is refused: readers differ in which of the two counts. place: what holds it, for the
+    message. finite: refuses infinity, as fewstep itself writes none; diffusers writes some bounds as infinity. NaN is
+    always refused. Raises `CorruptError`.
     """
     try:
         if isinstance(text, bytes):
@@ -79,7 +80,7 @@ def parse_json(text: str | bytes, place: str, *, remedy: str = "", finite: bool 
             parse_int=_integer,
             parse_float=_float,
             parse_constant=_no_constant if finite else _infinity,
-            object_pairs_hook=_unique if finite else None,
+            object_pairs_hook=_unique,
         )
         _check_depth(data)
         if "\\u" in text or not text.isascii():
@@ -132,7 +133,9 @@ def _no_constant(text: str) -> float:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) != len(pairs):
-        raise ValueError("a key that is there twice")
+        keys = [k for k, _ in pairs]
+        twice = next(k for k in data if keys.count(k) > 1)
+        raise ValueError(f"a key that is there twice, {shown(twice, 40)}")
     return data
 
 

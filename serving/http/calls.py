@@ -13,7 +13,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import msgspec
 from msgspec import Meta
 
+from ...errors import CorruptError
 from ...runtime.prompts.lora_tags import MOST_SCALE
+from ...values import parse_json
 from ..options import NAME, OPTIONS, whole
 from .errors import HttpError, shown
 from .settings import Settings
@@ -38,9 +40,10 @@ class Calls:
 
     def generation_from(self, body: bytes) -> Any:
         """Decode JSON; `HttpError` 400 says where it is not as it should be."""
+        data = _parsed(body, "the body")
         try:
-            return msgspec.convert(whole(msgspec.json.decode(body)), type=self.generation)
-        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+            return msgspec.convert(data, type=self.generation)
+        except msgspec.MsgspecError as error:
             raise self._refusal(error) from error
 
     def edit_from(self, fields: dict[str, Any]) -> Any:
@@ -48,9 +51,9 @@ class Calls:
         try:
             for name, kind in JSON_FIELDS.items():
                 if isinstance(own := fields.get(name), str):
-                    fields = {**fields, name: msgspec.convert(whole(msgspec.json.decode(own)), kind | None)}
+                    fields = {**fields, name: msgspec.convert(_parsed(own, name, param=name), kind | None)}
             return msgspec.convert(fields, type=self.edit, strict=False)
-        except (msgspec.MsgspecError, RecursionError) as error:
+        except msgspec.MsgspecError as error:
             raise self._refusal(error) from error
 
     def _refusal(self, error: Exception) -> HttpError:
@@ -63,6 +66,14 @@ class Calls:
         elif param in self.choices and text.startswith("Invalid enum value"):
             text = f"expected one of {', '.join(self.choices[param])}"
         return HttpError(400, "invalid_request", f"{param}: {text}"[:300] if param else text[:300], param=param)
+
+
+def _parsed(text: str | bytes, place: str, *, param: str | None = None) -> Any:
+    """JSON of a request, whose objects have each key once; `HttpError` 400 for anything else."""
+    try:
+        return whole(parse_json(text, place, finite=True))
+    except CorruptError as error:
+        raise HttpError(400, "invalid_request", error.found[:300], param=param) from error
 
 
 def make_calls(settings: Settings, sizes: Sequence[tuple[int, int]]) -> Calls:

@@ -65,6 +65,7 @@ class Guard:
             await send(message)
 
         try:
+            _check_framing(scope, headers)
             self._check_origin(headers)
             self._check_token(scope["path"], headers)
             await self._app(scope, receive, named)
@@ -101,6 +102,20 @@ class Guard:
         kind, _, token = headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not hmac.compare_digest(token.strip().encode(), self._settings.token.encode()):
             raise HttpError(401, "no_token", "a valid token is needed", headers={"www-authenticate": "Bearer"})
+
+
+def _check_framing(scope: Scope, headers: dict[str, str]) -> None:
+    """Refuse a body whose end two readers may see in two places (RFC 9112, 6.1), and end the connection with it.
+
+    A proxy in front that goes by the length would take for another client's request what comes after the chunks.
+    """
+    if "transfer-encoding" in headers and ("content-length" in headers or scope["http_version"] != "1.1"):
+        raise HttpError(
+            400,
+            "ambiguous_length",
+            "transfer-encoding beside content-length, or in HTTP/1.0",
+            headers={"connection": "close"},
+        )
 
 
 def _authority(origin: str) -> str | None:

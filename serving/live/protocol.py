@@ -14,7 +14,8 @@ from typing import Any
 
 import msgspec
 
-from ...errors import FewstepError
+from ...errors import CorruptError, FewstepError
+from ...values import parse_json
 from .frames import Frame
 from .pictures import MOST_BYTES
 from .settings import LiveSettings
@@ -71,7 +72,6 @@ class Picture:
 
 
 Message = Set | Ack | Clear | Picture
-_texts = msgspec.json.Decoder(Set | Ack | Clear)
 
 
 def read_text(text: str) -> Set | Ack | Clear:
@@ -79,8 +79,8 @@ def read_text(text: str) -> Set | Ack | Clear:
     if len(text) > MOST_TEXT:
         raise ProtocolError(f"a text of {len(text)} characters", code=1009, expected=f"at most {MOST_TEXT}")
     try:
-        message: Set | Ack | Clear = _texts.decode(text.encode("utf-8", "strict"))
-    except (msgspec.MsgspecError, UnicodeEncodeError, RecursionError) as error:
+        message: Set | Ack | Clear = msgspec.convert(parse_json(text, "a text", finite=True), Set | Ack | Clear)
+    except (msgspec.MsgspecError, CorruptError) as error:
         raise ProtocolError("a text that is no message", expected="JSON of type set, ack or clear") from error
     if isinstance(message, Set) and any(isinstance(v, dict) and k != OPTIONS for k, v in message.settings.items()):
         raise ProtocolError("a setting that is an object", expected=f"{OPTIONS} alone to be one")

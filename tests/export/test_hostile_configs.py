@@ -93,6 +93,18 @@ def test_files_that_are_no_configuration(checkpoint: Path, tmp_path: Path, file:
         read_whole(checkpoint, tmp_path / "tokenizer.json")
 
 
+@pytest.mark.parametrize("file", FILES)
+def test_a_key_that_is_there_twice_is_refused(checkpoint: Path, tmp_path: Path, file: str) -> None:
+    """Of two values, one reader takes the first and another the last; here neither counts."""
+    path = alone(checkpoint, file)
+    text = path.read_text(encoding="utf-8").lstrip()
+    first = next(iter(json.loads(text)))
+    path.write_text(f"{{{json.dumps(first)}: 1, {text[1:]}", encoding="utf-8")
+    with pytest.raises(CorruptError, match="there twice") as refusal:
+        read_whole(checkpoint, tmp_path / "tokenizer.json")
+    assert path.name in str(refusal.value)
+
+
 WRONG: list[tuple[str, str, Any]] = [
     ("model_index.json", "force_zeros_for_empty_prompt", "no"),
     ("scheduler/scheduler_config.json", "timestep_spacing", 5),

@@ -111,6 +111,8 @@ BAD_JSON = [
     (b'{"prompt":' + b"[" * 40_000, 400),
     (b'{"prompt":"a","prompt_":1}', 400),
     (b'{"prompt":5}', 400),
+    (b'{"prompt":"a","prompt":"b"}', 400),
+    (b'{"prompt":"a","sampler_options":{"eta":0,"eta":1}}', 400),
     (b'{"prompt":"a","n":true}', 400),
     (b'{"prompt":"a","n":1.5}', 400),
     (b'{"prompt":"a","n":0}', 400),
@@ -137,6 +139,16 @@ def test_bad_bodies_are_refused(url: str, body: bytes, status: int) -> None:
     assert error["message"]
     assert "Traceback" not in answer.text
     assert "aaaa" not in answer.text, "what was sent is not repeated"
+
+
+def test_a_field_that_is_there_twice_is_named(url: str) -> None:
+    """Which of the two counts differs from reader to reader."""
+    posted = {"content": b'{"prompt":"a","seed":1,"seed":2}', "headers": {"content-type": "application/json"}}
+    error = httpx.post(f"{url}/v1/images/generations", **posted).json()["error"]
+    assert "there twice, 'seed'" in error["message"]
+    form = {"prompt": "a", "sampler_options": '{"eta": 1, "eta": 0}'}
+    error = httpx.post(f"{url}/v1/images/edits", data=form, files={"image": ("x", png())}).json()["error"]
+    assert (error["param"], "there twice, 'eta'" in error["message"]) == ("sampler_options", True)
 
 
 def test_options_of_samplers(url: str, student: fewstep.Pipeline, psnr) -> None:

@@ -142,6 +142,7 @@ def test_what_cannot_be_obeyed_is_an_error_and_no_more(port: int) -> None:
         ('{"type":"set"}', 4400),
         ('{"type":"set","settings":{"prompt":{"a":1}}}', 4400),
         ('{"type":"set","settings":{},"more":1}', 4400),
+        ('{"type":"set","settings":{"seed":1,"seed":2}}', 4400),
         ('{"type":"set","settings":{"strength":NaN}}', 4400),
         ('{"type":"set","id":4294967296,"settings":{}}', 4400),
         ('{"type":"ack","frame":-1}', 4400),
