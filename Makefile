@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 CORE := $(VENV)/.core
 FULL := $(VENV)/.full
 
-.PHONY: lora-bench bench-export bench-sd15 bench-sd15-request bench-sdxl bench-peers demo test lint parity bench bindings-check install-check ray-test load-bench load-bench-sd15 soak live-bench door-bench model clean
+.PHONY: faults lora-bench bench-export bench-sd15 bench-sd15-request bench-sdxl bench-peers demo test lint parity bench bindings-check install-check ray-test load-bench load-bench-sd15 soak live-bench door-bench model clean
 
 demo: $(CORE)
 	$(BIN)/fewstep demo
@@ -14,6 +14,12 @@ demo: $(CORE)
 # Two processes, a file's tests in one of them: what a file makes for its tests is made once.
 test: $(FULL)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# Hostile manifests, checkpoints, requests, pictures and connections in the numbers that a release is held to.
+FAULTS := tests/export/test_manifests.py tests/export/test_hostile_configs.py tests/serving/test_hostile_requests.py \
+	tests/serving/test_room.py tests/serving/test_connections.py
+faults: $(FULL)
+	FEWSTEP_COUNTS=full $(BIN)/python -m pytest -s $(FAULTS)
 
 parity: $(FULL)
 	FEWSTEP_PARITY=full $(BIN)/python -m pytest tests/schedules/test_parity.py -s

@@ -9,6 +9,7 @@ from typing import Any
 
 import fewstep
 import pytest
+from counts import count
 from fewstep.bundle import read_bundle
 from fewstep.cli import main
 from fewstep.errors import (
@@ -110,12 +111,13 @@ def test_json_that_no_manifest_is(tmp_path: Path, text: str) -> None:
 
 
 def test_no_edit_of_a_manifest_surprises(sd1_bundle: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """600 edits: refused by type, or read, shown and run with an image or a typed error; never anything else."""
+    """600 edits or 2,000: refused by type, or read, shown and run with an image or a typed error; nothing else."""
+    tried = count(600, 2000)
     folder = shutil.copytree(sd1_bundle.folder, tmp_path / "bundle")
     data = json.loads((folder / "bundle.json").read_text())
     refused: list[str] = []
     untyped: list[str] = []
-    for index, (name, changed) in enumerate(edits(data, 600, seed=15)):
+    for index, (name, changed) in enumerate(edits(data, tried, seed=15)):
         (folder / "bundle.json").write_text(json.dumps(changed))
         try:
             read_bundle(folder)
@@ -127,7 +129,8 @@ def test_no_edit_of_a_manifest_surprises(sd1_bundle: Any, tmp_path: Path, capsys
         except Exception as error:
             untyped.append(f"{name}: {error!r}")
     assert not untyped, "\n".join(untyped)
-    assert 250 < len(refused) < 600
+    print(f"{tried} edited manifests: {len(refused)} refused")
+    assert 0.4 * tried < len(refused) < tried
     assert "\x1b" not in "".join(capsys.readouterr())
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+from counts import count
 from fewstep.errors import ArgumentError
 from fewstep.serving.http import Settings
 from fewstep.serving.http.connections import ConnectionLimits, most_connections
@@ -110,22 +111,53 @@ def test_a_body_that_keeps_coming_is_waited_for() -> None:
 
 
 def test_idle_connections_keep_nobody_out(caplog: pytest.LogCaptureFixture) -> None:
-    limits = ConnectionLimits(most=8, request_s=60.0)
+    limits, tried = ConnectionLimits(most=8, request_s=60.0), count(40, 1000)
     began = time.monotonic()
     with caplog.at_level(logging.WARNING), listening(APP, limits) as (url, _):
         idle = []
         with httpx.Client() as kept:
             assert kept.get(f"{url}/echo").text == "0"
-            for _ in range(40):
+            for _ in range(tried):
                 idle.append(connect(url))
                 assert len(limits.open) <= 8
                 assert httpx.get(f"{url}/echo").text == "0", "a new client"
             assert kept.get(f"{url}/echo").text == "0", "a client from before, on another connection if need be"
-        assert sum(map(is_closed, idle)) >= 32
+        assert sum(map(is_closed, idle)) >= tried - 8
     said = [r for r in caplog.records if "more connections than are kept" in r.getMessage()]
     assert 1 <= len(said) <= 2 + (time.monotonic() - began), "once a second at most"
     for one in idle:
         one.close()
+
+
+def percentile(milliseconds: list[float], part: float) -> float:
+    return sorted(milliseconds)[int(part * (len(milliseconds) - 1))]
+
+
+def test_an_honest_client_beside_idle_ones() -> None:
+    """Every answer comes, whoever else is connected and silent; what that costs it is printed."""
+    silent, asked = count(200, 1000), count(100, 1000)
+
+    def latencies(url: str) -> list[float]:
+        taken = []
+        with httpx.Client(timeout=30) as client:
+            for _ in range(asked):
+                began = time.perf_counter()
+                assert client.get(f"{url}/health/live").status_code == 200
+                taken.append(1e3 * (time.perf_counter() - began))
+        return taken
+
+    with serve_process() as (url, _):
+        latencies(url)
+        before = latencies(url)
+        idle = [connect(url) for _ in range(silent)]
+        beside = latencies(url)
+        made = httpx.post(f"{url}/v1/images/generations", json={"prompt": "a", "num_inference_steps": 1}, timeout=60)
+        assert made.status_code == 200
+        for one in idle:
+            one.close()
+        after = latencies(url)
+    for words, taken in (("before", before), (f"beside {silent} idle connections", beside), ("after", after)):
+        print(f"{words}: p50 {percentile(taken, 0.5):.2f} ms, p99 {percentile(taken, 0.99):.2f} ms")
 
 
 def test_a_peer_that_does_not_read_is_closed() -> None:

@@ -13,6 +13,7 @@ import fewstep
 import httpx
 import numpy as np
 import pytest
+from counts import count
 from fewstep.errors import FewstepError
 from fewstep.serving import Server
 from fewstep.serving.http import Service, Settings, make_app
@@ -66,10 +67,10 @@ async def answers(app: Any) -> tuple[Counter[int], list[str]]:
                 wrong.append(f"{name}: {answer.status_code} {answer.text[:200]}")
 
         json_type = {"content-type": "application/json"}
-        for name, changed in edits(BODY, 350, seed=21):
+        for name, changed in edits(BODY, count(350, 1400), seed=21):
             body = json.dumps(changed).encode()
             await ask(name, "/v1/images/generations", content=body, headers=json_type)
-        for name, changed in edits(BODY, 150, seed=22):
+        for name, changed in edits(BODY, count(150, 600), seed=22):
             await ask(name, "/v1/images/edits", data=form(changed), files=files)
         for whole in VALUES[:-1]:
             await ask(str(whole)[:20] if not isinstance(whole, int) else "number", "/v1/images/generations",

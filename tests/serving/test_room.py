@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import re
 import threading
 import time
 from contextlib import suppress
@@ -13,6 +14,7 @@ from typing import Any
 import fewstep
 import httpx
 import pytest
+from counts import count
 from fewstep.errors import QueueFullError
 from fewstep.serving import Server
 from fewstep.serving.room import Held, Room, kept
@@ -119,32 +121,44 @@ def peak_bytes(process: int) -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system tells no process's memory")
 def test_memory_follows_admission() -> None:
-    """Pictures of 2048x2048 in a few kilobytes, 150 at once: what is decoded together is bounded, not what comes."""
-    out = io.BytesIO()
-    Image.new("RGB", (2048, 2048), "red").save(out, "PNG")
-    picture, pixels = out.getvalue(), 2048 * 2048
+    """Large pictures in a few kilobytes, 150 or 500 at once: what is decoded together is bounded, not what comes."""
+    tried, side = count(150, 500), count(2048, 4096)
+    picture, pixels = png(side), side * side
 
     async def flood(url: str) -> list[int]:
-        limits = httpx.Limits(max_connections=150)
-        async with httpx.AsyncClient(timeout=300, limits=limits) as client:
+        limits = httpx.Limits(max_connections=tried)
+        async with httpx.AsyncClient(timeout=600, limits=limits) as client:
 
             async def one() -> int:
                 form: dict[str, Any] = {"data": FORM, "files": {"image": ("x.png", picture)}}
                 return (await client.post(f"{url}/v1/images/edits", **form)).status_code
 
-            return list(await asyncio.gather(*(one() for _ in range(150))))
+            return list(await asyncio.gather(*(one() for _ in range(tried))))
 
     with serve_process() as (url, process):
-        asyncio.run(flood_once(url, picture))
+        asyncio.run(flood_once(url, png(16)))  # the model's memory
         before = peak_bytes(process.pid)
         statuses = asyncio.run(flood(url))
         grown = peak_bytes(process.pid) - before
+        assert process.stderr is not None
+        printed = re.search(r"take ([0-9.]+) GiB at most", process.stderr.read())
     assert set(statuses) <= {200, 429}
     assert statuses.count(200) >= 32
-    one = 18 * pixels
-    print(f"150 edits at once: {grown / 1e6:.0f} MB more than one, {one / 1e6:.0f} MB a picture that is decoded")
+    assert printed is not None
+    bound, one = float(printed[1]) * 2**30, 18 * pixels
+    print(
+        f"{tried} edits of {len(picture) / 1024:.0f} KiB at once: {grown / 1e6:.0f} MB beside the model, "
+        f"{bound / 1e6:.0f} MB is the bound that is printed, {one / 1e6:.0f} MB a picture that is decoded"
+    )
+    assert grown < bound
     bodies, allocator = 64 * 1024 * 1024, 64 * 1024 * 1024
-    assert grown < 2 * one + bodies + allocator < 150 * 3 * pixels
+    assert grown < 2 * one + bodies + allocator < tried * 3 * pixels
+
+
+def png(side: int) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (side, side), "red").save(out, "PNG")
+    return out.getvalue()
 
 
 async def flood_once(url: str, picture: bytes) -> None:
