@@ -75,13 +75,7 @@ def parse_json(text: str | bytes, place: str, *, remedy: str = "", finite: bool 
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
-        data = json.loads(
-            text,
-            parse_int=_integer,
-            parse_float=_float,
-            parse_constant=_no_constant if finite else _infinity,
-            object_pairs_hook=_unique,
-        )
+        data = _DECODERS[finite].decode(text)
         _check_depth(data)
         if "\\u" in text or not text.isascii():
             json.dumps(data, ensure_ascii=False).encode("utf-8")
@@ -137,6 +131,18 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(k for k in data if keys.count(k) > 1)
         raise ValueError(f"a key that is there twice, {shown(twice, 40)}")
     return data
+
+
+_DECODERS = {
+    finite: json.JSONDecoder(
+        parse_int=_integer,
+        parse_float=_float,
+        parse_constant=_no_constant if finite else _infinity,
+        object_pairs_hook=_unique,
+    )
+    for finite in (False, True)
+}
+"""Made once: a decoder takes longer to make than a request's JSON to read."""
 
 
 def _check_depth(data: object) -> None:
