@@ -6,6 +6,8 @@ import asyncio
 import base64
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -32,6 +34,8 @@ class ImageRoutes:
         self._calls: Calls | None = None
         self._bodies = BodyBudget(settings.bodies_bytes)
         self._decoders = asyncio.Semaphore(settings.decoders)
+        # threads of their own: what a thread has let go of may stay with it, and any of many would keep its share
+        self._threads = ThreadPoolExecutor(settings.decoders, "fewstep-picture")
 
     def _ready(self) -> tuple[Server, Calls]:
         """The server and its call types; raises `UnavailableError` while there is none."""
@@ -62,7 +66,8 @@ class ImageRoutes:
             fields, files = await read_form(request, self._settings.body_bytes)
             call = self._checked(server, calls.edit_from(fields))
             async with self._decoders:
-                return server, call, await asyncio.to_thread(self._edit, server, call, files)
+                edit = partial(self._edit, server, call, files)
+                return server, call, await asyncio.get_running_loop().run_in_executor(self._threads, edit)
 
     def _edit(self, server: Server, call: Any, files: dict[str, list[bytes]]) -> RuntimeRequest:
         server.check_room()
