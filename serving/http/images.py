@@ -14,7 +14,6 @@ import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 
-from ...runtime.request import Request as RuntimeRequest
 from ...runtime.result import Result, Step
 from ..server import Server
 from ..tasks import end_tasks
@@ -24,6 +23,9 @@ from .calls import Calls, arguments, make_calls
 from .errors import HttpError, describe, json_response
 from .service import Service
 from .settings import Settings
+
+INLINE_PIXELS = 128 * 128
+"""What is encoded on the loop's own thread."""
 
 
 class ImageRoutes:
@@ -50,15 +52,15 @@ class ImageRoutes:
     async def edit(self, request: Request) -> Response:
         return await self._run(request, *await self._read_edit(request), "image_edit")
 
-    async def _read_generation(self, request: Request) -> tuple[Server, Any, RuntimeRequest]:
+    async def _read_generation(self, request: Request) -> tuple[Any, Ticket]:
         check_content_type(request, "application/json")
         with self._bodies.hold(request, self._settings.json_bytes):
             body = await read_body(request, self._settings.json_bytes)
             server, calls = self._ready()
             call = self._checked(server, calls.generation_from(body))
-        return server, call, await asyncio.to_thread(server.request, call.prompt, **arguments(call))
+        return call, await asyncio.to_thread(self._submit, request, server, call)
 
-    async def _read_edit(self, request: Request) -> tuple[Server, Any, RuntimeRequest]:
+    async def _read_edit(self, request: Request) -> tuple[Any, Ticket]:
         """What is asked for, with pictures of the size that the model takes; what came is let go of here."""
         server, calls = self._ready()
         server.check_room()  # before anything of it is read
@@ -66,13 +68,25 @@ class ImageRoutes:
             fields, files = await read_form(request, self._settings.body_bytes)
             call = self._checked(server, calls.edit_from(fields))
             async with self._decoders:
-                edit = partial(self._edit, server, call, files)
-                return server, call, await asyncio.get_running_loop().run_in_executor(self._threads, edit)
+                edit = partial(self._edit, request, server, call, files)
+                return call, await asyncio.get_running_loop().run_in_executor(self._threads, edit)
 
-    def _edit(self, server: Server, call: Any, files: dict[str, list[bytes]]) -> RuntimeRequest:
+    def _edit(self, request: Request, server: Server, call: Any, files: dict[str, list[bytes]]) -> Ticket:
         server.check_room()
         pictures = _pictures(files, self._settings.picture_pixels)
-        return server.request(call.prompt, **arguments(call), **pictures, strength=call.strength)
+        return self._submit(request, server, call, **pictures, strength=call.strength)
+
+    def _submit(self, request: Request, server: Server, call: Any, **more: Any) -> Ticket:
+        """On a thread, for a program that is new takes a while to compile."""
+        return server.submit(
+            call.prompt,
+            deadline_s=call.deadline_s or self._settings.deadline_s,
+            previews=bool(call.stream and call.partial_images),
+            name=request.scope["state"].get("request_id"),
+            owner=None if request.client is None else request.client.host,
+            **arguments(call),
+            **more,
+        )
 
     def _checked(self, server: Server, call: Any) -> Any:
         if call.loras and server.pipeline.loras.folder is None:
@@ -81,19 +95,11 @@ class ImageRoutes:
             raise HttpError(404, "model_not_found", "there is no model of that name here")
         return call
 
-    async def _run(self, request: Request, server: Server, call: Any, made: RuntimeRequest, kind: str) -> Response:
-        ticket = await asyncio.to_thread(
-            server.submit_request,
-            made,
-            deadline_s=call.deadline_s or self._settings.deadline_s,
-            previews=bool(call.stream and call.partial_images),
-            name=request.scope["state"].get("request_id"),
-            owner=None if request.client is None else request.client.host,
-        )
+    async def _run(self, request: Request, call: Any, ticket: Ticket, kind: str) -> Response:
         if call.stream:
             return StreamingResponse(_events(ticket, call, kind), media_type="text/event-stream", headers=_NO_CACHE)
         result = await _or_gone(request, ticket)
-        pictures = await asyncio.to_thread(_encode_all, result, call)
+        pictures = await _encoded(result, call)
         return json_response(_answer(result, call, pictures))
 
 
@@ -146,7 +152,7 @@ async def _events(ticket: Ticket, call: Any, kind: str) -> AsyncIterator[bytes]:
                 yield _event(event)
                 index += 1
         result = await ticket
-        pictures = await asyncio.to_thread(_encode_all, result, call)
+        pictures = await _encoded(result, call)
         for i, (picture, seed) in enumerate(zip(pictures, result.seeds, strict=True)):
             about = _about(call, result.images.shape[2], result.images.shape[1])
             yield _event({"type": f"{kind}.completed", "b64_json": picture, "index": i, "seed": seed, **about})
@@ -197,6 +203,13 @@ def _answer(result: Result, call: Any, pictures: list[str]) -> dict[str, Any]:
         "output_format": call.output_format or "png",
         "timings_ms": {k: round(v, 2) for k, v in result.timings.items() if isinstance(v, (int, float))},
     }
+
+
+async def _encoded(result: Result, call: Any) -> list[str]:
+    """The pictures as base64; small ones at once, for a thread takes longer to be handed them."""
+    if result.images[..., 0].size <= INLINE_PIXELS:
+        return _encode_all(result, call)
+    return await asyncio.to_thread(_encode_all, result, call)
 
 
 def _encode_all(result: Result, call: Any) -> list[str]:
