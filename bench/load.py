@@ -9,7 +9,7 @@ threads as make that fastest; for diffusers its own call, which takes longer. Ra
 at a time sustains. At each rate all subjects get the same arrivals, one subject after the other, and each runs with
 the threads that suit it best. One at a time goes in order of arrival, and once more in that of due times, where those
 that can be in time no more come last. What has not ended when the slowest request could have is given up and counts
-as late.
+as late. Most requests are one peer's and the rest three others'; goodput and the longest wait are said by peer too.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import statistics
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,9 @@ def load(subject: Subject, mix: Mix, rate: float, seconds: float, alone: Alone) 
     """Put one rate of arrivals on a subject and count."""
     rng, lock = random.Random(7), threading.Lock()
     ended: list[tuple[Ask, float]] = []
-    before, refused, sent, at = subject.figures(), 0, 0, 0.0
+    before, sent, at = subject.figures(), 0, 0.0
+    asked: Counter[str] = Counter()
+    refused: Counter[str] = Counter()
     began = time.perf_counter()
     while (at := at + rng.expovariate(rate)) < seconds:
         ask = mix.draw(rng, sent)
@@ -60,10 +63,11 @@ def load(subject: Subject, mix: Mix, rate: float, seconds: float, alone: Alone) 
                 with lock:
                     ended.append((ask, time.perf_counter() - arrival))
 
-        refused += not subject.submit(ask, done)
+        refused[ask.peer] += not subject.submit(ask, done)
+        asked[ask.peer] += 1
         sent += 1
     deadline = began + seconds + STRETCH * alone.longest()
-    while len(ended) + refused < sent and time.perf_counter() < deadline:
+    while len(ended) + refused.total() < sent and time.perf_counter() < deadline:
         time.sleep(0.01)
     with lock:
         finished = list(ended)
@@ -75,14 +79,31 @@ def load(subject: Subject, mix: Mix, rate: float, seconds: float, alone: Alone) 
         "subject": subject.name,
         "rate_per_s": round(rate, 2),
         "sent": sent,
-        "refused": refused,
+        "refused": refused.total(),
         "finished": len(finished),
         "good": good,
         "goodput_per_s": round(good / seconds, 2),
         "latency_ms": percentiles([1e3 * t for _, t in finished]),
         "stretch": percentiles(stretches),
+        "peers": {p: of_peer(p, asked[p], refused[p], finished, alone, seconds) for p in sorted(asked)},
         "figures": {k: round(after[k] - before[k], 2) for k in after},
         "busy_share": round((after["busy_s"] - before["busy_s"]) / length, 3),
+    }
+
+
+def of_peer(
+    peer: str, sent: int, refused: int, finished: list[tuple[Ask, float]], alone: Alone, seconds: float
+) -> dict[str, Any]:
+    """What one peer got: how many of its requests, how many of them in time, and its longest wait of those answered."""
+    own = [(ask, took) for ask, took in finished if ask.peer == peer]
+    good = sum(took <= STRETCH * alone(ask) for ask, took in own)
+    return {
+        "sent": sent,
+        "refused": refused,
+        "finished": len(own),
+        "good": good,
+        "goodput_per_s": round(good / seconds, 2),
+        "worst_wait_ms": round(1e3 * max((took for _, took in own), default=0.0), 1),
     }
 
 
@@ -306,6 +327,12 @@ def main() -> int:
                 f"stretch {row['stretch']}  refused {row['refused']}",
                 flush=True,
             )
+            for peer, got in row["peers"].items():
+                print(
+                    f"{'':12}{peer:24} good {got['goodput_per_s']:6.2f}/s ({got['good']} of {got['sent']}, refused "
+                    f"{got['refused']})  longest wait {got['worst_wait_ms']:.0f} ms",
+                    flush=True,
+                )
     summary = {**summarise(rows), "rows a second at the largest bucket": gains(buckets, alone)}
     print(json.dumps(summary, indent=1))
     data = {

@@ -14,12 +14,16 @@ from fewstep.bench.load_subjects import Ask
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mix:
-    """Proportions of steps and sizes, as (value, weight); `guided` is the share with classifier-free guidance."""
+    """Proportions of steps and sizes, as (value, weight); `guided` is the share with classifier-free guidance.
+
+    peers: who sends the requests, with the share of each.
+    """
 
     samplers: tuple[str, ...] = ("euler", "dpmpp_2m", "euler_ancestral", "unipc")
     steps: tuple[tuple[int, float], ...] = ((1, 0.2), (2, 0.2), (4, 0.3), (8, 0.15), (15, 0.1), (30, 0.05))
     guided: float = 0.2
     sizes: tuple[tuple[tuple[int, int], float], ...] = (((64, 64), 0.8), ((96, 96), 0.2))
+    peers: tuple[tuple[str, float], ...] = (("greedy", 0.85), ("one", 0.05), ("two", 0.05), ("three", 0.05))
 
     @property
     def guidances(self) -> tuple[float, ...]:
@@ -38,6 +42,7 @@ class Mix:
             sampler=rng.choice(self.samplers),
             guidance=2.0 if rng.random() < self.guided else 1.0,
             size=rng.choices([s for s, _ in self.sizes], [w for _, w in self.sizes])[0],
+            peer=random.Random(number).choices([p for p, _ in self.peers], [w for _, w in self.peers])[0],
         )
 
     def to_json(self) -> dict[str, Any]:

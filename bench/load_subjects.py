@@ -21,7 +21,7 @@ STATIC_BATCH = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """A request of the load: what a pipeline is called with."""
+    """A request of the load: what a pipeline is called with, and whose it is."""
 
     prompt: str
     seed: int
@@ -29,6 +29,7 @@ class Ask:
     sampler: str
     guidance: float
     size: tuple[int, int]
+    peer: str = ""
 
     @property
     def kind(self) -> tuple[int, str, float, tuple[int, int]]:
@@ -66,7 +67,7 @@ class Continuous:
     def submit(self, ask: Ask, done: Done) -> bool:
         options = {"seed": ask.seed, "steps": ask.steps, "sampler": ask.sampler, "guidance": ask.guidance}
         try:
-            ticket = self.server.submit(ask.prompt, size=ask.size, **options)
+            ticket = self.server.submit(ask.prompt, size=ask.size, owner=ask.peer or None, **options)
         except QueueFullError:
             return False
         self._tickets.add(ticket)
