@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import fewstep
 import numpy as np
 import torch
 from fewstep.bench.machine import describe
+from fewstep.bundle import read_bundle
 from fewstep.engines.low_rank import bucket
 from fewstep.runtime.device.base import no_change, unet_dims
+from fewstep.runtime.loader import load
 from fewstep.runtime.prompts.lora_tags import Uses
 from safetensors.torch import save_file
 
@@ -49,7 +50,7 @@ class Ours:
     """The pipeline's two engines, bound for two rows."""
 
     def __init__(self, bundle: str, inputs: Mapping[str, np.ndarray], size: tuple[int, int], threads: int, first: Path):
-        self.pipe = fewstep.load(bundle, size=size, threads=threads)
+        self.pipe = load(bundle, size=size, threads=threads)
         self.change = self.pipe.loras.changes(((str(first), "", 1.0),))["unet"]
         self.rank = bucket(self.change.rank)
         self.adapted = self.pipe._adapted("unet", self.change.kernels)
@@ -96,7 +97,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     theirs: Any = diffusers.DiffusionPipeline.from_pretrained(options.checkpoint)
-    bundle = fewstep.bundle.read_bundle(options.bundle)
+    bundle = read_bundle(options.bundle)
     default = bundle.defaults.width, bundle.defaults.height
     size = tuple(int(n) for n in options.size.split("x")) if options.size else default
     cells = size[1] // bundle.latent.factor, size[0] // bundle.latent.factor

@@ -23,12 +23,14 @@ Scales = float | Mapping[str, float] | None
 class Adapters:
     """What was loaded, by name: its file and the components it changes; and what is active in each, with its scale.
 
-    As PEFT's: a LoRA that is loaded becomes the active one of the components that it changes. fused: scales of those
-    that were fused, which stay until they are unfused.
+    As PEFT's: a LoRA that is loaded becomes the active one of the components that it changes. scales: by component and
+    name, the last that was set, with which an adapter becomes active when an active one is deleted. fused: scales of
+    those that were fused, which stay until they are unfused.
     """
 
     files: dict[str, tuple[Path, tuple[str, ...]]] = field(default_factory=dict)
     active: dict[str, list[tuple[str, float]]] = field(default_factory=dict)
+    scales: dict[tuple[str, str], float] = field(default_factory=dict)
     enabled: bool = True
     fused: dict[str, list[tuple[str, float]]] | None = None
 
@@ -36,9 +38,14 @@ class Adapters:
         return Adapters(
             files=dict(self.files),
             active={c: list(a) for c, a in self.active.items()},
+            scales=dict(self.scales),
             enabled=self.enabled,
             fused=None if self.fused is None else {c: list(a) for c, a in self.fused.items()},
         )
+
+    def activate(self, component: str, adapters: list[tuple[str, float]]) -> None:
+        self.active[component] = adapters
+        self.scales.update({(component, name): scale for name, scale in adapters})
 
     def uses(self, scale: float) -> dict[str, dict[str, float]]:
         """The argument `loras` of a call, with all active scales multiplied by one."""
@@ -92,7 +99,7 @@ class LoraMethods:
         changed = tuple(self._library.changes(((str(path), "", 1.0),)))
         state.files[name] = path, changed
         for component in changed:
-            state.active[component] = [(name, 1.0)]
+            state.activate(component, [(name, 1.0)])
 
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: Scales | Sequence[Scales] = None
@@ -104,10 +111,10 @@ class LoraMethods:
         if len(weights) != len(names):
             raise ArgumentError(f"{len(weights)} adapter_weights for {len(names)} adapters", expected="one each")
         self._check_names(names)
-        known, active = self._library.components, {}
-        for component in known:
-            active[component] = [(n, _scale(w, component, known)) for n, w in zip(names, weights, strict=True)]
-        self._adapters.active = active
+        known = self._library.components
+        scales = {c: [(n, _scale(w, c, known)) for n, w in zip(names, weights, strict=True)] for c in known}
+        for component, adapters in scales.items():
+            self._adapters.activate(component, adapters)
 
     def get_active_adapters(self) -> list[str]:
         """Those of the text encoder, or of the UNet where it has none, as diffusers counts them."""
@@ -132,7 +139,10 @@ class LoraMethods:
         left = self.get_list_adapters()
         for component, active in state.active.items():
             kept = [(n, w) for n, w in active if n in state.files]
-            state.active[component] = kept or ([(left[component][0], 1.0)] if active and component in left else [])
+            if not kept and active and component in left:
+                first = left[component][0]
+                kept = [(first, state.scales.get((component, first), 1.0))]
+            state.active[component] = kept
 
     def unload_lora_weights(self, *_: Any, **__: Any) -> None:
         self._set_adapters(Adapters())

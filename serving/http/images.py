@@ -14,13 +14,14 @@ import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 
+from ...errors import ArgumentError, MissingError
 from ...runtime.result import Result, Step
 from ..server import Server
 from ..tasks import end_tasks
 from ..ticket import Ticket
 from .bodies import BodyBudget, check_content_type, encode_picture, open_clear_mask, open_picture, read_body, read_form
 from .calls import Calls, arguments, make_calls
-from .errors import HttpError, describe, json_response
+from .errors import HttpError, describe, json_response, shown
 from .service import Service
 from .settings import Settings
 
@@ -89,8 +90,13 @@ class ImageRoutes:
         )
 
     def _checked(self, server: Server, call: Any) -> Any:
-        if call.loras and server.pipeline.loras.folder is None:
-            raise HttpError(400, "invalid_request", "this service has no LoRAs", param="loras")
+        for name in call.loras or {}:
+            try:
+                if server.pipeline.loras.folder is None:
+                    raise MissingError("no folder of LoRAs")
+                server.pipeline.loras.find(name)
+            except (MissingError, ArgumentError) as error:
+                raise HttpError(400, "invalid_request", f"no LoRA {shown(name)} is here", param="loras") from error
         if call.model is not None and call.model not in self._settings.models:
             raise HttpError(404, "model_not_found", "there is no model of that name here")
         return call
