@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from fewstep.bench.machine import describe
 from fewstep.bundle import read_bundle
-from fewstep.engines.low_rank import bucket
-from fewstep.runtime.device.base import no_change, unet_dims
+from fewstep.engines.low_rank import bucket, no_change
+from fewstep.runtime.device.base import unet_dims
 from fewstep.runtime.loader import load
 from fewstep.runtime.prompts.lora_tags import Uses
 from safetensors.torch import save_file

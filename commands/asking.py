@@ -49,6 +49,12 @@ def lora(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
+def embedding(text: str) -> tuple[str | None, str]:
+    """`<toy>=toy.safetensors` as (name, file); without a name the file has its own."""
+    name, equals, file = text.rpartition("=")
+    return (name, file) if equals else (None, text)
+
+
 def threshold(text: str) -> float | str:
     """A number, or `none`."""
     try:
@@ -114,6 +120,13 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
     add_engine_options(parser)
     parser.add_argument("--vae-tiling", choices=SPARING, default="auto", help="large pictures in tiles (default: auto)")
     parser.add_argument("--vae-slicing", choices=SPARING, default="auto", help="one picture at a time (default: auto)")
+    parser.add_argument(
+        "--embedding",
+        type=embedding,
+        action="append",
+        metavar="[NAME=]FILE",
+        help="teach the text encoders a word (textual inversion); repeatable",
+    )
     parser.add_argument("--lora-folder", metavar="DIR", help="where LoRAs are found by name")
     parser.add_argument(
         "--drop-text-encoders", action="store_true", help="let go of the text encoders once prompts are encoded"
@@ -130,6 +143,7 @@ def load_options(options: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
         "vae_slicing": SPARING[options.vae_slicing],
         "keep_text_encoders": not options.drop_text_encoders,
         "lora_folder": options.lora_folder,
+        "embeddings": options.embedding or (),
     }
 
 

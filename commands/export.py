@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from .asking import lora
+from .asking import embedding, lora
 from .common import bar, defaults_line, emit, say
 
 
@@ -58,12 +58,6 @@ def define(parser: argparse.ArgumentParser) -> None:
         "--quick-gate", action="store_true", help="compare at fewer points, as is done for models of full size anyway"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
-
-
-def embedding(text: str) -> tuple[str | None, str]:
-    """`<toy>=toy.safetensors` as (name, file); without a name the file has its own."""
-    name, equals, file = text.rpartition("=")
-    return (name, file) if equals else (None, text)
 
 
 def execute(options: argparse.Namespace) -> int:

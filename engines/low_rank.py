@@ -5,6 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
 
 from ..bundle import Bundle, Component
 from .base import Engine
@@ -18,10 +22,14 @@ RANKS = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdaptedBundle(Bundle):
-    """A bundle of which a component's graph was changed in memory: `graphs` by file name, `layers` by component."""
+    """A bundle of which a component's graph was changed in memory: `graphs` by file name, `layers` by component.
+
+    vocabularies: by component, the tokens that a text encoder which takes further words has itself.
+    """
 
     graphs: Mapping[str, bytes] = field(default_factory=dict)
     layers: Mapping[str, tuple[Layer, ...]] = field(default_factory=dict)
+    vocabularies: Mapping[str, int] = field(default_factory=dict)
 
     def read_graph(self, component: Component) -> bytes:
         own = self.graphs.get(component.graph)
@@ -30,10 +38,14 @@ class AdaptedBundle(Bundle):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapted:
-    """An engine that takes low-rank changes of its layers beside its other inputs."""
+    """An engine that takes low-rank changes of its layers beside its other inputs, and a text encoder's also words.
+
+    vocabulary: tokens that a text encoder has itself; ids from there on are the words' that are given.
+    """
 
     engine: Engine
     layers: tuple[Layer, ...]
+    vocabulary: int | None = None
 
     @property
     def extent(self) -> tuple[int, int]:
@@ -58,9 +70,21 @@ def with_low_rank(bundle: Bundle, name: str, *, kernels: bool) -> AdaptedBundle:
     )
     own = {f.name: getattr(bundle, f.name) for f in fields(Bundle)}
     own["components"] = {**bundle.components, name: component}
-    return AdaptedBundle(**own, graphs={component.graph: changed.model}, layers={name: changed.layers})
+    return AdaptedBundle(
+        **own,
+        graphs={component.graph: changed.model},
+        layers={name: changed.layers},
+        vocabularies={} if changed.vocabulary is None else {name: changed.vocabulary},
+    )
 
 
 def bucket(rank: int) -> int:
     """The rank to which one is filled up, so that few sizes are bound, built and recorded."""
     return next((r for r in RANKS if r >= rank), rank)
+
+
+@lru_cache(maxsize=8)
+def no_change(extent: tuple[int, int], rank: int) -> dict[str, npt.NDArray[np.float32]]:
+    """The arrays of a row whose weights are as they are, the same ones each time."""
+    down, up = extent
+    return {DOWN: np.zeros((down, rank), np.float32), UP: np.zeros((rank, up), np.float32)}

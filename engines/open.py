@@ -24,10 +24,9 @@ from .backends.registry import (
 from .base import Engine
 from .build import BuiltEngine, build_engine
 from .find import check_passed, find_engine
-from .graph.low_rank import RANK
 from .measured import choose_measured
 from .options import BuildOptions, RunOptions
-from .profile import MOST_RANK, Profile, Span, dimension_names, profiles_for
+from .profile import Profile, change_spans, dimension_names, profiles_for
 from .store import Store, default_store
 
 POLICIES = ("if_missing", "never")
@@ -177,8 +176,6 @@ def _default_profiles(bundle: Bundle, component: str, dims: Mapping[str, int] | 
         return profiles_for(bundle)[component]
     part = bundle.component(component)
     names = dimension_names((*part.inputs, *part.outputs))
-    exact = Profile.exact({n: dims[n] for n in names if n in dims and n != RANK})
-    if RANK not in names:
-        return (exact,)
-    most = max(MOST_RANK, dims.get(RANK, 0))
-    return (Profile(spans={**exact.spans, RANK: Span(minimum=1, optimum=16, maximum=most)}),)
+    changes = {n: s for n, s in change_spans().items() if n in names}
+    exact = Profile.exact({n: dims[n] for n in names if n in dims and n not in changes})
+    return (Profile(spans={**exact.spans, **changes}),)

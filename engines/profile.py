@@ -12,6 +12,8 @@ from ..values import Reader
 CHUNK = 77
 MOST_RANK = 128
 """The largest rank of low-rank changes that profiles admit unless they are told another."""
+MOST_WORDS = 1024
+"""The most vectors of words that they admit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +115,14 @@ def select_profile(profiles: Sequence[Profile], dims: Mapping[str, int]) -> int 
     return min(fitting, key=lambda i: not profiles[i].is_exact) if fitting else None
 
 
+def change_spans() -> dict[str, Span]:
+    """The spans of dimensions that only graphs with changes of weights have (`graph/low_rank.py`)."""
+    return {
+        "rank": Span(minimum=1, optimum=16, maximum=MOST_RANK),
+        "words": Span(minimum=1, optimum=4, maximum=MOST_WORDS),
+    }
+
+
 def profiles_for(
     bundle: Bundle,
     *,
@@ -138,9 +148,8 @@ def profiles_for(
             raise ArgumentError(f"batch is {batch}", expected="an integer above 0")
     factors = {None: (1, 2), True: (2,), False: (1,)}[guidance]
     rows = sorted({b * f for b in batches for f in factors})
-    ranks = {"rank": Span(minimum=1, optimum=16, maximum=MOST_RANK)}
     sizings = [
-        {"rows": r, "prompts": r, "batch": b, "height": h, "width": w, "tokens": t, "rank": 16}
+        {"rows": r, "prompts": r, "batch": b, "height": h, "width": w, "tokens": t, "rank": 16, "words": 4}
         for h, w in cells
         for t in tokens
         for b in sorted(set(batches))
@@ -154,7 +163,7 @@ def profiles_for(
             raise ArgumentError(
                 f"component {name!r} has the dimension {unknown[0]!r}", expected=f"one of {', '.join(sizings[0])}"
             )
-        spans = {n: s for n, s in {**ranks, **(dynamic or {})}.items() if n in named}
+        spans = {n: s for n, s in {**change_spans(), **(dynamic or {})}.items() if n in named}
         distinct = {}
         for dims in sizings:
             exact = Profile.exact({n: dims[n] for n in named})

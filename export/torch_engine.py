@@ -134,6 +134,6 @@ def open_torch_engine(bundle: Bundle, name: str, run: RunOptions) -> TorchEngine
     if isinstance(bundle, AdaptedBundle) and name in bundle.layers:
         from .low_rank import LowRankModule
 
-        module = LowRankModule(traceable.module, bundle.layers[name])
+        module = LowRankModule(traceable.module, bundle.layers[name], bundle.vocabularies.get(name))
         traceable = replace(traceable, module=module, inputs=component.inputs)
     return TorchEngine(traceable, run)

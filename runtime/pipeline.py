@@ -22,6 +22,7 @@ from ..engines.low_rank import RANKS, Adapted, with_low_rank
 from ..engines.memory import largest_batch
 from ..errors import ArgumentError, BlackImageError, CancelledError, MismatchError, NonFiniteError, OutOfMemoryError
 from ..schedules import Program
+from ..weights.embeddings import embedding_file
 from .arguments import check_integer
 from .arrays import Float32, Shape
 from .call import takes_a_call
@@ -52,7 +53,8 @@ class Pipeline:
     At most `most_contexts` sets of slots are kept between calls, by latent shape and number. vae_tiling, vae_slicing:
     `"auto"`, `True` or `False`, as `Vae` says. keep_text_encoders: `False` opens them when a prompt comes that is not
     known yet, and closes them once it is encoded, so that their memory is free while images are made. lora_folder:
-    where LoRAs are found by name; without it requests give paths.
+    where LoRAs are found by name; without it requests give paths. embeddings: (word or `None`, path) for
+    `load_embedding`.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Pipeline:
         vae_slicing: str | bool = "auto",
         keep_text_encoders: bool = True,
         lora_folder: str | os.PathLike[str] | None = None,
+        embeddings: Sequence[tuple[str | None, str | os.PathLike[str]]] = (),
         engine_options: Mapping[str, Any] | None = None,
         progress: Callable[[str, str, float], None] | None = None,
     ) -> None:
@@ -99,6 +102,7 @@ class Pipeline:
         check_engine(self._on_device["unet"], self.device)
         self.engines = {n: e if n == "unet" else self.device.on_host(e) for n, e in self._on_device.items()}
         self.loras = LoraLibrary(bundle, None if lora_folder is None else Path(lora_folder))
+        self._embeddings: list[tuple[str | None, Path]] = []
         self._adaptable: dict[tuple[str, bool], Adapted] = {}
         self._adapting = threading.Lock()
         self.text = TextEncoders(
@@ -115,7 +119,24 @@ class Pipeline:
             tiling=vae_tiling,
             slicing=vae_slicing,
         )
+        for word, path in embeddings:
+            self.load_embedding(path, word)
         self._pool = SlotPool(self.make_slots, keep=check_integer("most_contexts", most_contexts, 0, 1024))
+
+    def load_embedding(self, path: str | os.PathLike[str], name: str | None = None) -> tuple[str, ...]:
+        """Teach the text encoders a word from a file of textual inversion; returns all words that they were taught.
+
+        path: a .safetensors file, or a folder of one. name: the word, where it is not the file's own. A word of several
+        vectors is written once in a prompt. Raises `ArgumentError`, `CorruptError`, `MissingError`, `UnsafeFileError`.
+        """
+        words = self.text.learn([*self._embeddings, embedding_file(name, Path(path))])
+        self._embeddings.append((name, Path(path)))
+        return words
+
+    def unload_embeddings(self) -> None:
+        """Forget every word that was taught."""
+        self.text.learn([])
+        self._embeddings.clear()
 
     def reopened(self, bundle: Bundle | None = None, *, device: str | None = None) -> Pipeline:
         """Another pipeline with the same options, of another bundle or on another device."""
@@ -336,7 +357,9 @@ class Pipeline:
                 with self.device.guard_memory("the engine that takes LoRAs"):
                     engine = open_engines(bundle, [name], dims={name: dims}, **options)[name]
                 own = engine if name == "unet" else self.device.on_host(engine)
-                known = self._adaptable[name, kernels] = Adapted(engine=own, layers=bundle.layers[name])
+                known = self._adaptable[name, kernels] = Adapted(
+                    engine=own, layers=bundle.layers[name], vocabulary=bundle.vocabularies.get(name)
+                )
             return known
 
     @property

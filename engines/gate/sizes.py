@@ -19,7 +19,7 @@ import numpy as np
 from ...bundle import Bundle
 from ...errors import MissingError
 from ..backends.registry import registered
-from ..graph.low_rank import RANK
+from ..graph.low_rank import RANK, WORDS
 from ..low_rank import INPUTS, RANKS, AdaptedBundle
 from ..options import RunOptions
 from ..profile import Profile
@@ -64,7 +64,7 @@ def with_changes(bundle: AdaptedBundle, cases: Sequence[Case]) -> list[Case]:
     """The cases of a component that takes low-rank changes: as they are, for no change; and the first one changed."""
     if not cases:
         return []
-    part, dims = bundle.component(cases[0].component), {RANK: RANKS[0]}
+    part, dims = bundle.component(cases[0].component), {RANK: RANKS[0], WORDS: 1}
     random = np.random.default_rng(0)
     plain = [
         replace(

@@ -6,6 +6,9 @@
 layers' inputs in a row, `lora_up` [rows, rank, O] with O their outputs. Rows of a smaller rank are
 filled up with zeros, rows without a change are zeros. A layer's own weight is not touched, so that one engine serves
 every change and a batch may mix them.
+
+A text encoder may read words that it was not trained on, too: token ids from the size of its table on are rows of a
+third input, `extra_words` [words, D] (textual inversion: Gal et al. 2022, arXiv:2208.01618).
 """
 
 from __future__ import annotations
@@ -21,6 +24,9 @@ from .onnx_bytes import FLOAT, Node, OnnxGraph, read_graph
 
 DOWN, UP, RANK = "lora_down", "lora_up", "rank"
 """The inputs' names, and that of their common dimension."""
+EXTRA_WORDS, WORDS = "extra_words", "words"
+"""The input of vectors for words, and its dimension."""
+TABLE = "token_embedding.weight"
 _PREFIX = "model."
 _LAST = (1 << 63) - 1
 
@@ -51,11 +57,15 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LowRankGraph:
-    """A serialised graph with low-rank inputs, what these are, and the layers in the order in which they are packed."""
+    """A serialised graph with further inputs, what these are, and the layers in the order in which they are packed.
+
+    vocabulary: rows of a text encoder's own table; `None` where no words can be given.
+    """
 
     model: bytes
-    inputs: tuple[TensorSpec, TensorSpec]
+    inputs: tuple[TensorSpec, ...]
     layers: tuple[Layer, ...]
+    vocabulary: int | None = None
 
 
 def add_low_rank(model: bytes, *, kernels: bool) -> LowRankGraph:
@@ -70,7 +80,12 @@ def add_low_rank(model: bytes, *, kernels: bool) -> LowRankGraph:
     layers: list[Layer] = []
     nodes: list[Node] = []
     below = across = 0
+    table: tuple[int, ...] | None = None
     for node in graph.nodes:
+        if _is_table(node, graph):
+            table = graph.constants[node.inputs[0]]
+            nodes += _with_words(node, graph, table[0])
+            continue
         weight = _weight(node, makers, graph, rows, kernels=kernels)
         if weight is None:
             nodes.append(node)
@@ -86,13 +101,41 @@ def add_low_rank(model: bytes, *, kernels: bool) -> LowRankGraph:
             "the graph has no linear layer of a known form", expected="a graph that fewstep exported"
         )
     graph.nodes = [*_taken_apart(graph, layers), *nodes]
-    inputs = (
+    inputs = [
         TensorSpec(name=DOWN, dtype="float32", shape=(rows, below, RANK)),
         TensorSpec(name=UP, dtype="float32", shape=(rows, RANK, across)),
-    )
+    ]
+    if table is not None:
+        inputs.append(TensorSpec(name=EXTRA_WORDS, dtype="float32", shape=(WORDS, table[1])))
     for spec in inputs:
         graph.add_input(spec.name, spec.shape)
-    return LowRankGraph(model=graph.to_bytes(), inputs=inputs, layers=tuple(layers))
+    vocabulary = None if table is None else table[0]
+    return LowRankGraph(model=graph.to_bytes(), inputs=tuple(inputs), layers=tuple(layers), vocabulary=vocabulary)
+
+
+def _is_table(node: Node, graph: OnnxGraph) -> bool:
+    """Whether a node looks tokens up in a text encoder's table."""
+    own = node.operator == "Gather" and node.domain in ONNX and not node.attributes.get("axis")
+    return own and node.inputs[0].endswith(TABLE) and len(graph.constants.get(node.inputs[0], ())) == 2
+
+
+def _with_words(node: Node, graph: OnnxGraph, known: int) -> Iterator[Node]:
+    """Rows of the table, or of the given words: W[min(i, n - 1)] where i < n, else words[i - n]."""
+    (weight, ids), result, prefix = node.inputs, node.outputs[0], "words_"
+    last, size = graph.add_integers(f"{prefix}last", [known - 1]), graph.add_integers(f"{prefix}size", [known])
+    zero, axis = graph.add_integers(f"{prefix}zero", [0]), graph.add_integers(f"{prefix}axis", [-1])
+    extra = EXTRA_WORDS
+    if graph.types[weight] != FLOAT:
+        extra = f"{prefix}cast"
+        yield Node(operator="Cast", inputs=[EXTRA_WORDS], outputs=[extra], attributes={"to": graph.types[weight]})
+    yield Node(operator="Min", inputs=[ids, last], outputs=[f"{prefix}own_ids"])
+    yield Node(operator="Gather", inputs=[weight, f"{prefix}own_ids"], outputs=[f"{prefix}own"], attributes={"axis": 0})
+    yield Node(operator="Sub", inputs=[ids, size], outputs=[f"{prefix}behind"])
+    yield Node(operator="Max", inputs=[f"{prefix}behind", zero], outputs=[f"{prefix}ids"])
+    yield Node(operator="Gather", inputs=[extra, f"{prefix}ids"], outputs=[f"{prefix}given"], attributes={"axis": 0})
+    yield Node(operator="Greater", inputs=[ids, last], outputs=[f"{prefix}is_given"])
+    yield Node(operator="Unsqueeze", inputs=[f"{prefix}is_given", axis], outputs=[f"{prefix}where"])
+    yield Node(operator="Where", inputs=[f"{prefix}where", f"{prefix}given", f"{prefix}own"], outputs=[result])
 
 
 def _rows(graph: OnnxGraph) -> str:

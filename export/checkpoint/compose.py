@@ -19,10 +19,11 @@ from safetensors import safe_open
 from ...errors import ArgumentError, CorruptError, MissingError, UnsafeFileError, UnsupportedError
 from ...families import all_families
 from ...families.base import LATENT_STATISTICS
+from ...weights.embeddings import embedding_file, read_words, with_words
 from ...weights.lora import LoraFile
 from ...weights.stored import PICKLES, Stored, open_tensors
+from ..tokenizers import read_tokenizer
 from .configs import TINY_DEFAULTS
-from .embeddings import embedding_file, read_words, with_words
 from .folder import (
     Checkpoint,
     Part,
@@ -119,7 +120,7 @@ def _with_words(
     if not files or len(encoders) != len(checkpoint.tokenizers):
         return {}
     widths = {e: int(parts[e].config["hidden_size"]) for e in encoders}
-    words, known = read_words(files, widths, checkpoint.tokenizers)
+    words, known = read_words(files, widths, [read_tokenizer(t)[0] for t in checkpoint.tokenizers])
     return {e: replace(parts[e], words=w, config={**parts[e].config, "vocab_size": known[e]}) for e, w in words.items()}
 
 

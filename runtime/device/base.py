@@ -12,14 +12,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
 
 from ...engines import Engine, RunOptions
-from ...engines.graph.low_rank import DOWN, RANK, UP
-from ...engines.low_rank import Adapted, bucket
+from ...engines.graph.low_rank import RANK
+from ...engines.low_rank import Adapted, bucket, no_change
 from ...errors import ArgumentError, MismatchError, NonFiniteError
 from ...schedules import Program
 from ..arrays import Float32, Shape, UInt8
@@ -109,13 +108,6 @@ class Evaluator:
         else:
             change = no_change(self.adapted.extent, self.rank)
         return tuple({**arrays, **change} for arrays in conditioning.parts)
-
-
-@lru_cache(maxsize=8)
-def no_change(extent: tuple[int, int], rank: int) -> Arrays:
-    """The arrays of a row whose weights are as they are, the same ones each time."""
-    down, up = extent
-    return {DOWN: np.zeros((down, rank), np.float32), UP: np.zeros((rank, up), np.float32)}
 
 
 class Slots(ABC):

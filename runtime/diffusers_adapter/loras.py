@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ArgumentError, MissingError, UnknownNameError, UnsupportedError
+from ...weights.embeddings import FOLDER_FILE
+from ..group import PipelineGroup
 from ..loras import SUFFIX, LoraLibrary
+from ..pipeline import Pipeline
 from .components import Opened
 
-WEIGHT_NAME = "pytorch_lora_weights.safetensors"
-"""The file that diffusers writes and looks for."""
+WEIGHT_NAME, LEARNED = "pytorch_lora_weights.safetensors", FOLDER_FILE
+"""The files that diffusers writes and looks for: a LoRA's, and an embedding's."""
 _HUB = ("revision", "cache_dir", "local_files_only", "token", "force_download", "proxies", "use_safetensors")
 
 Scales = float | Mapping[str, float] | None
@@ -61,7 +64,7 @@ class Adapters:
 
 
 class LoraMethods:
-    """`load_lora_weights`, `set_adapters` and their kin."""
+    """`load_lora_weights`, `set_adapters` and their kin, and `load_textual_inversion`."""
 
     _adapters: Adapters
     _pipeline: Opened
@@ -173,6 +176,43 @@ class LoraMethods:
 
     def unfuse_lora(self, *_: Any, **__: Any) -> None:
         self._adapters.fused = None
+
+    def load_textual_inversion(
+        self,
+        pretrained_model_name_or_path: Any,
+        token: str | Sequence[str] | None = None,
+        *,
+        weight_name: str | None = None,
+        subfolder: str | None = None,
+        **options: Any,
+    ) -> None:
+        """Teach the text encoders a word, or several: files, folders or repositories on the hub, each with its word."""
+        for name in options:
+            if name not in _HUB:
+                raise UnknownNameError("argument of load_textual_inversion", name, ("token", "weight_name", *_HUB))
+        several = isinstance(pretrained_model_name_or_path, (list, tuple))
+        sources = list(pretrained_model_name_or_path) if several else [pretrained_model_name_or_path]
+        words: list[Any] = list(token) if isinstance(token, (list, tuple)) else [token] * len(sources)
+        if len(words) != len(sources) or not all(isinstance(s, (str, os.PathLike)) for s in sources):
+            raise UnsupportedError(
+                f"{len(sources)} embeddings with {len(words)} words",
+                expected="paths of files, a word each",
+            )
+        given = {k: v for k, v in options.items() if k in _HUB and v is not None and k != "use_safetensors"}
+        for source, word in zip(sources, words, strict=True):
+            path = _file(str(source), weight_name or LEARNED, subfolder, given)
+            for one in self._each_pipeline():
+                one.load_embedding(path, word)
+
+    def unload_textual_inversion(self, tokens: Any = None, **_: Any) -> None:
+        """Forget all words; some of them alone is refused."""
+        if tokens is not None:
+            raise UnsupportedError("unload_textual_inversion of some words", remedy="Leave tokens out: all go.")
+        for one in self._each_pipeline():
+            one.unload_embeddings()
+
+    def _each_pipeline(self) -> Sequence[Pipeline]:
+        return self._pipeline.pipelines if isinstance(self._pipeline, PipelineGroup) else (self._pipeline,)
 
     def _set_adapters(self, adapters: Adapters) -> None:
         object.__setattr__(self, "_adapters", adapters)

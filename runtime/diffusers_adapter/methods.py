@@ -39,7 +39,6 @@ QUIET = ("set_progress_bar_config", "maybe_free_model_hooks", "remove_all_hooks"
 """Nobody need be told of these."""
 
 REFUSED: Mapping[str, str] = {
-    "load_textual_inversion": "Set tokenizer and text encoder to diffusers' objects that have read the embedding.",
     "load_ip_adapter": "IP-Adapters are not done.",
     "enable_freeu": "FreeU is not done.",
     "enable_layerwise_casting": "Choose precisions when the checkpoint is exported, with --dtype.",

@@ -8,14 +8,16 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from ...bundle import Bundle
 from ...engines.base import Binding, Engine
-from ...engines.graph.low_rank import RANK
-from ...engines.low_rank import Adapted, bucket
+from ...engines.graph.low_rank import EXTRA_WORDS, RANK, WORDS
+from ...engines.low_rank import RANKS, Adapted, bucket, no_change
 from ...errors import ArgumentError, NonFiniteError
+from ...weights.embeddings import read_words
 from ..arrays import Float32
 from ..conditioning import Arrays, Change
 from .lora_tags import Uses
@@ -70,8 +72,9 @@ class TextEncoders:
         adapt: Callable[[str, bool], Adapted] | None = None,
     ) -> None:
         self._names, self._join = bundle.text_encoders, bundle.model.join
-        known = [int(bundle.component(n).config.get("vocab_size", 2**31)) for n in self._names]
-        self._tokenizers = [PromptTokenizer(bundle, r, k) for r, k in zip(bundle.tokenizers, known, strict=True)]
+        self._bundle = bundle
+        self._tokenizers = self._made_tokenizers()
+        self._words: dict[str, tuple[int, Float32]] = {}
         self._changes, self._adapt = changes, adapt
         self._adapted: OrderedDict[tuple[int, ...], Binding] = OrderedDict()
         self._open = engines if callable(engines) else lambda: engines
@@ -113,6 +116,29 @@ class TextEncoders:
             while len(self._kept) > self._keep:
                 self._kept.popitem(last=False)
         return embeddings
+
+    def learn(self, files: Sequence[tuple[str | None, Path]]) -> tuple[str, ...]:
+        """Read these embedding files' words from now on, and no others; returns the words.
+
+        files: each with the word it is to be, or `None` for its own. Raises `ArgumentError` and `CorruptError`, and
+        then knows what it knew.
+        """
+        tokenizers = self._made_tokenizers()
+        first = {n: t.fast.get_vocab_size() for n, t in zip(self._names, tokenizers, strict=True)}
+        widths = {n: int(self._bundle.component(n).config["hidden_size"]) for n in self._names}
+        words, _ = read_words(files, widths, [t.fast for t in tokenizers])
+        for name, tokenizer in zip(self._names, tokenizers, strict=True):
+            tokenizer.learn([t for w in words.get(name, ()) for t in w.tokens])
+        tables = {n: (first[n], np.concatenate([w.vectors for w in of])) for n, of in words.items()}
+        with self._lock:
+            self._tokenizers, self._words = tokenizers, tables
+            self._kept.clear()
+        return tuple(dict.fromkeys(w.tokens[0] for of in words.values() for w in of))
+
+    def _made_tokenizers(self) -> list[PromptTokenizer]:
+        known = [int(self._bundle.component(n).config.get("vocab_size", 2**31)) for n in self._names]
+        records = self._bundle.tokenizers
+        return [PromptTokenizer(self._bundle, r, k) for r, k in zip(records, known, strict=True)]
 
     def forget(self) -> None:
         """Drop the kept embeddings."""
@@ -173,32 +199,42 @@ class TextEncoders:
         if bindings is None:
             bindings = [e.bind({"prompts": count}) for e in self._engines]
             self._bindings = {**dict(list(self._bindings.items())[-3:]), count: bindings}
-        changes = self._changes(loras)
-        bindings = [
-            self._changed(n, c, count) if (c := changes.get(n)) else b
-            for n, b in zip(self._names, bindings, strict=True)
-        ]
-        for binding, tokenizer, of in zip(bindings, self._tokenizers, chunks, strict=True):
-            np.copyto(binding.inputs["input_ids"], np.array([tokenizer.wrap(c.tokens) for c in of], np.int64))
+        changes, told = self._changes(loras), []
+        for name, plain, tokenizer, of in zip(self._names, bindings, self._tokenizers, chunks, strict=True):
+            ids = np.array([tokenizer.wrap(c.tokens) for c in of], np.int64)
+            first, table = self._words.get(name, (0, None))
+            words = table if table is not None and ids.max() >= first else None
+            binding = plain
+            if name in changes or words is not None:
+                binding, vocabulary = self._changed(name, changes.get(name), count, words)
+                if words is not None:
+                    ids = np.where(ids >= first, ids - first + vocabulary, ids)
+            np.copyto(binding.inputs["input_ids"], ids)
             if "clip_skip" in binding.inputs:  # bundles of older exports lack it
                 np.copyto(binding.inputs["clip_skip"], clip_skip)
             binding.enqueue()
-        return bindings
+            told.append(binding)
+        return told
 
-    def _changed(self, name: str, change: Change, count: int) -> Binding:
-        """A binding of an encoder that takes changes, told this one in each of its rows."""
+    def _changed(self, name: str, change: Change | None, count: int, words: Float32 | None) -> tuple[Binding, int]:
+        """A binding of an encoder that takes changes and words, told of these, and the size of its own vocabulary."""
         if self._adapt is None:
-            raise ArgumentError("the prompt has a LoRA", expected="the text encoders of a pipeline")
-        adapted, rank = self._adapt(name, change.kernels), bucket(change.rank)
-        key = (id(adapted.engine), count, rank)
+            raise ArgumentError("a LoRA or a word is given", expected="the text encoders of a pipeline")
+        adapted = self._adapt(name, change is not None and change.kernels)
+        rank = RANKS[0] if change is None else bucket(change.rank)
+        none = adapted.engine.inputs[EXTRA_WORDS].resolve({WORDS: 1})
+        rows = np.zeros(none, np.float32) if words is None else words
+        key = (id(adapted.engine), count, rank, len(rows))
         binding = self._adapted.get(key)
         if binding is None:
-            binding = self._adapted[key] = adapted.engine.bind({"prompts": count, RANK: rank})
+            dims = {"prompts": count, RANK: rank, WORDS: len(rows)}
+            binding = self._adapted[key] = adapted.engine.bind(dims)
             if len(self._adapted) > 8:
                 self._adapted.popitem(last=False)
-        for input_name, array in change.packed(adapted.layers, rank).items():
+        arrays = no_change(adapted.extent, rank) if change is None else change.packed(adapted.layers, rank)
+        for input_name, array in {**arrays, EXTRA_WORDS: rows}.items():
             binding.inputs[input_name][...] = array
-        return binding
+        return binding, adapted.vocabulary or 0
 
 
 def _of_prompt(chunks: Float32) -> Float32:

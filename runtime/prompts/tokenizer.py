@@ -32,18 +32,23 @@ class PromptTokenizer:
         self.record = record
         try:
             with panics_refused(f"{record.file} is not a tokenizer", remedy="Export the checkpoint again."):
-                self._fast = FastTokenizer.from_buffer(data)
+                self.fast = FastTokenizer.from_buffer(data)
         except CorruptError:
             raise
         except Exception as error:
             raise CorruptError(
                 f"{record.file} is not a tokenizer ({error})", remedy="Export the checkpoint again."
             ) from error
-        self._fast.no_padding()
-        self._fast.no_truncation()
+        self.fast.no_padding()
+        self.fast.no_truncation()
         self._known = known
-        self._several = _several({t.content for t in self._fast.get_added_tokens_decoder().values()})
-        self._comma: int | None = self._fast.token_to_id(",</w>")
+        self._several = _several({t.content for t in self.fast.get_added_tokens_decoder().values()})
+        self._comma: int | None = self.fast.token_to_id(",</w>")
+
+    def learn(self, tokens: Sequence[str]) -> None:
+        """Read tokens that were added to `fast` from now on; the text encoder has vectors for them."""
+        self._known += len(tokens)
+        self._several = _several({t.content for t in self.fast.get_added_tokens_decoder().values()})
 
     @property
     def room(self) -> int:
@@ -75,7 +80,7 @@ class PromptTokenizer:
         found, remedy = f"{self.record.file} cannot read the prompt", "Export the checkpoint again."
         try:
             with panics_refused(found, remedy=remedy):
-                return self._fast.encode(text, add_special_tokens=False)
+                return self.fast.encode(text, add_special_tokens=False)
         except CorruptError:
             raise
         except Exception as error:

@@ -141,15 +141,18 @@ def test_files_and_names_that_are_no_words(tiny_sd1: Path, tiny_sdxl: Path, tmp_
 
 def test_vectors_of_one_width_of_several(tiny_sdxl: Path, tmp_path: Path) -> None:
     """A file that says nothing is for the encoder whose width it has, if there is one alone."""
-    from fewstep.export.checkpoint.embeddings import read_words
+    from fewstep.export.tokenizers import read_tokenizer
+    from fewstep.weights.embeddings import read_words
 
-    tokenizers = [tiny_sdxl / "tokenizer", tiny_sdxl / "tokenizer_2"]
+    def tokenizers() -> list[Any]:
+        return [read_tokenizer(tiny_sdxl / n)[0] for n in ("tokenizer", "tokenizer_2")]
+
     path = saved(tmp_path / "s.safetensors", {"<s>": vectors(1, 2, 48)})
-    words, known = read_words([(None, path)], {"one": 32, "two": 48}, tokenizers)
+    words, known = read_words([(None, path)], {"one": 32, "two": 48}, tokenizers())
     assert {e: [w.tokens for w in of] for e, of in words.items()} == {"two": [("<s>", "<s>_1")]}
     assert known == {"two": 600}
     with pytest.raises(UnsupportedError, match="one and two"):
-        read_words([(None, path)], {"one": 48, "two": 48}, tokenizers)
+        read_words([(None, path)], {"one": 48, "two": 48}, tokenizers())
 
 
 def test_names_on_the_command_line() -> None:

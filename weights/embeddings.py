@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ...errors import ArgumentError, CorruptError, MissingError, UnsafeFileError, UnsupportedError
-from ...weights.stored import PICKLES, Stored, convert, open_tensors
-from ..tokenizers import read_tokenizer
+from ..errors import ArgumentError, CorruptError, MissingError, UnsafeFileError, UnsupportedError
+from .stored import PICKLES, Stored, convert, open_tensors
 
 FOLDER_FILE = "learned_embeds.safetensors"
 A1111 = "emb_params"
@@ -51,15 +51,16 @@ def embedding_file(name: str | None, path: str | Path) -> tuple[str | None, Path
 
 
 def read_words(
-    given: Iterable[tuple[str | None, Path]], widths: Mapping[str, int], tokenizers: Sequence[Path]
+    given: Iterable[tuple[str | None, Path]], widths: Mapping[str, int], tokenizers: Sequence[Any]
 ) -> tuple[dict[str, tuple[Word, ...]], dict[str, int]]:
     """The words of embedding files by text encoder, and how many tokens each encoder then knows.
 
-    widths: of the vectors that each encoder takes, in the tokenizers' order. Raises `ArgumentError` for a word that a
+    widths: of the vectors that each encoder takes, in the order of `tokenizers`, of the library of that name, which
+    learn the words. Raises `ArgumentError` for a word that a
     tokenizer knows already and for vectors of another width, `CorruptError` for a file that is no embedding.
     """
     words: dict[str, list[Word]] = {}
-    known = {e: read_tokenizer(t)[0] for e, t in zip(widths, tokenizers, strict=True)}
+    known = dict(zip(widths, tokenizers, strict=True))
     for name, path in given:
         for encoder, (key, stored) in _encoders(path, widths).items():
             token = name or (path.stem if key in {A1111, *sum(PAIRS, ())} else key)
