@@ -39,9 +39,10 @@ def check_graphs(
     encoders = [e.name for e in model.text_encoders]
     _check_unet(components["unet"], model, cells, guidance, reading)
     for name in encoders:
-        _match(name, "inputs", components[name].inputs, {"input_ids": ("prompts", None)}, reading, more=(CLIP_SKIP,))
-        outputs = {"hidden": ("prompts", None, None)}
-        _match(name, "outputs", components[name].outputs, outputs, reading, more=("pooled",))
+        encoder, ids = components[name], {"input_ids": ("prompts", None)}
+        _match(name, "inputs", encoder.inputs, ids, reading, more={CLIP_SKIP: (1,)})
+        hidden, pooled = {"hidden": ("prompts", None, None)}, {"pooled": ("prompts", None)}
+        _match(name, "outputs", encoder.outputs, hidden, reading, more=pooled)
     decoder = components["vae_decoder"]
     _match("vae_decoder", "inputs", decoder.inputs, {"latent": ("batch", *cells)}, reading)
     _match(
@@ -52,9 +53,9 @@ def check_graphs(
         reading,
     )
     if "vae_encoder" in components:
-        encoder, moments = components["vae_encoder"], ("batch", *cells)
-        _match("vae_encoder", "inputs", encoder.inputs, {"image": ("batch", *picture)}, reading)
-        _match("vae_encoder", "outputs", encoder.outputs, {"mean": moments, "std": moments}, reading)
+        vae, moments = components["vae_encoder"], ("batch", *cells)
+        _match("vae_encoder", "inputs", vae.inputs, {"image": ("batch", *picture)}, reading)
+        _match("vae_encoder", "outputs", vae.outputs, {"mean": moments, "std": moments}, reading)
 
 
 def _check_unet(unet: Stated, model: Family, cells: tuple[Any, ...], guidance: int, reading: Reader) -> None:
@@ -97,14 +98,15 @@ def _match(
     specs: Sequence[TensorSpec],
     expected: Mapping[str, tuple[int | str | None, ...]],
     reading: Reader,
-    more: tuple[str, ...] = (),
+    more: Mapping[str, tuple[int | str | None, ...]] | None = None,
 ) -> None:
-    """Names, and shapes in which `None` is any size; `more`: names that may be there besides."""
+    """Names, and shapes in which `None` is any size; `more`: what may be there besides."""
+    known = {**expected, **(more or {})}
     shapes = {s.name: s.shape for s in specs}
-    if len(shapes) != len(specs) or not expected.keys() <= shapes.keys() <= {*expected, *more}:
+    if len(shapes) != len(specs) or not expected.keys() <= shapes.keys() <= known.keys():
         raise reading.wrong(f"the {component}'s {side}", [s.name for s in specs], ", ".join(expected))
-    for name, shape in expected.items():
-        found = shapes[name]
+    for name, found in shapes.items():
+        shape = known[name]
         if len(found) != len(shape) or any(w not in (None, f) for f, w in zip(found, shape, strict=True)):
             raise reading.wrong(
                 f"the {component}'s {name}", list(found), f"{['any' if w is None else w for w in shape]}"

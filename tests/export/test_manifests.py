@@ -69,6 +69,8 @@ WRONG: list[tuple[tuple[Any, ...], Any]] = [
     (("components", "unet", "outputs", 0, "name"), "nope"),
     (("components", "unet", "config", "block_out_channels"), [10**9]),
     (("components", "text_encoder", "inputs", 0, "shape"), []),
+    (("components", "text_encoder", "inputs", 1, "shape"), [3]),
+    (("components", "text_encoder", "inputs", 1, "shape"), ["prompts"]),
     (("scheduler", "beta_start"), None),
     (("scheduler", "beta_end"), 2.0),
     (("scheduler", "trained_betas"), 5),
