@@ -96,7 +96,7 @@ class ImageRoutes:
                     raise MissingError("no folder of LoRAs")
                 server.pipeline.loras.find(name)
             except (MissingError, ArgumentError) as error:
-                raise HttpError(400, "invalid_request", f"no LoRA {shown(name)} is here", param="loras") from error
+                raise HttpError(422, "invalid_combination", f"no LoRA {shown(name)} is here", param="loras") from error
         if call.model is not None and call.model not in self._settings.models:
             raise HttpError(404, "model_not_found", "there is no model of that name here")
         return call

@@ -100,7 +100,7 @@ def test_a_servers_batches_mix_them(pipe: Any, expected: np.ndarray) -> None:
     """Requests with a LoRA, another, and none that are in progress together are each what they are alone."""
     asked = [{"whole": 0.8, "attention": 20.0}, {"attention": -15.0}, None, {"whole": -0.6}]
     alone = [pipe(PROMPT, loras=loras, **CALL).images[0] for loras in asked]
-    with Server(pipe, most_slots=4) as server:
+    with Server(pipe, sizes=[(64, 64)], most_slots=4) as server:
         tickets = [server.submit(PROMPT, loras=loras, **CALL) for loras in asked]
         for picture, ticket in zip(alone, tickets, strict=True):
             assert psnr(picture, ticket.result(timeout=120).images[0]) >= LEAST
@@ -127,7 +127,7 @@ def test_what_is_asked_for_again_is_packed_once(pipe: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("loras", "error", "words"),
+    ("asked", "error", "words"),
     [
         ({"absent": 1.0}, MissingError, "attention, whole"),
         ({"../whole": 1.0}, ArgumentError, "is a path"),
@@ -139,20 +139,20 @@ def test_what_is_asked_for_again_is_packed_once(pipe: Any) -> None:
     ],
     ids=str,
 )
-def test_what_is_refused_before_anything_is_computed(pipe: Any, loras: Any, error: type, words: str) -> None:
+def test_what_is_refused_before_anything_is_computed(pipe: Any, asked: Any, error: type, words: str) -> None:
     with pytest.raises(error, match=words):
-        pipe.request(PROMPT, loras=loras, **CALL)
+        pipe.request(PROMPT, loras=asked, **CALL)
 
 
 def test_damaged_files_and_other_kinds_are_told(pipe: Any, loras: Path) -> None:
     for name, change, error in (
-        ("cut", lambda w: dict(list(w.items())[1:]), CorruptError),
+        ("cut", lambda w: {k: v for k, v in w.items() if k != next(n for n in w if "up.weight" in n)}, CorruptError),
         (
             "other",
             lambda w: {**w, "lora_unet_mid_block_attentions_0_proj_in.hada_w1_a": w[next(iter(w))]},
             UnsupportedError,
         ),
-        ("infinite", lambda w: {k: v * np.float32(np.inf) for k, v in w.items()}, CorruptError),
+        ("infinite", lambda w: {k: np.full_like(v, np.inf) for k, v in w.items()}, CorruptError),
     ):
         path = loras / f"{name}.safetensors"
         save_file(change(load_file(loras / "attention.safetensors")), path)

@@ -463,7 +463,7 @@ def test_loras_are_named_in_a_request(
     call = {"seed": 3, "num_inference_steps": 2, "response_format": "b64_json"}
     plain = pixels(generate(url, **call).json()["data"][0]["b64_json"])
     refused = generate(url, **call, loras={"style": 1.0})
-    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "loras")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (422, "loras")
     write_style(student, tmp_path / "style.safetensors")
     monkeypatch.setattr(student.loras, "folder", tmp_path)
     styled = pixels(generate(url, **call, loras={"style": 0.7}).json()["data"][0]["b64_json"])
@@ -475,7 +475,7 @@ def test_loras_are_named_in_a_request(
     assert edited.status_code == 200, edited.text
     for loras in ({"absent": 1.0}, {"../style": 1.0}, {str(tmp_path / "style"): 1.0}):
         refused = generate(url, **call, loras=loras)
-        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "loras")
+        assert (refused.status_code, refused.json()["error"]["param"]) == (422, "loras")
     for loras in ({"style": 1e9}, {"style": "much"}, ["style"], {"": 1.0}):
         assert generate(url, **call, loras=loras).status_code == 400
 
