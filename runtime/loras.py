@@ -19,7 +19,8 @@ import numpy as np
 from ..bundle import Bundle
 from ..engines.graph.low_rank import DOWN, UP, Layer
 from ..errors import ArgumentError, MissingError, UnknownNameError, UnsupportedError
-from ..weights.lora import Delta, Fusion, LoraFile, match_loras
+from ..weights.delta import Delta, LoraFile
+from ..weights.lora import Fusion, match_loras
 from ..weights.stored import open_tensors
 from .conditioning import Arrays
 from .prompts.lora_tags import Uses
@@ -177,6 +178,7 @@ class LoraLibrary:
                 for key, several in deltas.items():
                     if key not in own:
                         continue  # the graph leaves it out: the last layers of an encoder that is read before them
+                    _check_low_rank(several)
                     module = key.removesuffix(".weight")
                     by_module = by_component.setdefault(component, {})
                     by_module.setdefault(module, []).extend((d, scale * d.factor) for d in several)
@@ -202,7 +204,17 @@ class LoraLibrary:
         return self._networks
 
 
+def _check_low_rank(deltas: Sequence[Delta]) -> None:
+    for delta in deltas:
+        if not delta.is_low_rank:
+            raise UnsupportedError(
+                f"{delta.lora.path.name} is {delta.title} (of {delta.name})",
+                expected="a plain LoRA, with two matrices a weight",
+                remedy="Fuse it at export: fewstep export CHECKPOINT BUNDLE --lora FILE",
+            )
+
+
 def _sum(deltas: Mapping[str, Sequence[tuple[Delta, float]]], shapes: Shapes) -> LoraChange:
-    ranks = [sum(d.down.shape[0] for d, _ in several) for several in deltas.values()]
+    ranks = [sum(d.rank for d, _ in several) for several in deltas.values()]
     kernels = any(len(s := shapes[f"{m}.weight"]) == 4 and s[2:] != (1, 1) for m in deltas)
     return LoraChange(deltas={m: tuple(d) for m, d in deltas.items()}, rank=max(ranks), kernels=kernels)

@@ -1,8 +1,8 @@
-"""LoRA files, fused into weights while these are written: W + scale * (alpha / rank) * up @ down.
+"""Adapter files, fused into weights while these are written: which weight each change is of.
 
 Three ways of naming the same thing are read: kohya's (`lora_unet_down_blocks_0_..._to_q.lora_down.weight`, and also
 over the original block names), diffusers' (`unet.down_blocks.0....to_q.lora_A.weight`, and its older forms) and PEFT's
-(`base_model.model.....lora_A.weight`). Hu et al., arXiv:2106.09685, equation 3.
+(`base_model.model.....lora_A.weight`). LyCORIS's kinds go by kohya's names.
 """
 
 from __future__ import annotations
@@ -10,75 +10,33 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from safetensors import safe_open
 
 from ..errors import CorruptError, UnsupportedError
 from ..families import all_families
 from ..values import Reader, parse_json, read_json
+from .delta import NEEDED, PARTS, Delta, LoraFile
 from .original import original_name
 from .stored import Stored, convert, open_tensors, read_number
 
-Float32 = npt.NDArray[np.float32]
 _ROLE = re.compile(
     r"(?P<module>.+?)(?:\.lora_(?P<ab>A|B)|\.lora_(?P<ko>down|up)|(?:\.lora|\.lora_linear_layer|_lora)\.(?P<du>down|up))"
     r"(?:\.(?!weight$)[\w-]+)?\.weight"
 )
 _DOWN = {"A", "down"}
-_REFUSED = {
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "hada_w": "LoHa",
-    "lokr_w": "LoKr",
-    "lora_mid": "a LoRA with a middle matrix (LoCon's Tucker form)",
-    "oft_blocks": "OFT",
-    "diff": "a full difference of weights",
-    "diff_b": "a full difference of biases",
-}
+_LYCORIS = re.compile(
+    r"(?P<module>.+)\.(?:hada_(?P<hada>w[12]_[ab]|t[12])|lokr_(?P<lokr>w[12](?:_[ab])?|t2)|(?P<diff>diff|diff_b)"
+    r"|(?P<mid>lora_mid)\.weight|(?P<magnitude>dora_scale|lora_magnitude_vector)(?:\.[\w-]+)?(?:\.weight)?)"
+)
 _TEXT_LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
 _SHOWN = 20
 
 Component = tuple[Mapping[str, Any], Mapping[str, tuple[int, ...]]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoraFile:
-    """A LoRA's safetensors file and the factor it is fused with."""
-
-    path: Path
-    scale: float = 1.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delta:
-    """One LoRA's change of one weight: `down` [r, in (, kh, kw)], `up` [out, r (, 1, 1)] and the whole factor."""
-
-    lora: LoraFile
-    name: str
-    down: Stored
-    up: Stored
-    factor: float
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.up.shape[0], *self.down.shape[1:])
-
-    def matrices(self) -> tuple[Float32, Float32]:
-        """`down` [r, in * kh * kw] and `up` [out, r] in float32, without the factor."""
-        rank = self.down.shape[0]
-        down = convert(self.down, "float32", self.name).reshape(rank, -1)
-        return down, convert(self.up, "float32", self.name).reshape(self.up.shape[0], rank)
-
-    def value(self) -> Float32:
-        """The change in float32, shape `self.shape`."""
-        down, up = self.matrices()
-        change: Float32 = (up @ down) * np.float32(self.factor)
-        return change.reshape(self.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,26 +57,30 @@ class Fusion:
         changes = self.changes(kind, key)
         if not changes:
             return stored
-        total = convert(stored, "float32", key).astype(np.float32)
+        total = convert(stored, "float32", key).astype(np.float32).reshape(stored.shape)
         for change in changes:
-            total += change.value().reshape(-1)
-        return Stored(dtype="F32", shape=stored.shape, data=total.view(np.uint8))
+            total = change.added(total)
+        return Stored(dtype="F32", shape=stored.shape, data=np.ascontiguousarray(total).reshape(-1).view(np.uint8))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """The modules of a component that a LoRA may change: shape of the weight, `None` where the graph leaves it out."""
+    """The modules of a component that an adapter may change: shape of the weight, `None` where the graph leaves it out.
+
+    biases: the modules that have one, with its shape.
+    """
 
     kind: str
     shapes: Mapping[str, tuple[int, ...] | None]
     aliases: Mapping[str, str]
+    biases: Mapping[str, tuple[int, ...]]
 
 
 def match_loras(loras: Sequence[LoraFile], components: Mapping[str, Component]) -> Fusion:
     """Find the weight that each pair of matrices changes; only headers are read.
 
-    components: by kind, its configuration and the shapes of its weights by key. Raises `UnsupportedError` for other
-    kinds of adapters by their name, `CorruptError` that lists keys which match no weight, for half a pair, and for
+    components: by kind, its configuration and the shapes of its weights by key. Raises `UnsupportedError` for OFT,
+    `CorruptError` that lists keys which match no weight, for half a pair, and for
     shapes that do not fit.
     """
     if not loras:
@@ -126,8 +88,7 @@ def match_loras(loras: Sequence[LoraFile], components: Mapping[str, Component]) 
     targets = {kind: _target(kind, *component) for kind, component in components.items() if not kind.startswith("vae")}
     deltas: dict[str, dict[str, tuple[Delta, ...]]] = {kind: {} for kind in targets}
     for lora in loras:
-        for kind, module, delta in _read(lora, targets):
-            key = f"{module}.weight"
+        for kind, key, delta in _read(lora, targets):
             deltas[kind][key] = (*deltas[kind].get(key, ()), delta)
     return Fusion(deltas=deltas)
 
@@ -150,7 +111,8 @@ def _target(kind: str, config: Mapping[str, Any], weights: Mapping[str, tuple[in
             original = original_name("unet", module, config)
             if original:
                 aliases |= {original: module, _flat(original): module}
-    return Target(kind=kind, shapes=shapes, aliases=aliases)
+    biases = {_plain(k).removesuffix(".bias"): s for k, s in weights.items() if k.endswith(".bias")}
+    return Target(kind=kind, shapes=shapes, aliases=aliases, biases=biases)
 
 
 def _flat(module: str) -> str:
@@ -158,37 +120,67 @@ def _flat(module: str) -> str:
 
 
 def _read(lora: LoraFile, targets: Mapping[str, Target]) -> Iterable[tuple[str, str, Delta]]:
+    """Component, key of the weight and change, for each module of a file."""
     tensors = open_tensors([lora.path])
-    pairs: dict[str, dict[str, Stored]] = {}
+    modules: dict[str, dict[str, Stored]] = {}
     alphas: dict[str, float] = {}
     strange = []
     for name, stored in tensors.items():
-        parts = name.split(".")
-        kind = next((k for k in _REFUSED if k in parts or (k.endswith("_w") and parts[-1].startswith(k))), None)
-        if kind:
-            raise UnsupportedError(
-                f"{lora.path.name} is {_REFUSED[kind]} (it has {name!r})",
-                expected="a plain LoRA, with two matrices a weight",
-            )
-        role = _ROLE.fullmatch(name)
-        if role:
-            side = "down" if (role["ab"] or role["ko"] or role["du"]) in _DOWN else "up"
-            pairs.setdefault(role["module"], {})[side] = stored
+        if "oft_blocks" in name:
+            raise UnsupportedError(f"{lora.path.name} is OFT (it has {name!r})", expected="a LoRA, LoHa, LoKr or DoRA")
+        place = _place(name)
+        if place is not None:
+            module, part = place
+            modules.setdefault(module, {})[part] = stored
         elif name.endswith(".alpha") and math.prod(stored.shape) == 1:
             alphas[name.removesuffix(".alpha")] = read_number(stored, name)
         else:
             strange.append(name)
-    places = {module: _resolve(module, targets) for module in pairs}
+    places = {module: _resolve(module, targets) for module in modules}
     strange += [m for m, where in places.items() if where is None]
-    strange += [f"{m}.alpha" for m in alphas if m not in pairs]
-    if strange or not pairs:
-        _refuse(lora, strange, len(pairs))
+    strange += [f"{m}.alpha" for m in alphas if m not in modules]
+    if strange or not modules:
+        _refuse(lora, strange, len(modules))
     adapter = _Adapter.of(lora.path)
-    for module, pair in pairs.items():
+    for module, parts in modules.items():
         where = places[module]
-        if where is not None:
-            kind, target = where
-            yield kind, target, _delta(lora, module, pair, alphas.get(module), adapter, targets[kind].shapes[target])
+        if where is None:
+            continue
+        component, target = where
+        bias = parts.pop("bias", None)
+        if bias is not None:
+            yield component, f"{target}.bias", _of_bias(lora, module, bias, targets[component].biases.get(target))
+        if parts:
+            shape = targets[component].shapes[target]
+            yield component, f"{target}.weight", _delta(lora, module, parts, alphas.get(module), adapter, shape)
+
+
+def kinds_of(lora: LoraFile) -> set[str]:
+    """The kinds of changes that a file holds, in words; a LoRA with a magnitude or a middle matrix is another kind."""
+    other = {"mid": "LoCon's middle matrices", "magnitude": "DoRA", "diff": "full differences"}
+    kinds = set()
+    for name in open_tensors([lora.path]):
+        _, part = _place(name) or ("", "")
+        kind = {"hada": "LoHa", "lokr": "LoKr"}.get(part.partition(" ")[0])
+        kinds.add(kind or other.get("diff" if part == "bias" else part, "LoRA"))
+    return kinds
+
+
+def _place(name: str) -> tuple[str, str] | None:
+    """The module that a tensor is of, and which part of its change, as `delta.PARTS` names them."""
+    role = _ROLE.fullmatch(name)
+    if role and not role["module"].endswith(".lora_magnitude_vector"):
+        return role["module"], "down" if (role["ab"] or role["ko"] or role["du"]) in _DOWN else "up"
+    other = _LYCORIS.fullmatch(name)
+    if other is None:
+        return None
+    if other["diff"]:
+        return other["module"], "diff" if other["diff"] == "diff" else "bias"
+    if other["magnitude"]:
+        return other["module"], "magnitude"
+    return other["module"], "mid" if other["mid"] else f"hada {other['hada']}" if other[
+        "hada"
+    ] else f"lokr {other['lokr']}"
 
 
 def _refuse(lora: LoraFile, strange: list[str], pairs: int) -> None:
@@ -271,28 +263,36 @@ class _Adapter:
 def _delta(
     lora: LoraFile,
     module: str,
-    pair: Mapping[str, Stored],
+    parts: dict[str, Stored],
     alpha: float | None,
     adapter: _Adapter,
     shape: tuple[int, ...] | None,
 ) -> Delta:
+    """The change of a module's weight, checked."""
     where = f"{module} in {lora.path.name}"
-    if len(pair) != 2:
-        raise CorruptError(f"{where} has its {next(iter(pair))} matrix only", expected="both matrices of the pair")
-    down, up = pair["down"], pair["up"]
-    rank = down.shape[0] if down.shape else 0
-    if rank < 1 or len(up.shape) < 2 or len(down.shape) < 2 or up.shape[1] != rank or math.prod(up.shape[2:]) != 1:
-        raise CorruptError(
-            f"the matrices of {where} have shapes {down.shape} and {up.shape}", expected="[r, in] and [out, r]"
-        )
-    factor = adapter.factor(module, rank) if alpha is None else alpha / rank
-    if not math.isfinite(factor):
-        raise CorruptError(f"alpha of {where} is not finite", expected="a finite number")
-    delta = Delta(lora=lora, name=module, down=down, up=up, factor=lora.scale * factor)
-    if shape is not None and [d for d in delta.shape if d != 1] != [d for d in shape if d != 1]:
-        raise CorruptError(
-            f"{where} changes a weight of shape {delta.shape}",
-            expected=str(tuple(shape)),
-            remedy="Take the LoRA that was made for this base.",
-        )
+    magnitude = parts.pop("magnitude", None)
+    kinds = {"LoHa" if p.startswith("hada ") else "LoKr" if p.startswith("lokr ") else "" for p in parts}
+    kind = next(iter(kinds), "") if len(kinds) == 1 else "several kinds"
+    own = {p.partition(" ")[2] or p: t for p, t in parts.items()}
+    kind = kind or ("diff" if "diff" in own else "LoRA")
+    if kind not in PARTS or not own.keys() <= PARTS[kind] or not any(n <= own.keys() for n in NEEDED[kind]):
+        held = " and ".join(sorted(own)) or "a magnitude"
+        raise CorruptError(f"{where} has its {held} {'matrix' if len(own) == 1 else 'matrices'} only",
+                           expected="both matrices of the pair")  # fmt: skip
+    delta = Delta(lora=lora, name=module, kind=kind, parts=own, factor=lora.scale, magnitude=magnitude)
+    if kind != "diff" and all(len(t.shape) > 1 for t in own.values()) and delta.rank:
+        rank = delta.rank
+        factor = adapter.factor(module, rank) if alpha is None else alpha / rank
+        if not math.isfinite(factor):
+            raise CorruptError(f"alpha of {where} is not finite", expected="a finite number")
+        delta = replace(delta, factor=lora.scale * factor)
+    delta.check(shape)
+    return delta
+
+
+def _of_bias(lora: LoraFile, module: str, stored: Stored, shape: tuple[int, ...] | None) -> Delta:
+    delta = Delta(lora=lora, name=module, kind="diff", parts={"diff": stored}, factor=lora.scale)
+    if shape is None:
+        raise CorruptError(f"{delta.where} changes a bias, and the layer has none", expected="a LoRA for this base")
+    delta.check(shape)
     return delta

@@ -19,8 +19,8 @@ from safetensors import safe_open
 from ...errors import ArgumentError, CorruptError, MissingError, UnsafeFileError, UnsupportedError
 from ...families import all_families
 from ...families.base import LATENT_STATISTICS
+from ...weights.delta import LoraFile
 from ...weights.embeddings import embedding_file, read_words, with_words
-from ...weights.lora import LoraFile
 from ...weights.stored import PICKLES, Stored, open_tensors
 from ..tokenizers import read_tokenizer
 from .configs import TINY_DEFAULTS

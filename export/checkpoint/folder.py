@@ -18,8 +18,8 @@ from ...families import Family, all_families, known_models
 from ...families.configs import check_config
 from ...schedules.keys import check_keys
 from ...values import Reader
+from ...weights.delta import LoraFile
 from ...weights.embeddings import Word
-from ...weights.lora import LoraFile
 from ...weights.stored import PICKLES
 
 NOT_EXPORTED = {

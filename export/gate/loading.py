@@ -19,13 +19,16 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ...errors import CorruptError
-from ...weights.lora import match_loras
+from ...weights.lora import kinds_of, match_loras
 from ..checkpoint.folder import Checkpoint, Part, has_variant
 
 LOADERS = {
     c.__name__: c
     for c in (UNet2DConditionModel, AutoencoderKL, AutoencoderTiny, CLIPTextModel, CLIPTextModelWithProjection)
 }
+
+READ_BY_DIFFUSERS = frozenset({"LoRA"})
+"""Kinds of adapters that diffusers' loader reads; it drops DoRA's magnitudes with a warning."""
 
 
 def load_model(checkpoint: Checkpoint, part: Part) -> nn.Module:
@@ -39,7 +42,10 @@ def lora_method(checkpoint: Checkpoint) -> str:
     """Who fuses the reference's LoRAs, for the report."""
     if not checkpoint.loras:
         return "none"
-    return "fused by diffusers" if _has_peft() else "fused by fewstep: peft is not installed"
+    if not _has_peft():
+        return "fused by fewstep: peft is not installed"
+    unread = sorted({k for lora in checkpoint.loras for k in kinds_of(lora)} - READ_BY_DIFFUSERS)
+    return f"fused by fewstep: diffusers does not read {' and '.join(unread)}" if unread else "fused by diffusers"
 
 
 def _has_peft() -> bool:
@@ -107,7 +113,7 @@ def _text_encoder(cls: Any, part: Part) -> nn.Module:
 def load_fused(checkpoint: Checkpoint) -> dict[str, nn.Module]:
     """The UNet and the text encoders in float32 with all LoRAs fused."""
     parts = {n: _plain(checkpoint, p) for n, p in checkpoint.parts.items() if n != "vae"}
-    if not _has_peft():
+    if lora_method(checkpoint) != "fused by diffusers":
         _fuse_here(checkpoint, parts)
         return parts
     cls: Any = getattr(diffusers, checkpoint.model.pipelines[0])
@@ -128,11 +134,11 @@ def load_fused(checkpoint: Checkpoint) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def _fuse_here(checkpoint: Checkpoint, parts: dict[str, nn.Module]) -> None:
-    """Without PEFT the changes are fewstep's own: the gate then shows mistakes in graphs, not in the fusion."""
+    """Where diffusers does not fuse, the changes are fewstep's own: the gate shows mistakes in graphs, not in those."""
     states = {n: m.state_dict() for n, m in parts.items()}
     shapes = {n: {k: tuple(v.shape) for k, v in s.items()} for n, s in states.items()}
     fusion = match_loras(checkpoint.loras, {n: (checkpoint.parts[n].config, shapes[n]) for n in parts})
     for name, state in states.items():
         for key, value in state.items():
             for delta in fusion.changes(name, key):
-                value += torch.from_numpy(delta.value()).reshape(value.shape)
+                value.copy_(torch.from_numpy(delta.added(value.numpy())))
