@@ -7,7 +7,7 @@ else in the runtime knows what they mean.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -45,12 +45,18 @@ class Conditioning:
     positive: of the prompt's row. negative: of the row that guidance leads away from; `None` where there is none.
     tokens: the length that both rows' prompts have or divide; arrays along `tokens` are repeated to fill a longer one.
     change: of the network's weights for both rows, if there is one.
+    steps: factors float32 [evaluations] of both rows' arrays by name, where they are not the same at every step.
     """
 
     positive: Arrays
     negative: Arrays | None
     tokens: int
     change: Change | None = None
+    steps: Mapping[str, Float32] = field(default_factory=dict)
+
+    def factors(self, position: int) -> Mapping[str, float]:
+        """Those of an evaluation, by name."""
+        return {name: float(table[position]) for name, table in self.steps.items()}
 
     @property
     def parts(self) -> tuple[Arrays, ...]:
@@ -71,6 +77,8 @@ def check_conditioning(
     dims: `height` and `width` of the latent. values: look at every number too; `NonFiniteError` for NaN or infinity.
     """
     expected = conditioning_inputs(inputs)
+    for name in conditioning.steps.keys() - expected.keys():
+        raise ArgumentError(f"the conditioning has factors by step of {name!r}", expected=", ".join(sorted(expected)))
     for arrays in conditioning.parts:
         unknown = sorted(arrays.keys() ^ expected.keys())
         if unknown:

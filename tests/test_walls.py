@@ -47,6 +47,7 @@ TORCH_FILES = {
     "runtime/device/memory.py": "the CUDA device",
     "runtime/device/torch_decoder.py": "the CUDA device",
     "runtime/device/torch_device.py": "the CUDA device",
+    "runtime/device/torch_factors.py": "the CUDA device",
     "runtime/device/torch_records.py": "the CUDA device",
     "runtime/device/torch_slots.py": "the CUDA device",
     "runtime/device/torch_tables.py": "the CUDA device",

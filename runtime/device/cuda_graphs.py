@@ -179,7 +179,8 @@ class GraphKey:
     """What captured work depends on besides the contents of its buffers.
 
     kind: `"request"` or `"tick"`. shape: (C, h, w). slots, rows, tokens: of one evaluation. evaluations: how many.
-    engines: identities of the bindings. extras: what updates do beside the programs' rows.
+    engines: identities of the bindings. extras: what updates do beside the programs' rows. stepped: inputs that have
+    factors by step.
     """
 
     kind: str
@@ -190,6 +191,7 @@ class GraphKey:
     evaluations: int
     engines: tuple[int, ...]
     extras: tuple[bool, ...] = ()
+    stepped: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 
@@ -102,10 +101,11 @@ class NumpySlots(Slots):
             evaluation.timestep[row : row + sampling.rows] = sampling.program.timesteps[sampling.position]
             sample = evaluation.sample[row]
             self._values.model_input(slot, sampling.program, sampling.position, sample)
+            factors = sampling.conditioning.factors(sampling.position)
             for i, arrays in enumerate(evaluator.parts(sampling)):
                 if i:
                     np.copyto(evaluation.sample[row + i], sample)
-                evaluation.tell(row + i, arrays)
+                evaluation.tell(row + i, arrays, factors)
             row += sampling.rows
         gathered = time.perf_counter()
         evaluation.binding.enqueue()
@@ -170,12 +170,15 @@ class _Rows:
         self.timestep: Float32 = binding.inputs["timestep"]
         self.out: Float32 = binding.outputs["out"]
         self._buffers = [(name, binding.inputs[name]) for name in conditioning_inputs(engine.inputs)]
-        self._written: list[dict[str, Any]] = [{} for _ in range(rows)]
+        self._written: list[dict[str, tuple[Float32, float]]] = [{} for _ in range(rows)]
 
-    def tell(self, row: int, arrays: Mapping[str, Float32]) -> None:
+    def tell(self, row: int, arrays: Mapping[str, Float32], factors: Mapping[str, float]) -> None:
         written = self._written[row]
         for name, buffer in self._buffers:
-            array = arrays[name]
-            if written.get(name) is not array:
+            array, factor = arrays[name], factors.get(name, 1.0)
+            known = written.get(name)
+            if known is None or known[0] is not array or known[1] != factor:
                 write_row(buffer[row, ...], array)
-                written[name] = array
+                if factor != 1.0:
+                    np.multiply(buffer[row, ...], np.float32(factor), out=buffer[row, ...])
+                written[name] = array, factor

@@ -21,11 +21,13 @@ from ...engines import Engine
 from ...engines.streams import take_stream
 from ...schedules import Program
 from ..arrays import Float32, Shape
+from ..conditioning import conditioning_inputs
 from .base import MOST_HISTORY, MOST_ROWS, RECORDINGS, Decoded, Sampling, Slots, TickTimes, unet_dims
 from .clock import DeviceClock
 from .cuda_graphs import GraphCache, GraphKey
 from .memory import guard_memory
 from .torch_decoder import Decoder
+from .torch_factors import StepFactors
 from .torch_tables import Batch, DeviceCopies
 from .torch_update import Extras, TorchSlotState
 
@@ -66,6 +68,8 @@ class TorchSlots(Slots):
                 max_draws=max(1, draws),
                 device=self.device,
             )
+            names = list(conditioning_inputs(engine.inputs))
+            self._factors = StepFactors(names, slots + 1, longest_program, self.device)
         self._copies = DeviceCopies(self.device)
         self._decoder: Decoder | None = None
         self._clock = DeviceClock(self.device)
@@ -73,7 +77,8 @@ class TorchSlots(Slots):
     @property
     def bytes(self) -> int:
         batches = sum(b.bytes for b in self._batches.values())
-        return self._values.bytes + self._copies.bytes + batches + (self.graphs.bytes if self.graphs else 0)
+        tables = self._values.bytes + self._factors.bytes
+        return tables + self._copies.bytes + batches + (self.graphs.bytes if self.graphs else 0)
 
     @property
     def recordings(self) -> Mapping[str, int]:
@@ -97,10 +102,12 @@ class TorchSlots(Slots):
         with self._here():
             self._reserve(program.evaluations, len(draws))
             self._values.load(slot, program, start, draws, sampling.blend)
+            self._factors.load(slot, sampling.conditioning.steps)
 
     def _clear(self, slot: int) -> None:
         with self._here():
             self._values.wipe(slot)
+            self._factors.wipe(slot)
 
     def _finish(self, slot: int, program: Program, into: Float32) -> None:
         self._read(slot, into)
@@ -118,12 +125,13 @@ class TorchSlots(Slots):
 
     def _evaluate(self, slots: list[int], tokens: int, rows: int, previews: Mapping[int, Float32]) -> None:
         with self._here():
-            batch, extras = self._batch(slots, tokens, rows), self._extras(slots, previews=bool(previews))
+            extras, stepped = self._extras(slots, previews=bool(previews)), self._stepped(slots)
+            batch = self._batch(slots, tokens, rows, stepped)
 
             def body() -> None:
-                self._tick(batch, extras)
+                self._tick(batch, extras, stepped)
 
-            self._do("tick", batch, 1, body, extras)
+            self._do("tick", batch, 1, body, extras, stepped)
             for i, slot in enumerate(slots):
                 if slot in previews:
                     np.copyto(previews[slot], batch.x0[i].cpu().numpy())
@@ -131,17 +139,18 @@ class TorchSlots(Slots):
     def _run(self, slots: list[int], tokens: int, evaluations: int, decoder: Engine) -> Decoded:
         """On CUDA nobody waits before all of it is enqueued, what is read back among it."""
         with self._here():
-            batch, extras = self._batch(slots, tokens, 0), self._extras(slots)
+            extras, stepped = self._extras(slots), self._stepped(slots)
+            batch = self._batch(slots, tokens, 0, stepped)
             decoding = self._bind_decoder(decoder, len(slots))
 
             def body() -> None:
                 for _ in range(evaluations):
-                    self._tick(batch, extras)
+                    self._tick(batch, extras, stepped)
                 decoding.run(self._values.finish(batch.slots))
 
             capturable = decoder.capture == "whole_request"
             owners = (decoding.binding,)
-            self._do("request", batch, evaluations, body, extras, owners, capturable=capturable)
+            self._do("request", batch, evaluations, body, extras, stepped, owners, capturable=capturable)
             tensor = decoding.image.clone()
         self.wait()
         return decoding.taken(tensor)
@@ -160,6 +169,7 @@ class TorchSlots(Slots):
         evaluations: int,
         body: Callable[[], None],
         extras: Extras,
+        stepped: tuple[str, ...],
         owners: tuple[object, ...] = (),
         *,
         capturable: bool = True,
@@ -179,8 +189,10 @@ class TorchSlots(Slots):
             evaluations=evaluations,
             engines=(id(batch.evaluator.engine), *(id(o) for o in owners)),
             extras=extras,
+            stepped=stepped,
         )
-        buffers = (*self._values.buffers, *batch.tensors)
+        own = (self._factors.block, *(batch.unscaled(n) for n in stepped)) if stepped else ()
+        buffers = (*self._values.buffers, *batch.tensors, *own)
         self._clock.suspend()
         try:
             with torch.no_grad(), guard_memory(self.device, f"a {kind}"):
@@ -189,11 +201,12 @@ class TorchSlots(Slots):
         finally:
             self._clock.resume(evaluations)
 
-    def _tick(self, batch: Batch, extras: Extras) -> None:
+    def _tick(self, batch: Batch, extras: Extras, stepped: tuple[str, ...]) -> None:
         """One evaluation of a batch: nothing here depends on what the tensors hold."""
         values, clock = self._values, self._clock
         clock.mark("gather")
         values.model_input(batch.slot_of_row, batch.sample, batch.timestep)  # by row
+        self._factors.apply(batch, values.position, stepped)
         clock.mark("evaluations")
         batch.binding.enqueue()  # out = unet(in_i, t_i, conditioning)
         clock.mark("update")
@@ -208,7 +221,11 @@ class TorchSlots(Slots):
             clips=any(s.program.clip is not None for s in samplings),
         )
 
-    def _batch(self, slots: list[int], tokens: int, least_rows: int) -> Batch:
+    def _stepped(self, slots: list[int]) -> tuple[str, ...]:
+        """The inputs of which any of these slots has factors by step."""
+        return tuple(sorted({n for s in slots for n in self.sampling(s).conditioning.steps}))
+
+    def _batch(self, slots: list[int], tokens: int, least_rows: int, stepped: tuple[str, ...]) -> Batch:
         """The buffers of an evaluation of so many slots and rows, its tables saying which these are."""
         samplings = [self.sampling(s) for s in slots]
         rows = max(least_rows, sum(s.rows for s in samplings))
@@ -220,8 +237,9 @@ class TorchSlots(Slots):
                 self._batches[key] = Batch(evaluator, binding, len(slots), rows, tokens, self.shape, self.device)
         batch = self._batches[key]
         self._values.flush()
+        self._factors.flush()
         batch.point(slots, samplings, scrap=self.count)
-        batch.tell(samplings, self._copies)
+        batch.tell(samplings, self._copies, stepped)
         return batch
 
     def _reserve(self, evaluations: int, draws: int) -> None:
@@ -232,6 +250,7 @@ class TorchSlots(Slots):
         self._values = values.grown(
             _power(max(evaluations, values.longest_program)), _power(max(draws, values.max_draws))
         )
+        self._factors = self._factors.grown(self._values.longest_program)
         if self.graphs is not None:
             self.graphs.clear()
 

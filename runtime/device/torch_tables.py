@@ -60,6 +60,7 @@ class Batch:
         self._conditioned = [n for n in self.inputs if n not in OWN_INPUTS]
         self._pointed: tuple[object, ...] = ()
         self._told: dict[str, list[torch.Tensor]] = {}
+        self._unscaled: dict[str, torch.Tensor] = {}
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -67,7 +68,13 @@ class Batch:
 
     @property
     def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.tensors)
+        return sum(t.numel() * t.element_size() for t in (*self.tensors, *self._unscaled.values()))
+
+    def unscaled(self, name: str) -> torch.Tensor:
+        """What the rows of an input are told before its factors by step, in memory that stays."""
+        if name not in self._unscaled:
+            self._unscaled[name] = torch.zeros_like(self.inputs[name])
+        return self._unscaled[name]
 
     def point(self, slots: Sequence[int], samplings: Sequence[Sampling], *, scrap: int) -> None:
         """Say which slots this evaluation is of. Rows left over belong to slot `scrap`, whose output nobody takes."""
@@ -87,21 +94,26 @@ class Batch:
         self._tables.flush()
         self._pointed = pointed
 
-    def tell(self, samplings: Sequence[Sampling], copies: DeviceCopies) -> None:
+    def tell(self, samplings: Sequence[Sampling], copies: DeviceCopies, stepped: Sequence[str] = ()) -> None:
         """Fill the engine's rows with what the UNet is told of these images, where they hold something else.
 
         Shorter prompts are repeated whole to fill a longer one. What is left over is told what the last row is. No tick
-        does this: what a UNet is told of an image stays as it is from one evaluation to the next.
+        does this: what a UNet is told of an image stays as it is from one evaluation to the next, but for factors by
+        step. What has some (`stepped`) is told beside the engine's rows, which each tick then fills from there.
         """
         parts = [p for s in samplings for p in self.evaluator.parts(s)]
         parts += [parts[-1]] * (self.rows - len(parts))
         for name in self._conditioned:
             told = [copies.of(p[name]) for p in parts]
-            known = self._told.get(name, [])
+            scaled = name in stepped
+            if scaled:
+                self._told.pop(name, None)  # a tick overwrites the engine's rows
+            place = f"{name}/unscaled" if scaled else name
+            known = self._told.get(place, [])
             if len(known) == len(told) and all(a is b for a, b in zip(known, told, strict=True)):
                 continue
-            self._told[name] = told
-            target = self.inputs[name]
+            self._told[place] = told
+            target = self.unscaled(name) if scaled else self.inputs[name]
             if any(len(t) != target.shape[1] for t in told if t.ndim):
                 told = [t.repeat(target.shape[1] // len(t), *(1,) * (t.ndim - 1)) for t in told]
             target.copy_(torch.stack(told))
