@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from .families import Family
 from .families.base import GUIDANCE_INPUT
+from .families.image_prompt import IMAGE_ENCODER, IP_ADAPTER
 from .tensors import TensorSpec
 from .values import Reader
 
@@ -52,6 +53,8 @@ def check_graphs(
         {"image": ("batch", *pixels, 3), "finite": ("batch",)},
         reading,
     )
+    if IMAGE_ENCODER in components:
+        _check_image_encoder(components[IMAGE_ENCODER], components["unet"], reading)
     if "vae_encoder" in components:
         vae, moments = components["vae_encoder"], ("batch", *cells)
         _match("vae_encoder", "inputs", vae.inputs, {"image": ("batch", *picture)}, reading)
@@ -68,6 +71,17 @@ def _check_unet(unet: Stated, model: Family, cells: tuple[Any, ...], guidance: i
     inputs = {"sample": ("rows", *cells), "timestep": ("rows",), **conditions}
     _match("unet", "inputs", unet.inputs, inputs, reading)
     _match("unet", "outputs", unet.outputs, {"out": ("rows", *cells)}, reading)
+
+
+def _check_image_encoder(encoder: Stated, unet: Stated, reading: Reader) -> None:
+    stated = unet.config.get(IP_ADAPTER)
+    if not stated:
+        raise reading.wrong(f"the {IMAGE_ENCODER}", "there", f"a unet whose config has {IP_ADAPTER}")
+    tokens = ("batch", stated["tokens"], stated["width"])
+    side = encoder.config.get("image_size")
+    pixels = {"pixels": ("batch", 3, side, side)}
+    _match(IMAGE_ENCODER, "inputs", encoder.inputs, pixels, reading)
+    _match(IMAGE_ENCODER, "outputs", encoder.outputs, {"tokens": tokens, "negative": tokens}, reading)
 
 
 def check_tokenizers(

@@ -15,6 +15,7 @@ from .agreement import check_graphs, check_tokenizers
 from .errors import CorruptError, FewstepError, MissingError, UnknownNameError, UnsafeFileError
 from .families import Condition, Family, all_families, find_family
 from .families.configs import check_config
+from .families.image_prompt import IMAGE_ENCODER
 from .places import put_back
 from .schedules.keys import check_keys
 from .schedules.noise import NoiseSchedule
@@ -218,7 +219,8 @@ class Bundle:
 
     def component(self, name: str) -> Component:
         """The component of this name; `UnknownNameError` for a word that is none, `MissingError` where it is absent."""
-        if name not in self.components and not any(name in f.components for f in all_families()):
+        known = {IMAGE_ENCODER, *(c for f in all_families() for c in f.components)}
+        if name not in self.components and name not in known:
             raise UnknownNameError("component", name, self.components)
         if name not in self.components:
             raise MissingError(

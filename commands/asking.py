@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SIZES = ("original_size", "target_size", "negative_original_size", "negative_target_size")
 CROPS = ("crop_top_left", "negative_crop_top_left")
-MANY = ("prompt", "seed", "image", "mask")
+MANY = ("prompt", "seed", "image", "mask", "ip_adapter_image")
 """Options that may be given more than once."""
 SPARING = {"auto": "auto", "on": True, "off": False}
 
@@ -61,6 +61,27 @@ def threshold(text: str) -> float | str:
         return "none" if text.lower() == "none" else float(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor none") from error
+
+
+def control(text: str) -> tuple[str, str, float | None]:
+    """`canny=edges.png:0.8` as (name, picture, factor); what follows the last colon is a factor if it is a number."""
+    name, equals, rest = text.partition("=")
+    if not equals or not name or not rest:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PICTURE, or NAME=PICTURE:SCALE")
+    picture, colon, scale = rest.rpartition(":")
+    try:
+        return (name, picture, float(scale)) if colon and picture else (name, rest, None)
+    except ValueError:
+        return name, rest, None
+
+
+def share(text: str) -> tuple[str | None, float]:
+    """`0.3`, or `canny=0.3`, as (name, share)."""
+    name, equals, number = text.rpartition("=")
+    try:
+        return (name, float(number)) if equals else (None, float(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share of the steps, like 0.3, or NAME=0.3") from error
 
 
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:
@@ -112,6 +133,26 @@ def add_picture_options(parser: argparse.ArgumentParser, *, many: bool) -> None:
         help="what becomes of a picture where --size is another; diffusers does what stretch does (default: stretch)",
     )
     parser.add_argument(
+        "--control",
+        type=control,
+        action="append",
+        default=[],
+        metavar="NAME=PICTURE[:SCALE]",
+        help="a picture for a ControlNet of the bundle, by its name, with a factor (default: 1); repeatable, and "
+        "of one name for one an image",
+    )
+    for end, usual in (("start", 0), ("end", 1)):
+        parser.add_argument(
+            f"--control-guidance-{end}",
+            type=share,
+            action="append",
+            metavar="[NAME=]SHARE",
+            help=f"the share of the steps at which control {end}s (default: {usual}); repeatable, by name",
+        )
+    parser.add_argument("--guess-mode", action="store_true", help="control the prompt's row alone, as diffusers does")
+    parser.add_argument("--ip-adapter-image", **again, help="a picture as prompt, for the IP-Adapter of the bundle")
+    parser.add_argument("--ip-adapter-scale", type=float, metavar="N", help="how much of it is taken (default: 1)")
+    parser.add_argument(
         "--seed-device", metavar="cpu|cuda", help="whose noise: torch's on the CPU or on CUDA (default: cpu)"
     )
 
@@ -152,9 +193,11 @@ def _own_size(options: argparse.Namespace, bundle: Bundle) -> tuple[int, int] | 
     from ..runtime.pictures.reading import open_image
     from ..runtime.pictures.resize import size_of
 
-    if not options.image:
+    images = options.image if isinstance(options.image, list) else [options.image] if options.image else []
+    shown = [*images, *(picture for _, picture, _ in getattr(options, "control", []))]
+    if not shown:
         return None
-    picture = open_image(options.image[0] if isinstance(options.image, list) else options.image)
+    picture = open_image(shown[0])
     width, height = size_of(bundle, picture)
     say(f"size {width}x{height}: that of the picture, {picture.width}x{picture.height}, as --size is not given")
     return width, height
@@ -168,8 +211,29 @@ def call_options(options: argparse.Namespace) -> dict[str, Any]:
     given = {k: v[0] if isinstance(v, list) and len(v) == 1 and k in MANY else v for k, v in given.items()}
     if "loras" in given:
         given["loras"] = dict(given["loras"])
+    given = {k: v for k, v in given.items() if "control" not in k} | _controls(options)
     given["options"] = sampler_options(options)
     return given | ({"mask_threshold": None} if given.get("mask_threshold") == "none" else {})
+
+
+def _controls(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of a call that are about its controls."""
+    pictures: dict[str, list[str]] = {}
+    scales: dict[str, float] = {}
+    for name, picture, scale in getattr(options, "control", []):
+        pictures.setdefault(name, []).append(picture)
+        scales |= {} if scale is None else {name: scale}
+    given: dict[str, Any] = {}
+    if pictures:
+        given["control"] = {n: p[0] if len(p) == 1 else p for n, p in pictures.items()}
+    if scales:
+        given["controlnet_conditioning_scale"] = scales
+    for argument in ("control_guidance_start", "control_guidance_end"):
+        shares = getattr(options, argument, None)
+        if shares:
+            whole = [s for name, s in shares if name is None]
+            given[argument] = whole[-1] if whole else dict(shares)
+    return given
 
 
 class _Said(logging.Handler):

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from ..errors import ArgumentError
 from .asking import embedding, lora
 from .common import bar, defaults_line, emit, say
 
@@ -40,6 +41,20 @@ def define(parser: argparse.ArgumentParser) -> None:
         help="a word of textual inversion, by its own name or by this one; repeatable",
     )
     parser.add_argument(
+        "--controlnet",
+        "--t2i-adapter",
+        type=named_paths,
+        action="extend",
+        default=[],
+        metavar="NAME=PATH[,NAME=PATH]",
+        help="a ControlNet or T2I adapter beside the UNet, a diffusers folder or a hub id, by the name that its "
+        "pictures are given under, like canny; repeatable",
+    )
+    parser.add_argument("--ip-adapter", metavar="FILE", help="an IP-Adapter's .safetensors file: pictures as prompts")
+    parser.add_argument(
+        "--image-encoder", metavar="FOLDER", help="the IP-Adapter's image encoder (default: image_encoder beside it)"
+    )
+    parser.add_argument(
         "--preset", help="what the checkpoint was distilled for, like sd-turbo (default: told from its names)"
     )
     parser.add_argument(
@@ -58,6 +73,23 @@ def define(parser: argparse.ArgumentParser) -> None:
         "--quick-gate", action="store_true", help="compare at fewer points, as is done for models of full size anyway"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
+
+
+def named_paths(text: str) -> list[tuple[str, str]]:
+    """`canny=one,depth=two` as (name, path)s."""
+    pairs = [item.partition("=") for item in text.split(",")]
+    if not all(name and equals and path for name, equals, path in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH")
+    return [(name, path) for name, _, path in pairs]
+
+
+def by_name(option: str, pairs: list[tuple[str, str]]) -> dict[str, str]:
+    """What was given under each name; `ArgumentError` for a name that was given twice."""
+    names = [name for name, _ in pairs]
+    twice = next((n for n in names if names.count(n) > 1), None)
+    if twice is not None:
+        raise ArgumentError(f"{option} gives {twice!r} twice", expected="another name for each")
+    return dict(pairs)
 
 
 def execute(options: argparse.Namespace) -> int:
@@ -81,6 +113,9 @@ def execute(options: argparse.Namespace) -> int:
             vae=options.vae,
             loras=options.lora,
             embeddings=options.embedding,
+            controlnets=by_name("--controlnet", options.controlnet),
+            ip_adapter=options.ip_adapter,
+            image_encoder=options.image_encoder,
             preset=options.preset,
             variant=options.variant,
             revision=options.revision,

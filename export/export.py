@@ -19,8 +19,7 @@ from ..presets import Preset, find_preset, preset_defaults, recognise_preset
 from ..values import Reader, read_json
 from ..version import __version__
 from ..weights.lora import Fusion, match_loras
-from ..weights.stored import open_tensors
-from .checkpoint.compose import compose_checkpoint, describe_part, names_of, read_tensors
+from .checkpoint.compose import compose_checkpoint, describe_part, names_of
 from .checkpoint.folder import Checkpoint
 from .checkpoint.weights import write_weights
 from .gate.gating import SWITCHED_OFF, run_gate
@@ -51,6 +50,9 @@ def export_bundle(
     vae: str | Path | None = None,
     loras: Iterable[tuple[str | Path, float]] = (),
     embeddings: Iterable[tuple[str | None, str | Path]] = (),
+    controlnets: Mapping[str, str | Path] | None = None,
+    ip_adapter: str | Path | None = None,
+    image_encoder: str | Path | None = None,
     preset: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
@@ -66,6 +68,8 @@ def export_bundle(
 
     unet, vae: a file or folder that replaces that part. loras: files with their factors, fused into the weights.
     embeddings: files of textual inversion with the words that name them in prompts, or `None` for the files' own.
+    controlnets: folders or hub ids of ControlNets, traced with the UNet, by the names that requests know them by.
+    ip_adapter: an IP-Adapter's file, and image_encoder the folder of its image encoder where that is not beside it.
     dtype: a precision for all components, or one by component, like "fp16,text_encoder=fp32" (`plan.py`).
     preset: a name of `presets.py`, if it is not told by the checkpoint's own names.
     reference: torch's float32 outputs for this very checkpoint, written before; without it torch computes them now.
@@ -89,6 +93,9 @@ def export_bundle(
         vae=vae,
         loras=loras,
         embeddings=embeddings,
+        controlnets=controlnets,
+        ip_adapter=ip_adapter,
+        image_encoder=image_encoder,
         revision=revision,
         variant=variant,
         offline=offline,
@@ -156,7 +163,7 @@ def export_component(
 ) -> Component:
     """Write a component's graph and weights into a folder, and say what they are."""
     progress.stage(f"weights {plan.kind}")
-    tensors = read_tensors(plan.part, open_tensors(plan.part.files), [p.key for p in graph.parameters])
+    tensors = plan.tensors([p.key for p in graph.parameters])
     weights = f"{plan.kind}.safetensors"
     patch = partial(fusion.fuse, plan.kind)
     digest = write_weights(graph, tensors, folder / weights, progress.bytes_written, patch)
@@ -172,7 +179,7 @@ def export_component(
         outputs=graph.outputs,
         config={k: v for k, v in plan.config.items() if k != "_name_or_path"},
         operators=graph.operators,
-        source=describe_part(plan.part, fusion.files(plan.kind)),
+        source=describe_part(plan.part, fusion.files(plan.kind), plan.controls, plan.adapter),
     )
 
 

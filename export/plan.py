@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ArgumentError, UnsupportedError
 from ..families import Family
+from ..families.image_prompt import IMAGE_ENCODER, IP_ADAPTER, PROJECTION
 from ..schedules import NoiseSchedule, program_from_diffusers
 from ..schedules.compat.classes import CLASSES
-from .checkpoint.folder import Checkpoint, Part
+from ..weights.stored import Stored, open_tensors
+from .checkpoint.compose import read_tensors
+from .checkpoint.controls import control_tensors, controlled_config
+from .checkpoint.parts import Checkpoint, IpAdapter, Part
 from .trace.graphs import graph_key
 
 PRECISIONS = ("float32", "float16", "bfloat16")
@@ -20,13 +25,26 @@ ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComponentPlan:
-    """A component to export: its kind in the bundle, the checkpoint's part it comes from, and its graph's key."""
+    """A component to export: its kind in the bundle, the checkpoint's part it comes from, and its graph's key.
+
+    controls: the networks that are traced with it, by name. adapter: whose layers are in it, if it has any.
+    """
 
     kind: str
     part: Part
     config: Mapping[str, Any]
     dtype: str
     family: Family
+    controls: Mapping[str, Part] = field(default_factory=dict)
+    adapter: IpAdapter | None = None
+
+    def tensors(self, keys: Sequence[str]) -> Mapping[str, Stored]:
+        """What its weights are read from, under the names that its graph has them by."""
+        own = read_tensors(self.part, open_tensors(self.part.files), keys)
+        beside = [control_tensors(name, part) for name, part in self.controls.items()]
+        if self.adapter is not None:
+            beside.append(self.adapter.tensors())
+        return ChainMap(*beside, dict(own)) if beside else own
 
     @property
     def key(self) -> str:
@@ -51,7 +69,7 @@ def choose_precisions(
     configuration says `force_upcast` (it overflows there): that one is float32. `ArgumentError` for names
     of precisions or components that are not known.
     """
-    kinds = list(checkpoint.model.components)
+    kinds = list(checkpoint.components)
     general, named = _read_precisions(dtype, kinds)
     if vae_dtype is not None:
         if any(k.startswith("vae") for k in named):
@@ -103,12 +121,29 @@ def _precision(name: str) -> str:
 def plan_components(checkpoint: Checkpoint, dtypes: Mapping[str, str] | None = None) -> list[ComponentPlan]:
     """The components in the order of their export; text encoders first, as the gate feeds the UNet their output."""
     plans, family = [], checkpoint.model
-    for kind in family.components:
-        part = checkpoint.parts["vae" if kind.startswith("vae") else kind]
-        config = component_config(kind, part.config, part.class_name, family)
+    for kind in checkpoint.components:
         dtype = (dtypes or {}).get(kind, "float32")
-        plans.append(ComponentPlan(kind=kind, part=part, config=config, dtype=dtype, family=family))
+        plans.append(_plan(checkpoint, kind, dtype, family))
     return plans
+
+
+def _plan(checkpoint: Checkpoint, kind: str, dtype: str, family: Family) -> ComponentPlan:
+    """One component; the UNet and the image encoder with what is traced together with them."""
+    adapter = checkpoint.adapter
+    if kind == IMAGE_ENCODER and adapter is not None:
+        config = {**adapter.encoder.config, PROJECTION: dict(adapter.projection)}
+        return ComponentPlan(
+            kind=kind, part=adapter.encoder, config=config, dtype=dtype, family=family, adapter=adapter
+        )
+    part = checkpoint.parts["vae" if kind.startswith("vae") else kind]
+    config = component_config(kind, part.config, part.class_name, family)
+    if kind != "unet":
+        return ComponentPlan(kind=kind, part=part, config=config, dtype=dtype, family=family)
+    config = {k: v for k, v in controlled_config(config, checkpoint.controls).items() if k != IP_ADAPTER}
+    if adapter is not None:
+        config[IP_ADAPTER] = dict(adapter.of_unet)
+    beside: dict[str, Any] = {"controls": checkpoint.controls, "adapter": adapter}
+    return ComponentPlan(kind=kind, part=part, config=config, dtype=dtype, family=family, **beside)
 
 
 def check_scheduler(config: Mapping[str, Any], *, replaced: bool) -> None:

@@ -21,6 +21,8 @@ from ..engines.gate.reference import file_sha256, stated_reference
 from ..engines.kept import find_kept, keeping, kept_folder
 from ..errors import ArgumentError, UnsupportedError
 from ..families.base import vae_factor
+from ..families.control import controls_of
+from ..families.image_prompt import IP_ADAPTER
 from ..places import copy_file, put_in_place, staging_folder, writing
 from ..values import parse_json
 from ..weights.lora import match_loras
@@ -120,6 +122,13 @@ def _plans(bundle: Bundle, name: str, place: Path) -> Iterator[ComponentPlan]:
     part = read_part(place, name, class_name, family, None)
     kinds = HALVES.get(name, (name,))
     if name == "unet":
+        own = bundle.component(name).config
+        if controls_of(own) or own.get(IP_ADAPTER):
+            raise UnsupportedError(
+                "another unet for a bundle with ControlNets or an IP-Adapter",
+                expected="a bundle without: its graph holds them beside the unet",
+                remedy="Export the checkpoint with --unet and --controlnet or --ip-adapter instead.",
+            )
         check_unet(part.config, family)
     fitting = {"latent_channels": bundle.latent.channels} if name == "vae" else bundle.component(name).config
     for key in ("cross_attention_dim", "hidden_size", "in_channels", "latent_channels"):

@@ -11,9 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UnknownNameError
+from .conditions import Condition as Condition
+from .conditions import Config as Config
+from .control import control_conditions
+from .image_prompt import image_prompt_conditions
 
 Float32 = npt.NDArray[np.float32]
-Config = Mapping[str, Any]
 Pair = tuple[int, int]
 
 UNET_KEYS = ("block_out_channels", "cross_attention_dim", "in_channels", "out_channels")
@@ -49,22 +52,6 @@ class TextEncoder:
     layer: int = 0
     prefixes: tuple[str, ...] = ()
     lora: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Condition:
-    """An input of the UNet besides sample and timestep, by row: its name and its shape behind the rows.
-
-    group: the dictionary in which diffusers' UNet takes it, where it is not an argument of its own. argument: that of a
-    call which gives its value beside prompts' own (`prompt_embeds`), if there is one. example: a row's values for
-    comparing engines, where unit noise would not do.
-    """
-
-    name: str
-    shape: tuple[int | str, ...]
-    group: str | None = None
-    argument: str | None = None
-    example: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,7 +151,8 @@ class Family:
             shape=("tokens", width if isinstance(width, int) else width[0]),
             argument="prompt_embeds",
         )
-        return (hidden, *self.more_conditions(unet), *_guidance_condition(unet))
+        own = (hidden, *self.more_conditions(unet), *_guidance_condition(unet))
+        return (*own, *control_conditions(unet), *image_prompt_conditions(unet))
 
     def more_conditions(self, unet: Config) -> tuple[Condition, ...]:
         """What its UNets are told besides the prompt's hidden states."""

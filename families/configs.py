@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..values import Reader
+from .control import CONTROL_CLASSES, CONTROLS, MOST_CONTROLS, is_control_name
+from .image_prompt import ADAPTER_KEYS, IMAGE_ENCODER, IP_ADAPTER, PLAIN, PLUS, PROJECTION
 
 MOST_LEVELS = 16
 MOST_WIDTH = 65_536
@@ -82,6 +84,14 @@ def _factor(reading: Reader, key: str, value: Any) -> None:
         raise reading.wrong(key, value, "a finite number but 0")
 
 
+def _projection(reading: Reader, key: str, value: Any) -> None:
+    for name, number in reading.mapping(key, value).items():
+        if name == "kind":
+            reading.choice(f"kind of {key}", number, (PLAIN, PLUS))
+        else:
+            reading.integer(f"{name} of {key}", number, 1, 2**20)
+
+
 _WORD = re.compile(r"[A-Za-z0-9_.-]+")
 _WIDTH, _MAYBE_WIDTH = _integer(1, MOST_WIDTH), _integer(1, MOST_WIDTH, null=True)
 _SHARED: dict[str, Check] = {
@@ -126,6 +136,17 @@ UNET: dict[str, Check] = {
     "dual_cross_attention": _flag,
     "resnet_skip_time_act": _flag,
 }
+CONTROLNET: dict[str, Check] = {
+    **UNET,
+    "conditioning_channels": _integer(1, 64),
+    "conditioning_embedding_out_channels": _integers(1, MOST_WIDTH),
+    "controlnet_conditioning_channel_order": _word(),
+    "global_pool_conditions": _flag,
+    "adapter_type": _word(),
+    "channels": _integers(1, MOST_WIDTH),
+    "num_res_blocks": _integer(1, MOST_LAYERS),
+    "downscale_factor": _integer(1, 256),
+}
 VAE: dict[str, Check] = {
     **_SHARED,
     "latent_channels": _WIDTH,
@@ -161,14 +182,44 @@ TEXT: dict[str, Check] = {
     "_class": _word(),
     "_layer": _integer(0, MOST_LAYERS),
 }
+VISION: dict[str, Check] = {
+    **{k: TEXT[k] for k in ("hidden_act", "hidden_size", "intermediate_size", "num_hidden_layers", "layer_norm_eps")},
+    **{k: TEXT[k] for k in ("num_attention_heads", "projection_dim")},
+    "num_channels": _integer(1, 64),
+    "image_size": _integer(1, MOST_CELLS),
+    "patch_size": _integer(1, MOST_CELLS),
+    PROJECTION: _projection,
+}
 
 
 def check_config(kind: str, config: Mapping[str, Any], reading: Reader) -> None:
     """Raise the reading's error for a value that a part's or component's configuration cannot have.
 
-    kind: the part's or component's name; what is neither `unet` nor of a VAE is a text encoder.
+    kind: the part's or component's name; what has no table here and is of no VAE is a text encoder.
     """
-    table = UNET if kind == "unet" else VAE if kind.startswith("vae") else TEXT
+    table = _TABLES.get(kind) or (VAE if kind.startswith("vae") else TEXT)
     for key, value in config.items():
         if key in table:
             table[key](reading, key, value)
+    if kind == "unet" and config.get(CONTROLS) is not None:
+        _check_controls(reading, config[CONTROLS])
+    if kind == "unet" and config.get(IP_ADAPTER) is not None:
+        stated = reading.mapping(IP_ADAPTER, config[IP_ADAPTER])
+        for key in ADAPTER_KEYS:
+            reading.integer(f"{key} of {IP_ADAPTER}", stated.get(key), 1, MOST_WIDTH)
+
+
+_TABLES = {"unet": UNET, "controlnet": CONTROLNET, IMAGE_ENCODER: VISION}
+
+
+def _check_controls(reading: Reader, controls: Any) -> None:
+    """The networks beside a UNet, by names that its inputs can have."""
+    for name, config in reading.mapping(CONTROLS, controls).items():
+        if not is_control_name(name) or len(controls) > MOST_CONTROLS:
+            raise reading.wrong(CONTROLS, sorted(controls), f"at most {MOST_CONTROLS} names like canny")
+        own = reading.mapping(f"the control {name}", config)
+        class_name = reading.choice(f"the control {name}'s _class_name", own.get("_class_name"), tuple(CONTROL_CLASSES))
+        missing = [k for k in CONTROL_CLASSES[class_name] if not own.get(k)]
+        if missing:
+            raise reading.wrong(f"the control {name}", f"nothing of {', '.join(missing)}", "what its checkpoint states")
+        check_config("controlnet", own, reading)

@@ -49,6 +49,16 @@ class Call:
     size and repeat its edges.
     mask: white where the picture is made anew, black where it stays. mask_threshold: from which grey on it is white;
     `None` leaves it soft, which samplers that step from older states refuse.
+
+    control: pictures for the ControlNets that the bundle was exported with, by their names: one for all images, or one
+    an image, `None` for images without. They are fitted as `fit` says, and give the size where nothing else does.
+    controlnet_conditioning_scale: how much of what they say is taken (1), control_guidance_start, control_guidance_end:
+    between which shares of the evaluations (0 to 1); each for all, or by name. guess_mode: only the prompt's row is
+    told, and less of it the nearer to the picture, as diffusers does.
+
+    ip_adapter_image: a picture as prompt, for the IP-Adapter that the bundle was exported with: one for all images, or
+    one an image, `None` for images without. ip_adapter_scale: how much of it is taken (1), one for all attentions or
+    one for each of those to prompts, down, up and middle blocks in this order.
     """
 
     prompt: str | Sequence[str] | None = None
@@ -87,6 +97,13 @@ class Call:
     fit: str = "stretch"
     mask: Any = None
     mask_threshold: float | None = 0.5
+    control: Mapping[str, Any] | None = None
+    controlnet_conditioning_scale: float | Mapping[str, float] | None = None
+    control_guidance_start: float | Mapping[str, float] | None = None
+    control_guidance_end: float | Mapping[str, float] | None = None
+    guess_mode: bool = False
+    ip_adapter_image: Any = None
+    ip_adapter_scale: float | Sequence[float] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -106,6 +123,9 @@ RECORDED = (
     "negative_target_size",
 )
 """Arguments that a picture's parameters hold only where they were given."""
+CONTROL_WORDS = ("control", "control_guidance_start", "control_guidance_end")
+"""Arguments about controls that they hold as lists of the command line's words."""
+IMAGE_PROMPT = ("ip_adapter_image", "ip_adapter_scale")
 
 
 def make_call(prompt: str | Sequence[str] | None, given: Mapping[str, Any]) -> Call:

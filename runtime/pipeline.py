@@ -21,6 +21,7 @@ from ..engines.graph.low_rank import RANK
 from ..engines.low_rank import RANKS, Adapted, with_low_rank
 from ..engines.memory import largest_batch
 from ..errors import ArgumentError, BlackImageError, CancelledError, MismatchError, NonFiniteError, OutOfMemoryError
+from ..families.image_prompt import IMAGE_ENCODER
 from ..schedules import Program
 from ..weights.embeddings import embedding_file
 from .arguments import check_integer
@@ -30,6 +31,7 @@ from .device.base import RECORDINGS, Device, Slots, TickTimes, check_engine
 from .device.open import open_device
 from .device.pool import SlotPool
 from .loras import LoraLibrary
+from .pictures.image_prompt import ImagePrompts
 from .pictures.vae import Vae, check_images
 from .prepare import Prepared, prepare
 from .prompts.encoders import TextEncoders
@@ -121,6 +123,7 @@ class Pipeline:
         )
         for word, path in embeddings:
             self.load_embedding(path, word)
+        self.image_prompts = ImagePrompts(lambda: self._open_on_host([IMAGE_ENCODER])[IMAGE_ENCODER])
         self._pool = SlotPool(self.make_slots, keep=check_integer("most_contexts", most_contexts, 0, 1024))
 
     def load_embedding(self, path: str | os.PathLike[str], name: str | None = None) -> tuple[str, ...]:
@@ -155,7 +158,8 @@ class Pipeline:
         factor = self.bundle.latent.factor
         width, height = self.size[0] // factor, self.size[1] // factor
         rows = 2 * self.batch if self.bundle.defaults.guidance > 1 else self.batch
-        dims = {"rows": rows, "prompts": rows, "batch": self.batch, "height": height, "width": width}
+        batch = 1 if name == IMAGE_ENCODER else self.batch  # pictures come one by one as prompts
+        dims = {"rows": rows, "prompts": rows, "batch": batch, "height": height, "width": width}
         return dims | {"tokens": self.bundle.tokenizers[0].length}
 
     @takes_a_call
@@ -222,7 +226,7 @@ class Pipeline:
     def prepare(self, request: Request) -> Prepared:
         """The request with prompts and picture encoded and noise drawn, ready for slots."""
         with self._memory_told(request, request.images), self._own_size_explained(request):
-            prepared = prepare(self.bundle, self.text, self.vae, request, self.loras)
+            prepared = prepare(self.bundle, self.text, self.vae, self.image_prompts, request, self.loras)
             changes = [s.conditioning.change for s in prepared.samplings if s.conditioning.change is not None]
             if changes:
                 self._adapted("unet", any(c.kernels for c in changes))  # no tick waits for an engine that is opened

@@ -15,6 +15,8 @@ from .conditioning import Arrays, Conditioning
 from .device.base import Sampling
 from .loras import LoraLibrary
 from .noise.seeds import request_noise
+from .pictures.control import neutral_arrays, tell_controls
+from .pictures.image_prompt import ImagePrompts
 from .pictures.inpaint import Blend, make_blend
 from .pictures.vae import Vae
 from .prompts.encoders import Embedding, TextEncoders
@@ -49,11 +51,16 @@ class Prepared:
 
 
 def prepare(
-    bundle: Bundle, text: TextEncoders, vae: Vae, request: Request, loras: LoraLibrary | None = None
+    bundle: Bundle,
+    text: TextEncoders,
+    vae: Vae,
+    prompts: ImagePrompts,
+    request: Request,
+    loras: LoraLibrary | None = None,
 ) -> Prepared:
     """Encode the prompts and the pictures, and draw the noise, in the order in which diffusers draws it."""
     began = time.perf_counter()
-    conditionings, truncated = condition(bundle, text, request, loras)
+    conditionings, truncated = condition(bundle, text, prompts, request, loras)
     encoded = time.perf_counter()
     noise = request_noise(
         request.seeds,
@@ -96,7 +103,7 @@ def latent_shape(bundle: Bundle, request: Request) -> Shape:
 
 
 def condition(
-    bundle: Bundle, text: TextEncoders, request: Request, loras: LoraLibrary | None = None
+    bundle: Bundle, text: TextEncoders, prompts: ImagePrompts, request: Request, loras: LoraLibrary | None = None
 ) -> tuple[list[Conditioning], tuple[bool, ...]]:
     """What the UNet is told of each image, and whether its prompts were cut.
 
@@ -106,30 +113,37 @@ def condition(
     wording, two_rows = request.wording, request.guided and not bundle.guidance_embedding
     positives, negatives = list(wording.positives), list(wording.negatives) if two_rows else []
     changes = [{} if not asked or loras is None else loras.changes(asked) for asked in wording.loras]
-    prompts = [*positives, *(n or _empty_like(p) for n, p in zip(negatives, positives, strict=False))]
-    prompts = [
+    texts = [*positives, *(n or _empty_like(p) for n, p in zip(negatives, positives, strict=False))]
+    texts = [
         replace(p, loras=asked) if isinstance(p, Prompt) and change.keys() - {"unet"} else p
-        for p, asked, change in zip(prompts, [*wording.loras, *wording.loras], [*changes, *changes], strict=False)
+        for p, asked, change in zip(texts, [*wording.loras, *wording.loras], [*changes, *changes], strict=False)
     ]
-    encoded = iter(text.encode([p for p in prompts if isinstance(p, Prompt)]))
-    embeddings = [next(encoded) if isinstance(p, Prompt) else p for p in prompts]
+    encoded = iter(text.encode([p for p in texts if isinstance(p, Prompt)]))
+    embeddings = [next(encoded) if isinstance(p, Prompt) else p for p in texts]
     tokens = common_length([e.tokens for e in embeddings], MOST_TOKENS)
     of_negatives: Sequence[Embedding | None] = embeddings[request.images :] or [None] * request.images
     guidance: Arrays = {}
     if bundle.guidance_embedding:
         guidance = {GUIDANCE_INPUT: guidance_embedding(request.guidance, bundle.guidance_embedding)}
     sizes, negative_sizes = request.sizes
+    _, height, width = latent_shape(bundle, request)
+    neutral = neutral_arrays(bundle, {"height": height, "width": width})
+    shown = prompts.tell(request.image_prompt) or [({}, {})] * request.images
     conditionings, truncated = [], []
-    for positive, negative, asked, change in zip(embeddings, of_negatives, wording.negatives, changes, strict=False):
+    images = zip(embeddings, of_negatives, wording.negatives, changes, strict=False)
+    for i, (positive, negative, asked, change) in enumerate(images):
         truncated.append(positive.truncated or (negative is not None and negative.truncated))
         if negative is not None and asked is None and bundle.force_zeros:
             negative = negative.zeros()
+        told, told_negative, steps = tell_controls(request.controls, i)
+        told, other = told | shown[i][0], {**neutral, **told_negative, **shown[i][1]}
         conditionings.append(
             Conditioning(
-                positive={**positive.arrays, **sizes, **guidance},
-                negative=None if negative is None else {**negative.arrays, **negative_sizes, **guidance},
+                positive={**positive.arrays, **sizes, **guidance, **neutral, **told},
+                negative=None if negative is None else {**negative.arrays, **negative_sizes, **guidance, **other},
                 tokens=tokens,
                 change=change.get("unet"),
+                steps=steps,
             )
         )
     return conditionings, tuple(truncated)

@@ -23,6 +23,8 @@ from .arrays import Float32
 from .call import Call, make_call, recorded
 from .conditioning import Arrays
 from .noise.seeds import Gaussians, check_seed_device
+from .pictures.control import Control, make_controls, open_controls, recorded_controls
+from .pictures.image_prompt import ImagePrompt, read_image_prompt, recorded_image_prompt
 from .pictures.inpaint import check_mask_for
 from .pictures.resize import Pictures, fit_pictures, open_pictures, size_of
 from .programs import MOST_STEPS, choose_program
@@ -42,9 +44,9 @@ class Request:
     what the prompt's row and the negative's are told of them. `gaussians` float32 [B, C, h, w], if given, are the noise
     to start from; `generators` draw instead of the seeds', one an image, or one where the stream is shared. With
     `first_draws` only the first of them draws for the latents of a picture that several images share, as diffusers
-    does in inpainting. `own_size` says that no size was asked for and the first picture's was taken. `warnings` say
-    what goes against the bundle's preset or a picture's proportions. `recorded` are arguments for a picture's
-    parameters that have no field here.
+    does in inpainting. `controls` and `image_prompt` are what networks beside the UNet are told. `own_size` says that
+    no size was asked for and the first picture's was taken. `warnings` say what goes against the bundle's preset or a
+    picture's proportions. `recorded` are arguments for a picture's parameters that have no field here.
     """
 
     wording: Wording
@@ -60,6 +62,8 @@ class Request:
     compat: str | None
     sizes: tuple[Arrays, Arrays] = ({}, {})
     pictures: Pictures | None = None
+    controls: tuple[Control, ...] = ()
+    image_prompt: ImagePrompt | None = None
     gaussians: Float32 | None = None
     seed_device: str = "cpu"
     generators: tuple[Gaussians, ...] | None = None
@@ -122,7 +126,9 @@ def make_request(
     opened = open_pictures(call)
     if call.image is None and strength < 1.0 and call.strength is not None:
         raise ArgumentError(f"strength {strength:g} without an image", remedy="Pass image, or leave strength out.")
-    own = size_of(bundle, opened[0][0]) if opened[0] and call.size is None else None
+    shown = open_controls(bundle, call)
+    first = next((p for p in (*opened[0], *(p for ps in shown.values() for p in ps)) if p is not None), None)
+    own = size_of(bundle, first) if first is not None and call.size is None else None
     width, height = check_size(bundle, call.size or own or default_size or (defaults.width, defaults.height))
     if sizes is not None:
         check_among((width, height), sizes, own=own is not None)
@@ -154,6 +160,9 @@ def make_request(
     if pictures is not None:
         pictures = pictures.of_images(len(seeds))
         program = _from_picture(program, pictures)
+    controls = make_controls(
+        bundle, call, shown, size=(width, height), images=len(seeds), evaluations=program.evaluations
+    )
     levels = {k: v for k, v in (("timesteps", timesteps), ("sigmas", sigmas)) if v is not None}
     return Request(
         wording=wording,
@@ -169,13 +178,15 @@ def make_request(
         compat=call.compat,
         sizes=_sizes(bundle, call, width, height),
         pictures=pictures,
+        controls=controls,
+        image_prompt=read_image_prompt(bundle, call, len(seeds)),
         gaussians=_gaussians(bundle, call, (len(seeds), height, width), program),
         seed_device=call.seed_device,
         shared_stream=call.shared_stream,
         own_size=own is not None,
         warnings=(
             *preset_warnings(bundle, {k: getattr(call, k) for k in PRESET_ARGUMENTS}),
-            *(() if own is None else rounding_warnings(bundle, opened[0][0].size, own)),
+            *(() if own is None or first is None else rounding_warnings(bundle, first.size, own)),
         ),
         options={**call.options, **levels},
         recorded={**recorded(call), **_names(call)},
@@ -230,10 +241,13 @@ def _gaussians(bundle: Bundle, call: Call, size: tuple[int, int, int], program: 
     )
 
 
-def _names(call: Call) -> dict[str, str]:
+def _names(call: Call) -> dict[str, Any]:
     """The names of the files that a call starts from, for its pictures' parameters."""
     given = (("image", call.image), ("mask", call.mask))
-    return {k: Path(v).name for k, v in given if isinstance(v, (str, os.PathLike))}
+    return {k: Path(v).name for k, v in given if isinstance(v, (str, os.PathLike))} | {
+        **recorded_controls(call),
+        **recorded_image_prompt(call),
+    }
 
 
 def check_size(bundle: Bundle, size: tuple[int, int]) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
@@ -101,3 +101,43 @@ def sd2_bundle(made_once: Once, tiny_sd2: Path) -> Bundle:
 @pytest.fixture(scope="session")
 def sdxl_bundle(made_once: Once, tiny_sdxl: Path) -> Bundle:
     return _exported(made_once, "sdxl-bundle", tiny_sdxl)
+
+
+class Adapted(NamedTuple):
+    """A checkpoint's folder, ControlNets by name, an IP-Adapter's file, and the bundle with all of them.
+
+    Where latents may be of any size, there is a T2I adapter too, of the name `sketch`.
+    """
+
+    checkpoint: Path
+    controlnets: dict[str, Path]
+    ip_adapter: Path
+    bundle: Any
+
+
+def _adapted(made_once: Once, name: str, checkpoint: Path, *, plus: bool, **depth: object) -> Adapted:
+    from adapters import make_controlnet, make_ip_adapter, make_t2i_adapter
+    from fewstep.bundle import read_bundle
+    from fewstep.export import export_bundle
+
+    names = ("canny", "depth")
+
+    def make(folder: Path) -> None:
+        nets = {n: make_controlnet(checkpoint, folder / n, 20 + i, **(depth if i else {})) for i, n in enumerate(names)}
+        nets |= {} if plus else {"sketch": make_t2i_adapter(folder / "sketch", 41)}
+        ip_adapter = make_ip_adapter(checkpoint, folder / "ip", 31, plus=plus)
+        export_bundle(checkpoint, folder / "bundle", controlnets=nets, ip_adapter=ip_adapter)
+
+    folder = made_once(name, make)
+    controlnets = {n: folder / n for n in names}
+    return Adapted(checkpoint, controlnets, folder / "ip" / "ip-adapter.safetensors", read_bundle(folder / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def adapted_sd1(made_once: Once, tiny_sd1: Path) -> Adapted:
+    return _adapted(made_once, "adapted-sd1", tiny_sd1, plus=False)
+
+
+@pytest.fixture(scope="session")
+def adapted_sdxl(made_once: Once, tiny_sdxl: Path) -> Adapted:
+    return _adapted(made_once, "adapted-sdxl", tiny_sdxl, plus=True, global_pool_conditions=True)

@@ -24,6 +24,7 @@ from ...weights.embeddings import embedding_file, read_words, with_words
 from ...weights.stored import PICKLES, Stored, open_tensors
 from ..tokenizers import read_tokenizer
 from .configs import TINY_DEFAULTS
+from .controls import open_controls
 from .folder import (
     Checkpoint,
     Part,
@@ -34,6 +35,8 @@ from .folder import (
     read_json,
     read_part,
 )
+from .ip_adapter import open_ip_adapter
+from .parts import IpAdapter
 from .singlefile import TINY_MARK, find_layout, refuse_others, scheduler_changes, translate
 
 _RESCALING = {
@@ -51,6 +54,9 @@ def compose_checkpoint(
     vae: str | Path | None = None,
     loras: Iterable[tuple[str | Path, float]] = (),
     embeddings: Iterable[tuple[str | None, str | Path]] = (),
+    controlnets: Mapping[str, str | Path] | None = None,
+    ip_adapter: str | Path | None = None,
+    image_encoder: str | Path | None = None,
     revision: str | None = None,
     variant: str | None = None,
     offline: bool = False,
@@ -60,7 +66,8 @@ def compose_checkpoint(
     source: a diffusers folder, a hub id, or a single safetensors file in the original layout, which needs `base`,
     a diffusers folder or hub id of its family. unet, vae: a safetensors file in either layout, or a folder with
     config.json. loras: files with the factors they are fused with. embeddings: files of textual inversion, with the
-    words that prompts name them by, or `None` for the files' own. Raises the errors of `open_checkpoint`, and
+    words that prompts name them by, or `None` for the files' own. controlnets: folders or hub ids by name. ip_adapter:
+    a file, with its image encoder's folder where that is not beside it. Raises the errors of `open_checkpoint`, and
     `ArgumentError` for parts that do not belong together.
     """
     file = Path(source)
@@ -86,6 +93,11 @@ def compose_checkpoint(
     fused = tuple(_lora_file(path, scale) for path, scale in loras)
     learned = [embedding_file(name, path) for name, path in embeddings]
     parts |= _with_words(opened, parts, learned)
+    composed = replace(opened, parts=parts)
+    controls = open_controls(composed, controlnets or {}, variant=variant, offline=offline)
+    pictured = None if ip_adapter is None else open_ip_adapter(composed, ip_adapter, image_encoder)
+    if image_encoder is not None and pictured is None:
+        raise ArgumentError("an image encoder without an IP-Adapter", remedy="Name the adapter by --ip-adapter.")
     given: dict[str, Any] = {
         "variant": variant,
         "base": str(opened.folder) if single else None,
@@ -93,6 +105,9 @@ def compose_checkpoint(
         "vae": None if vae is None else str(vae),
         "loras": [[str(f.path), f.scale] for f in fused],
         "embeddings": [[name, str(path)] for name, path in learned],
+        "ip_adapter": pictured and str(pictured.file),
+        "image_encoder": pictured and str(pictured.encoder.place),
+        "controlnets": {name: str(part.place) for name, part in controls.items()},
     }
     return replace(
         opened,
@@ -101,6 +116,8 @@ def compose_checkpoint(
         parts=parts,
         scheduler=scheduler,
         loras=fused,
+        controls=controls,
+        adapter=pictured,
         options={k: v for k, v in given.items() if v},
     )
 
@@ -299,8 +316,15 @@ def _titles(path: Path) -> list[str]:
     return [metadata[k] for k in ("modelspec.title", "ss_output_name") if metadata.get(k)]
 
 
-def describe_part(part: Part, loras: Iterable[LoraFile]) -> dict[str, Any]:
-    """Where a component comes from, for the manifest: its files and fused LoRAs, with hashes and licences."""
+def describe_part(
+    part: Part,
+    loras: Iterable[LoraFile],
+    controls: Mapping[str, Part] | None = None,
+    adapter: IpAdapter | None = None,
+) -> dict[str, Any]:
+    """Where a component comes from, for the manifest: its files, fused LoRAs and what is traced with it, with hashes
+    and licences.
+    """
     files = [_describe_file(f) for f in part.files]
     for file, path in zip(files, part.files, strict=True):
         if file["licence"] is None and path.parent == part.place:
@@ -308,7 +332,10 @@ def describe_part(part: Part, loras: Iterable[LoraFile]) -> dict[str, Any]:
     facts: dict[str, Any] = {"part": part.name, "files": files}
     fused = [{**_describe_file(lora.path), "scale": lora.scale} for lora in loras]
     learned = [{**_describe_file(w.path), "word": w.tokens[0], "tokens": len(w.tokens)} for w in part.words]
-    return facts | ({"loras": fused} if fused else {}) | ({"embeddings": learned} if learned else {})
+    beside = {name: [_describe_file(f) for f in own.files] for name, own in (controls or {}).items()}
+    named: dict[str, Any] = {"loras": fused, "embeddings": learned, "controls": beside}
+    named["ip_adapter"] = adapter and _describe_file(adapter.file)
+    return facts | {k: v for k, v in named.items() if v}
 
 
 def _describe_file(path: Path) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...families.base import VAE_SCALING
+from ...families.control import CONTROLS
+from ...families.image_prompt import IMAGE_ENCODER, PROJECTION
 
 UNET_DEFAULTS: dict[str, Any] = {
     "act_fn": "silu",
@@ -107,6 +109,18 @@ TEXT_DEFAULTS: dict[str, Any] = {
     "projection_dim": 512,
     "vocab_size": 49408,
 }
+VISION_DEFAULTS: dict[str, Any] = {
+    "hidden_act": "quick_gelu",
+    "hidden_size": 768,
+    "image_size": 224,
+    "intermediate_size": 3072,
+    "layer_norm_eps": 1e-5,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "num_hidden_layers": 12,
+    "patch_size": 32,
+    "projection_dim": 512,
+}
 IGNORED = {
     "_class_name",
     "_commit_hash",
@@ -132,17 +146,29 @@ def canonical_config(kind: str, config: Mapping[str, Any], dtype: str) -> dict[s
         if config.get("_class") != "CLIPTextModelWithProjection":
             named = {k: v for k, v in named.items() if k not in _POOLED_ONLY}
         return named | {k: config[k] for k in ("_class", "_layer") if k in config}
+    if kind == IMAGE_ENCODER:
+        stated = {k: config.get(k, v) for k, v in VISION_DEFAULTS.items()}
+        return {**stated, PROJECTION: config[PROJECTION]}
     tiny = is_tiny(config)
     defaults = UNET_DEFAULTS if kind == "unet" else TINY_DEFAULTS if tiny else VAE_DEFAULTS
-    kept = {
+    kept: dict[str, Any] = {
         k: list(v) if isinstance(v, tuple) else v
         for k, v in config.items()
         if k not in IGNORED and (v is not None or defaults.get(k) is not None)
     }
     if dtype == "float32":
         kept.pop("upcast_attention", None)  # there is nothing above float32
+    if CONTROLS in kept:
+        kept[CONTROLS] = {name: _canonical_control(own, dtype) for name, own in kept[CONTROLS].items()}
     named = {k: v for k, v in kept.items() if k not in defaults or v != defaults[k]}
     return named | ({"_class": "AutoencoderTiny"} if tiny else {})
+
+
+def _canonical_control(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The same of a network beside a UNet, with its class."""
+    dropped = IGNORED - {"_class_name"} | ({"upcast_attention"} if dtype == "float32" else set())
+    kept = {k: v for k, v in config.items() if k not in dropped and v is not None}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
 
 
 def is_tiny(config: Mapping[str, Any]) -> bool:

@@ -6,8 +6,9 @@ Class names in `model_index.json` are data and go through an allow-list; weights
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from ...families import Family, all_families, known_models
 from ...families.configs import check_config
 from ...schedules.keys import check_keys
 from ...values import Reader
-from ...weights.delta import LoraFile
-from ...weights.embeddings import Word
 from ...weights.stored import PICKLES
+from .parts import Checkpoint as Checkpoint
+from .parts import Part as Part
 
 NOT_EXPORTED = {
     "StableVideoDiffusion": "Stable Video Diffusion",
@@ -43,57 +44,6 @@ HUB_INDEX = ("model_index.json", "fewstep.json", "README.md")
 UNET_OPTIONS = ("class_embed_type", "encoder_hid_dim", "encoder_hid_dim_type", "num_class_embeds")
 """Keys of a UNet's configuration that make it one of another kind, unless its family has them."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """One component of a checkpoint: its class, its configuration, the folder of that, and its weight files.
-
-    `layout` says how the files name their tensors: `folder` as the library that saved the folder does, `diffusers`,
-    `original` and `open_clip` as `singlefile.py` tells them, behind `prefix`. words: what a text encoder learns
-    besides.
-    """
-
-    name: str
-    class_name: str
-    config: Mapping[str, Any]
-    place: Path
-    files: tuple[Path, ...]
-    layout: str = "folder"
-    prefix: str = ""
-    words: tuple[Word, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpoint:
-    """A diffusers folder, understood, with whatever replaces its parts.
-
-    `scheduler` and the parts' configurations are as diffusers' pipeline leaves them once it is made.
-    `options` are the arguments that, given to `compose_checkpoint` with `path`, make the same checkpoint again.
-    """
-
-    folder: Path
-    source: str
-    model: Family
-    pipeline: str
-    parts: Mapping[str, Part]
-    tokenizers: tuple[Path, ...]
-    scheduler: Mapping[str, Any]
-    force_zeros: bool = False
-    licence: str | None = None
-    revision: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    file: Path | None = None
-    loras: tuple[LoraFile, ...] = ()
-
-    @property
-    def family(self) -> str:
-        return self.model.name
-
-    @property
-    def path(self) -> Path:
-        """What was opened: the single file, or the folder."""
-        return self.file or self.folder
 
 
 def open_checkpoint(
@@ -127,18 +77,36 @@ def open_checkpoint(
 
 
 def _from_hub(name: str, *, revision: str | None, variant: str | None, offline: bool) -> Checkpoint:
+    with _fetching(name, revision=revision, offline=offline) as fetch:
+        folder = fetch(allow_patterns=list(HUB_INDEX))
+        index = read_json(Path(folder) / "model_index.json")
+        folder = fetch(allow_patterns=hub_files(index, variant))
+        if variant and (patterns := plain_files(Path(folder), index, variant)):
+            folder = fetch(allow_patterns=patterns)
+    return _from_folder(Path(folder), name, variant=variant, revision=Path(folder).name)
+
+
+def fetch_network(name: str, *, variant: str | None, offline: bool) -> Path:
+    """The folder of a single network's hub id; `MissingError` for what is neither that nor in reach."""
+    if not _HUB_ID.fullmatch(name) or name.startswith((".", "/")):
+        raise MissingError(f"no folder {name!r}", expected="a diffusers folder with config.json, or a hub id")
+    with _fetching(name, revision=None, offline=offline) as fetch:
+        folder = Path(fetch(allow_patterns=["config.json", "README.md", *_weight_patterns("", variant)]))
+        if variant and not has_variant(folder, variant):
+            folder = Path(fetch(allow_patterns=_weight_patterns("", None)))
+    return folder
+
+
+@contextmanager
+def _fetching(name: str, *, revision: str | None, offline: bool) -> Iterator[Callable[..., str]]:
+    """What fetches files of a hub id into the hub's cache; its refusals within are `MissingError`."""
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
     except ModuleNotFoundError as error:
         raise MissingExtraError("huggingface_hub", "export", purpose=f"Fetching {name!r}") from error
     try:
-        folder = snapshot_download(name, revision=revision, allow_patterns=list(HUB_INDEX), local_files_only=offline)
-        index = read_json(Path(folder) / "model_index.json")
-        fetch = partial(snapshot_download, name, revision=revision, local_files_only=offline)
-        folder = fetch(allow_patterns=hub_files(index, variant))
-        if variant and (patterns := plain_files(Path(folder), index, variant)):
-            folder = fetch(allow_patterns=patterns)
+        yield partial(snapshot_download, name, revision=revision, local_files_only=offline)
     except LocalEntryNotFoundError as error:
         hint = "Leave out --offline, or fetch it first." if offline else "Check the network, or give a folder."
         raise MissingError(f"{name!r} is not in the hub's cache and could not be fetched", remedy=hint) from error
@@ -147,7 +115,6 @@ def _from_hub(name: str, *, revision: str | None, variant: str | None, offline: 
             f"{name!r} could not be fetched from the hub ({type(error).__name__})",
             remedy="Check its name and your access.",
         ) from error
-    return _from_folder(Path(folder), name, variant=variant, revision=Path(folder).name)
 
 
 def hub_files(index: Mapping[str, Any], variant: str | None) -> list[str]:
@@ -162,7 +129,7 @@ def hub_files(index: Mapping[str, Any], variant: str | None) -> list[str]:
 
 
 def _weight_patterns(name: str, variant: str | None) -> list[str]:
-    stem = f"{name}/{_stem(name)}" + (f".{variant}" if variant else "")
+    stem = (f"{name}/" if name else "") + _stem(name) + (f".{variant}" if variant else "")
     return [f"{stem}.safetensors", f"{stem}-[0-9]*.safetensors"]
 
 
@@ -173,7 +140,7 @@ def plain_files(folder: Path, index: Mapping[str, Any], variant: str) -> list[st
 
 
 def _stem(name: str) -> str:
-    return "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
+    return "model" if name.endswith("encoder") or name.startswith("text_encoder") else "diffusion_pytorch_model"
 
 
 def _from_folder(folder: Path, source: str, *, variant: str | None, revision: str | None) -> Checkpoint:
@@ -306,16 +273,24 @@ def check_parts(parts: Mapping[str, Part], family: Family) -> None:
 
 def read_part(place: Path, name: str, class_name: str, family: Family, variant: str | None) -> Part:
     """A component from its own folder, which holds its configuration and its weights."""
+    part = read_network(place, name, class_name, family.parts[name].classes[class_name], variant)
+    if "_class_name" in part.config:
+        part = replace(part, config={**part.config, "_class_name": class_name})  # the index's counts
+    return part
+
+
+def read_network(place: Path, name: str, class_name: str, needed: tuple[str, ...], variant: str | None) -> Part:
+    """A network from a folder with config.json and weights. needed: keys that its configuration must state.
+
+    name: what it is, as a part's or for people: decides the names of its files and which values are admitted.
+    """
     config = read_json(place / "config.json")
-    if "_class_name" in config:
-        config["_class_name"] = class_name  # the index's counts
     if config.get("quantization_config"):
         raise UnsupportedError(
             f"the {name} is quantized (quantization_config)",
             expected="float32, float16 or bfloat16 weights",
             remedy="Take the checkpoint that it was made of.",
         )
-    needed = family.parts[name].classes[class_name]
     missing = [k for k in needed if not isinstance(config.get(k), (int, list, tuple)) or not config[k]]
     if missing:
         raise CorruptError(

@@ -11,21 +11,34 @@ from typing import Any, ClassVar
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
-from diffusers.loaders import TextualInversionLoaderMixin
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    ControlNetModel,
+    DDIMScheduler,
+    T2IAdapter,
+    UNet2DConditionModel,
+)
+from diffusers.loaders import TextualInversionLoaderMixin, UNet2DConditionLoadersMixin
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
 from safetensors.torch import load_file
 from torch import nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from ...errors import CorruptError
+from ...families.image_prompt import IMAGE_ENCODER
 from ...weights.lora import kinds_of, match_loras
 from ..checkpoint.folder import Checkpoint, Part, has_variant
+from ..checkpoint.parts import IpAdapter
+from ..plan import ComponentPlan
+from ..trace.control import ControlledUNet
+from ..trace.ip_adapter import IpLayer, PromptingEncoder
 
 LOADERS = {
     c.__name__: c
     for c in (UNet2DConditionModel, AutoencoderKL, AutoencoderTiny, CLIPTextModel, CLIPTextModelWithProjection)
 }
+CONTROLS: dict[str, Any] = {c.__name__: c for c in (ControlNetModel, T2IAdapter)}
 
 READ_BY_DIFFUSERS = frozenset({"LoRA"})
 """Kinds of adapters that diffusers' loader reads; it drops DoRA's magnitudes with a warning."""
@@ -36,6 +49,65 @@ def load_model(checkpoint: Checkpoint, part: Part) -> nn.Module:
     if checkpoint.loras and part.name != "vae":
         return load_fused(checkpoint)[part.name]
     return _plain(checkpoint, part)
+
+
+def load_adapted(checkpoint: Checkpoint, plan: ComponentPlan) -> nn.Module:
+    """A component's part in float32 with what is traced with it, each by diffusers' own loader."""
+    if plan.kind == IMAGE_ENCODER and plan.adapter is not None:
+        return load_prompting_encoder(plan.adapter)
+    model = load_model(checkpoint, plan.part)
+    if not plan.controls and plan.adapter is None:
+        return model
+    controls = {name: load_control(checkpoint, own) for name, own in plan.controls.items()}
+    layers = {} if plan.adapter is None else _ip_layers(model, plan.adapter)
+    return ControlledUNet(model, controls, layers).eval()
+
+
+def load_prompting_encoder(adapter: IpAdapter) -> nn.Module:
+    """An image encoder by transformers, and the projection behind it by diffusers."""
+    encoder = load_image_encoder(adapter)
+    loader: Any = UNet2DConditionLoadersMixin()
+    state = _ip_state(adapter)["image_proj"]
+    projection = loader._convert_ip_adapter_image_proj_to_diffusers(state, low_cpu_mem_usage=False)
+    return PromptingEncoder(encoder, projection).eval()
+
+
+def load_image_encoder(adapter: IpAdapter) -> CLIPVisionModelWithProjection:
+    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "dtype": torch.float32}
+    cls: Any = CLIPVisionModelWithProjection
+    model: CLIPVisionModelWithProjection = cls.from_pretrained(
+        adapter.encoder.place, **options, attn_implementation="sdpa"
+    )
+    return model.eval()
+
+
+def _ip_state(adapter: IpAdapter) -> dict[str, dict[str, torch.Tensor]]:
+    state: dict[str, dict[str, torch.Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+    for key, value in load_file(adapter.file).items():
+        group, _, name = key.partition(".")
+        if group in state:
+            state[group][name] = value.float()
+    return state
+
+
+def _ip_layers(model: Any, adapter: IpAdapter) -> dict[str, nn.Module]:
+    """The layers that diffusers loads into a UNet's attentions; the UNet is left as it was."""
+    before = dict(model.attn_processors)
+    model._load_ip_adapter_weights([_ip_state(adapter)])
+    loaded = [p for p in model.attn_processors.values() if hasattr(p, "to_k_ip")]
+    layers: dict[str, nn.Module] = {str(2 * i + 1): IpLayer(p.to_k_ip[0], p.to_v_ip[0]) for i, p in enumerate(loaded)}
+    model.encoder_hid_proj = None  # first: a resampler has attentions of its own
+    model.set_attn_processor(before)
+    model.register_to_config(encoder_hid_dim_type=None)
+    return layers
+
+
+def load_control(checkpoint: Checkpoint, part: Part) -> nn.Module:
+    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "torch_dtype": torch.float32}
+    variant = checkpoint.options.get("variant")
+    if variant and has_variant(part.place, variant):
+        options["variant"] = variant
+    return CONTROLS[part.class_name].from_pretrained(part.place, **options).eval()
 
 
 def lora_method(checkpoint: Checkpoint) -> str:

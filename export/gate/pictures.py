@@ -8,6 +8,7 @@ loaded, as diffusers' users do where memory is short.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from ..checkpoint.folder import Checkpoint
-from .loading import load_fused, load_model
+from ...families.control import T2I, picture_input
+from ..checkpoint.parts import Checkpoint, IpAdapter
+from .loading import load_control, load_fused, load_image_encoder, load_model
 
 PROMPT, SEED, GUIDANCE = "a red circle, hello! 7 stars", 20240, 3.0
 STEPS, IMAGE_STEPS, STRENGTH = 2, 4, 0.5
@@ -28,6 +30,10 @@ LEAST_STEPS = {"PNDMScheduler": 4}
 """Steps without which a class cannot be run in one of its forms."""
 NOISE_DIFFERS = {"DPMSolverSDEScheduler": "its noise comes from a Brownian tree there, and from a stream here"}
 TASKS = ("text_to_image", "image_to_image")
+CONTROLLED = "controlled"
+"""The task of a checkpoint with ControlNets: a picture for each of them, all at once where diffusers takes them so."""
+PROMPTED = "prompted_by_a_picture"
+"""The task of a checkpoint with an IP-Adapter; the last, since the adapter stays in the UNet."""
 
 
 def make_pictures(checkpoint: Checkpoint) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -35,17 +41,18 @@ def make_pictures(checkpoint: Checkpoint) -> tuple[dict[str, np.ndarray], dict[s
 
     Where diffusers cannot make a picture that can be compared, `not_run` says why instead.
     """
+    tasks = (*TASKS, *((CONTROLLED,) if checkpoint.controls else ()), *((PROMPTED,) if checkpoint.adapter else ()))
     why = NOISE_DIFFERS.get(str(checkpoint.scheduler["_class_name"]))
     if why is not None:
-        return {}, {task: {"not_run": why} for task in TASKS}
+        return {}, {task: {"not_run": why} for task in tasks}
     try:
         embeddings = _encode(checkpoint)
         pipe = _load(checkpoint, without=[n for n in checkpoint.parts if n.startswith("text_encoder")])
     except Exception as error:  # whatever the library says of a checkpoint is recorded, and said
-        return {}, {task: {"not_run": _words(error)} for task in TASKS}
+        return {}, {task: {"not_run": _words(error)} for task in tasks}
     tensors: dict[str, np.ndarray] = {}
     asked: dict[str, Any] = {}
-    for task in TASKS:
+    for task in tasks:
         try:
             tensors_of_task, asked[task] = _picture(checkpoint, pipe, task, embeddings)
         except Exception as error:
@@ -160,6 +167,17 @@ def _picture(
         call |= {"image": Image.fromarray(tensors["in/image"]), "strength": STRENGTH}
     else:
         call |= {"width": side, "height": side}
+    if task == CONTROLLED:
+        names = _alike_controls(checkpoint)
+        pipe = _with_controls(checkpoint, pipe, names)
+        drawings = {n: _drawing(side)[:: (-1) ** i] for i, n in enumerate(names)}
+        tensors |= {f"in/{picture_input(n)}": np.ascontiguousarray(d) for n, d in drawings.items()}
+        shown = [Image.fromarray(d) for d in drawings.values()]
+        call |= {"image": shown if len(shown) > 1 else shown[0]}
+    if task == PROMPTED and checkpoint.adapter is not None:
+        pipe = _with_adapter(pipe, checkpoint.adapter)
+        tensors["in/ip_adapter_image"] = _drawing(side)
+        call |= {"ip_adapter_image": Image.fromarray(tensors["in/ip_adapter_image"])}
     with torch.no_grad():
         made = np.asarray(pipe(**call).images)[0]
     if not np.isfinite(made).all():
@@ -176,6 +194,39 @@ def _for_pictures(checkpoint: Checkpoint, pipe: Any) -> Any:
     made = cls(**{**pipe.components, **stated, **_unchecked(cls)})
     made.set_progress_bar_config(disable=True)
     return made
+
+
+def _alike_controls(checkpoint: Checkpoint) -> list[str]:
+    """The controls that one pipeline takes at once: of the first one's class, of T2I adapters one, and ControlNets that
+    pool what they add if the first does, as diffusers asks the first of several alone.
+    """
+    kinds = {n: (p.class_name, bool(p.config.get("global_pool_conditions"))) for n, p in checkpoint.controls.items()}
+    first = next(iter(kinds.values()))
+    alike = [n for n in kinds if kinds[n] == first]
+    return alike[:1] if first[0] == T2I else alike
+
+
+def _with_controls(checkpoint: Checkpoint, pipe: Any, names: Sequence[str]) -> Any:
+    """The pipeline that makes pictures from prompts under some of the checkpoint's ControlNets."""
+    adapter = checkpoint.controls[names[0]].class_name == T2I
+    kind = "AdapterPipeline" if adapter else "ControlNetPipeline"
+    cls = getattr(diffusers, checkpoint.model.pipelines[0].replace("Pipeline", kind))
+    expected, optional = cls._get_signature_keys(cls)
+    stated = {k: pipe.config[k] for k in optional if k in pipe.config}
+    parts = {k: v for k, v in pipe.components.items() if k in expected}
+    nets = [load_control(checkpoint, part) for part in (checkpoint.controls[n] for n in names)]
+    given = {"adapter" if adapter else "controlnet": nets if len(nets) > 1 else nets[0], **stated, **_unchecked(cls)}
+    made = cls(**{**parts, **given})
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def _with_adapter(pipe: Any, adapter: IpAdapter) -> Any:
+    """The same pipeline with an IP-Adapter in its UNet, for good, and the image encoder in front."""
+    pipe.register_modules(image_encoder=load_image_encoder(adapter))
+    pipe.load_ip_adapter(str(adapter.file.parent), subfolder="", weight_name=adapter.file.name)
+    pipe.set_ip_adapter_scale(1.0)
+    return pipe
 
 
 def _drawing(side: int) -> np.ndarray:

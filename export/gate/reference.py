@@ -24,7 +24,7 @@ from ..checkpoint.compose import compose_checkpoint
 from ..checkpoint.folder import Checkpoint
 from ..plan import ComponentPlan, plan_components
 from ..trace.modules import DTYPES, Traceable, wrap
-from .loading import load_model, lora_method
+from .loading import load_adapted, lora_method
 from .pictures import make_pictures
 
 TIMESTEPS = (999.0, 749.0, 499.0, 249.0, 24.0, 1.0)
@@ -53,7 +53,7 @@ def make_reference(
     cases: dict[str, Any] = {}
     known = dict(context or {})
     for plan in plan_components(checkpoint, dtypes) if plans is None else plans:
-        model = load_model(checkpoint, plan.part)
+        model = load_adapted(checkpoint, plan)
         traceable = _in(plan, model, "float32")
         fewer = 2 if plan.kind.startswith("text_encoder") else 1  # an encoder's second case skips a layer
         inputs = list(_cases(plan, traceable, known, quick=quick))[: fewer if quick else None]
@@ -84,7 +84,7 @@ def make_reference(
 
 
 def _load(checkpoint: Checkpoint, plan: ComponentPlan, dtype: str) -> Traceable:
-    return _in(plan, load_model(checkpoint, plan.part), dtype)
+    return _in(plan, load_adapted(checkpoint, plan), dtype)
 
 
 def _in(plan: ComponentPlan, model: nn.Module, dtype: str) -> Traceable:
@@ -224,11 +224,22 @@ def _unet_cases(
             * (1 + 0.1 * np.arange(rows, dtype=np.float32)).reshape(-1, 1, 1),
         }
         for condition in plan.family.conditions(plan.config):
-            if condition.example is not None:
+            if condition.adapter is not None:
+                case[condition.name] = _of_adapter(shapes[condition.name], rng)
+            elif condition.example is not None:
                 case[condition.name] = np.tile(np.array(condition.example, np.float32), (rows, 1))
             elif condition.name not in case:
                 case[condition.name] = rng.standard_normal(shapes[condition.name]).astype(np.float32)
         yield {k: np.ascontiguousarray(v, np.float32) for k, v in case.items()}
+
+
+def _of_adapter(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """A picture with a little noise, or factors of which the last row's are zero: both from 0 to 1."""
+    if len(shape) == 4:
+        return np.clip(_pattern(shape) / 2 + 0.5 + 0.02 * rng.standard_normal(shape), 0, 1)
+    factors = rng.uniform(0.2, 1.0, shape)
+    factors[1:][-1:] = 0.0
+    return factors
 
 
 def _pattern(shape: tuple[int, ...]) -> np.ndarray:

@@ -7,7 +7,7 @@ component's own comparison takes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,11 @@ from ...engines.backends.ort import OrtEngine
 from ...engines.base import Engine
 from ...engines.gate.gate import compare
 from ...errors import GateError, NonFiniteError
+from ...families.control import controls_of, picture_input
+from ...families.image_prompt import IMAGE_ENCODER
 from ...runtime.arrays import Float32, UInt8
 from ...runtime.device.numpy_slots import NumpySlots
+from ...runtime.pictures.image_prompt import ImagePrompts
 from ...runtime.pictures.vae import Vae
 from ...runtime.prepare import prepare
 from ...runtime.prompts.encoders import TextEncoders
@@ -62,7 +65,9 @@ def _judge(bundle: Bundle, task: str, stated: Mapping[str, Any], pictures: Mappi
     expected = pictures[f"picture/{task}/out/image"]
     limit = least_psnr(bundle)
     try:
-        report = compare(make_picture(bundle, stated, image), expected)
+        controls = {n: pictures.get(f"picture/{task}/in/{picture_input(n)}") for n in _controls(bundle)}
+        prompting = pictures.get(f"picture/{task}/in/ip_adapter_image")
+        report = compare(make_picture(bundle, stated, image, controls, prompting), expected)
     except NonFiniteError as error:
         raise _failure(task, error.found, limit) from error
     if report.psnr < limit:
@@ -91,7 +96,17 @@ def least_psnr(bundle: Bundle) -> float:
     return LEAST_PSNR_ZERO_SNR_DB if bundle.scheduler.get("rescale_betas_zero_snr") else LEAST_PSNR_DB
 
 
-def make_picture(bundle: Bundle, stated: Mapping[str, Any], image: UInt8 | None) -> UInt8:
+def _controls(bundle: Bundle) -> Collection[str]:
+    return controls_of(bundle.component("unet").config)
+
+
+def make_picture(
+    bundle: Bundle,
+    stated: Mapping[str, Any],
+    image: UInt8 | None,
+    controls: Mapping[str, UInt8 | None] | None = None,
+    prompting: UInt8 | None = None,
+) -> UInt8:
     """The picture of one request under the checkpoint's own scheduler, uint8 [H, W, 3]."""
     own = replace(
         bundle.defaults, sampler=None, schedule=None, preset=None, timesteps=None, prediction=None, options={}
@@ -102,7 +117,13 @@ def make_picture(bundle: Bundle, stated: Mapping[str, Any], image: UInt8 | None)
     call = {k: stated[k] for k in ("steps", "guidance", "seed")} | {"size": (stated["width"], stated["height"])}
     if image is not None:
         call |= {"image": image, "strength": stated["strength"]}
-    prepared = prepare(plain, text, vae, make_request(plain, stated["prompt"], **call))
+    shown = {name: picture for name, picture in (controls or {}).items() if picture is not None}
+    if shown:
+        call |= {"control": shown}
+    if prompting is not None:
+        call |= {"ip_adapter_image": prompting}
+    prompts = ImagePrompts(lambda: _open(plain, IMAGE_ENCODER))
+    prepared = prepare(plain, text, vae, prompts, make_request(plain, stated["prompt"], **call))
     slots = NumpySlots(_open(plain, "unet"), slots=1, shape=prepared.shape)
     slot = slots.admit(
         prepared.samplings[0], prepared.gaussians[0], None if prepared.latents is None else prepared.latents[0]

@@ -20,7 +20,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from ...engines.base import TensorSpec
 from ...families.base import LATENT_STATISTICS, Condition, Family, halvings, latent_multiple, vae_factor
+from ...families.control import controls_of
+from ...families.image_prompt import IMAGE_ENCODER, IP_ADAPTER, PLAIN, PROJECTION, SCALE_INPUT, TOKENS_INPUT
 from ..checkpoint.configs import TINY_DEFAULTS, VAE_DEFAULTS, is_tiny
+from .control import ControlledUNet, build_controls, control_arguments
+from .ip_adapter import ImageTokens, attend_to_pictures, build_encoder, ip_layers
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _default_dtype = threading.Lock()
@@ -32,22 +36,30 @@ LARGEST = {"float32": 3.0e38, "float16": 65504.0, "bfloat16": 3.0e38}
 class UNet(nn.Module):
     """`sample [R, C, h, w]`, `timestep [R]` and what the family's conditions name -> `out [R, C, h, w]`."""
 
-    def __init__(self, model: UNet2DConditionModel, conditions: Sequence[Condition]) -> None:
+    def __init__(self, model: UNet2DConditionModel | ControlledUNet, conditions: Sequence[Condition]) -> None:
         super().__init__()
-        self.model = model
-        self.groups = {c.name: c.group for c in conditions}
-        self.forward = _with_arguments(self._forward, ("sample", "timestep", *self.groups))
+        adapted = isinstance(model, ControlledUNet)
+        self.model = model.model if adapted else model
+        if adapted:
+            self.controls, self.ip_adapter = model.controls, model.ip_adapter
+        self.groups = {c.name: c.group for c in conditions if c.adapter is None}
+        self.forward = _with_arguments(self._forward, ("sample", "timestep", *(c.name for c in conditions)))
 
     def _forward(self, sample: torch.Tensor, timestep: torch.Tensor, **conditions: torch.Tensor) -> torch.Tensor:
         dtype = self.model.conv_in.weight.dtype
+        sample = sample.to(dtype)
         arguments: dict[str, Any] = {}
-        for name, value in conditions.items():
-            group = self.groups[name]
+        for name, group in self.groups.items():
+            value = conditions[name]
             if group is None:
                 arguments[name] = value.to(dtype)
             else:  # in float32: torch's `concat` promotes, ONNX's takes one type; the model casts what comes of it
                 arguments.setdefault(group, {})[name] = value
-        return self.model(sample.to(dtype), timestep, **arguments, return_dict=False)[0].float()
+        arguments |= control_arguments(getattr(self, "controls", {}), sample, timestep, arguments, conditions)
+        if TOKENS_INPUT in conditions:  # through the UNet as it is, to its attentions
+            more = (conditions[TOKENS_INPUT].to(dtype), conditions[SCALE_INPUT].to(dtype))
+            arguments["encoder_hidden_states"] = (arguments["encoder_hidden_states"], *more)
+        return self.model(sample, timestep, **arguments, return_dict=False)[0].float()
 
 
 def _with_arguments(function: Callable[..., torch.Tensor], names: Sequence[str]) -> Callable[..., torch.Tensor]:
@@ -238,7 +250,13 @@ def build_model(kind: str, config: Mapping[str, Any], dtype: str = "float32") ->
 def _construct(kind: str, config: Mapping[str, Any]) -> nn.Module:
     plain = {k: v for k, v in config.items() if not k.startswith("_")}
     if kind == "unet":
-        return UNet2DConditionModel.from_config(plain).eval()
+        unet = UNet2DConditionModel.from_config(plain).eval()
+        adapter = config.get(IP_ADAPTER)
+        if not adapter and not controls_of(config):
+            return unet
+        return ControlledUNet(unet, build_controls(config), ip_layers(unet, adapter["width"]) if adapter else {}).eval()
+    if kind == IMAGE_ENCODER:
+        return build_encoder(config)
     if kind in {"vae_decoder", "vae_encoder"}:
         cls: Any = AutoencoderTiny if is_tiny(config) else AutoencoderKL
         return cls.from_config(plain).eval()
@@ -259,9 +277,16 @@ def wrap(
     as torch's fused ones on CUDA do. A model that asks for attention in float32 has it by them, without the upcast.
     """
     if kind == "unet":
+        upcast = False
         if config.get("upcast_attention") and dtype != "float32" and not exact_scores:
-            model.set_attn_processor(UpcastAttention())
+            for network in _networks(model):
+                network.set_attn_processor(UpcastAttention())
+            upcast = True
+        if isinstance(model, ControlledUNet) and model.ip_adapter:
+            attend_to_pictures(model.model, dict(model.ip_adapter.items()), upcast=upcast)
         return _wrap_unet(model, config, family)
+    if kind == IMAGE_ENCODER:
+        return _wrap_image_encoder(model, config, dtype)
     if kind == "vae_decoder":
         c, f = config["latent_channels"], vae_factor(config)
         return Traceable(
@@ -292,6 +317,25 @@ def wrap(
             example={"batch": 2, "height": 8, "width": 12},
         )
     return _wrap_text_encoder(model, config)
+
+
+def _networks(model: nn.Module) -> list[nn.Module]:
+    """The UNet, and those beside it that attend as it does."""
+    beside = model.controls.values() if isinstance(model, ControlledUNet) else ()
+    own = model.model if isinstance(model, ControlledUNet) else model
+    return [own, *(n for n in beside if hasattr(n, "set_attn_processor"))]
+
+
+def _wrap_image_encoder(model: nn.Module, config: Mapping[str, Any], dtype: str) -> Traceable:
+    stated, side = config[PROJECTION], config["image_size"]
+    tokens = ("batch", stated["tokens"], stated["width"])
+    pixels = ("batch", config.get("num_channels", 3), side, side)
+    return Traceable(
+        module=ImageTokens(model, plain=stated["kind"] == PLAIN, dtype=DTYPES[dtype]).eval(),
+        inputs=(TensorSpec(name="pixels", dtype="float32", shape=pixels),),
+        outputs=tuple(TensorSpec(name=n, dtype="float32", shape=tokens) for n in ("tokens", "negative")),
+        example={"batch": 2},
+    )
 
 
 def _wrap_text_encoder(model: nn.Module, config: Mapping[str, Any]) -> Traceable:

@@ -22,7 +22,7 @@ from ...schedules.solvers.registry import SAMPLERS
 from ...schedules.spacing import SPACINGS
 from ...values import Reader, escape, has_controls, parse_json
 from ..arguments import LARGEST_SEED
-from ..call import RECORDED
+from ..call import CONTROL_WORDS, IMAGE_PROMPT, RECORDED
 from ..prompts.lora_tags import MOST_SCALE
 from .reading import existing_file
 
@@ -138,7 +138,9 @@ def check_parameters(p: Mapping[str, Any], reading: Reader) -> None:
         reading.choice("an option's name", name, sorted(known_options()))
         _check_option(name, value, reading)
     for name, value in reading.mapping("recorded", p.get("recorded") or {}).items():
-        reading.choice("a recorded argument's name", name, (*RECORDED, "mask"))
+        reading.choice(
+            "a recorded argument's name", name, (*RECORDED, *CONTROL_WORDS, "guess_mode", "mask", *IMAGE_PROMPT)
+        )
         _check_recorded(name, value, reading)
 
 
@@ -154,13 +156,18 @@ def _check_option(name: str, value: object, reading: Reader) -> None:
 
 
 def _check_recorded(name: str, value: object, reading: Reader) -> None:
-    if name == "clip_skip":
+    if name == "guess_mode":
+        reading.flag(name, value)
+    elif name in CONTROL_WORDS:
+        for word in reading.array(name, value, 1):
+            reading.text(f"a word of {name}", word, most=MOST_TEXT)
+    elif name == "clip_skip":
         reading.integer(name, value, 0, 64)
     elif name.endswith("_size") or "crop" in name:
         least = 1 if name.endswith("_size") else -LARGEST_SIDE
         for side in reading.array(name, value, 2, 2) if value != "none" else ():
             reading.integer(name, side, least, LARGEST_SIDE)
-    elif name == "mask_threshold" and value != "none":
+    elif name == "ip_adapter_scale" or (name == "mask_threshold" and value != "none"):
         reading.number(name, value)
     else:
         reading.choice(name, value, CHOICES[name]) if name in CHOICES else reading.text(name, value)
@@ -191,6 +198,10 @@ def command_line(p: Mapping[str, Any], output: str) -> str:
     others = {k: v for k, v in (p.get("options") or {}).items() if k not in NAMED_OPTIONS}
     words += [f"--option={k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in others.items()]
     for key, value in {**named, **(p.get("recorded") or {})}.items():
+        if key == "guess_mode" or key in CONTROL_WORDS:
+            option = f"--{key.replace('_', '-')}"
+            words += [f"{option}={word}" for word in value] if key in CONTROL_WORDS else [option] * bool(value)
+            continue
         joint = "x" if key.endswith("_size") else ","
         shown = joint.join(map(_digits, value)) if isinstance(value, (list, tuple)) else value
         words.append(f"--{key.replace('_', '-')}={shown}")

@@ -1,0 +1,241 @@
+"""Control pictures give diffusers' own images: ControlNets of each family, at 75 dB and more in float32."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import diffusers
+import fewstep
+import numpy as np
+import pytest
+import torch
+from adapters import SIDE, drawing
+from checkpoints import psnr
+from fewstep.bundle import Bundle
+from fewstep.errors import ArgumentError, UnknownNameError, UnsupportedError
+
+PROMPT, NEGATIVE = "a red circle, hello!", "blurry"
+LEAST = 75.0
+SHOWS = 30.0
+"""Pictures with and without control are further apart than this many dB."""
+
+
+class Sides:
+    """A family's bundle with networks beside its UNet, and the same by diffusers' pipelines."""
+
+    def __init__(self, family: str, made: Any) -> None:
+        checkpoint, controlnets, self.ip_adapter, self.bundle = made
+        self.pipe = fewstep.load(self.bundle)
+        stem = "StableDiffusionXL" if family == "sdxl" else "StableDiffusion"
+        self.more = {} if family == "sdxl" else {"requires_safety_checker": False}
+        self.plain = getattr(diffusers, f"{stem}Pipeline").from_pretrained(checkpoint)
+        self.stem = stem
+        self.nets = {n: diffusers.ControlNetModel.from_pretrained(p) for n, p in controlnets.items()}
+
+    def reference(self, task: str = "", names: tuple[str, ...] = ("canny",), **given: Any) -> np.ndarray:
+        """uint8 [B, H, W, 3] of diffusers' own pipeline; without names, of the one without control."""
+        parts = {k: v for k, v in self.plain.components.items() if v is not None}
+        parts["unet"] = copy.deepcopy(parts["unet"])  # an IP-Adapter would stay in it
+        missing = {} if "XL" in self.stem else {"safety_checker": None, "feature_extractor": None}
+        nets = [self.nets[n] for n in names]
+        control = {"controlnet": nets if len(nets) > 1 else nets[0]} if nets else {}
+        cls = getattr(diffusers, f"{self.stem}{'ControlNet' if nets else ''}{task}Pipeline")
+        pipe = cls(**parts, **missing, **control, **self.more)
+        pipe.set_progress_bar_config(disable=True)
+        if "ip_adapter_image" in given:
+            pipe.load_ip_adapter(str(self.ip_adapter.parent), subfolder="", weight_name=self.ip_adapter.name)
+            pipe.set_ip_adapter_scale(given.pop("ip_adapter_scale", 1.0))
+        seeds = given.pop("seed")
+        generator = [torch.Generator().manual_seed(s) for s in seeds]
+        out = pipe(PROMPT, num_images_per_prompt=len(seeds), generator=generator, output_type="np", **given).images
+        return np.asarray((out * 255).round().astype(np.uint8))
+
+
+@pytest.fixture(scope="module", params=["sd1", "sdxl"])
+def adapted(request: pytest.FixtureRequest) -> Sides:
+    return Sides(request.param, request.getfixturevalue(f"adapted_{request.param}"))
+
+
+@pytest.fixture(scope="module")
+def pipe(adapted_sd1: Any) -> fewstep.Pipeline:
+    return fewstep.load(adapted_sd1.bundle)
+
+
+def call(**given: Any) -> dict[str, Any]:
+    return {"steps": 5, "guidance": 4.0, "negative": NEGATIVE, "seed": [3], "size": (SIDE, SIDE), **given}
+
+
+def theirs(**given: Any) -> dict[str, Any]:
+    return {"num_inference_steps": 5, "guidance_scale": 4.0, "negative_prompt": NEGATIVE, "seed": [3], **given}
+
+
+def test_one_control(adapted: Sides) -> None:
+    """With guidance, and pictures of another size than the image, and of its own; and without any it is not there.
+
+    That of depth of the second family pools what it adds, and so adds nothing to the negative prompt's row.
+    """
+    for name, picture in (("canny", drawing(1)), ("canny", drawing(2, (50, 41))), ("depth", drawing(3))):
+        expected = adapted.reference(names=(name,), image=picture, **theirs(), width=SIDE, height=SIDE)
+        made = adapted.pipe(PROMPT, control={name: picture}, **call()).images
+        assert psnr(made, expected) >= LEAST
+        plain = adapted.pipe(PROMPT, **call()).images
+        assert psnr(made, plain) < SHOWS, "control changes nothing"
+    assert psnr(plain, adapted.reference(names=(), **theirs(), width=SIDE, height=SIDE)) >= LEAST
+
+
+def test_without_guidance_and_with_a_scale(adapted: Sides) -> None:
+    expected = adapted.reference(
+        image=drawing(1), **theirs(guidance_scale=1.0), width=SIDE, height=SIDE, controlnet_conditioning_scale=0.4
+    )
+    made = adapted.pipe(
+        PROMPT, control={"canny": drawing(1)}, controlnet_conditioning_scale=0.4, **call(guidance=1.0)
+    ).images
+    assert psnr(made, expected) >= LEAST
+
+
+@pytest.mark.parametrize("guess", [False, True])
+def test_several_by_scale_and_share_of_steps(adapted: Sides, guess: bool) -> None:
+    """diffusers asks the first of several whether it pools, and takes the answer for all; here each has its own."""
+    guess = guess or any(net.config.global_pool_conditions for net in adapted.nets.values())
+    shares = {"canny": (0.5, 0.0, 0.7), "depth": (1.2, 0.3, 1.0)}
+    scales, starts, ends = zip(*shares.values(), strict=True)
+    pictures = [drawing(1), drawing(2)]
+    names = tuple(shares)
+    expected = adapted.reference(
+        names=names,
+        image=pictures,
+        controlnet_conditioning_scale=list(scales),
+        control_guidance_start=list(starts),
+        control_guidance_end=list(ends),
+        guess_mode=guess,
+        **theirs(),
+        width=SIDE,
+        height=SIDE,
+    )
+    given = {
+        "control": dict(zip(names, pictures, strict=True)),
+        "controlnet_conditioning_scale": dict(zip(names, scales, strict=True)),
+        "control_guidance_start": dict(zip(names, starts, strict=True)),
+        "control_guidance_end": dict(zip(names, ends, strict=True)),
+        "guess_mode": guess,
+    }
+    made = adapted.pipe(PROMPT, **given, **call()).images
+    assert psnr(made, expected) >= LEAST
+    throughout = adapted.pipe(PROMPT, **{**given, "control_guidance_end": None}, **call()).images
+    assert psnr(made, throughout) < LEAST - 20, "the share of steps changes nothing"
+
+
+def test_from_a_picture(adapted: Sides) -> None:
+    """Shares of steps count from where the picture starts, as diffusers counts them."""
+    given = {"image": drawing(4), "strength": 0.6, "controlnet_conditioning_scale": 0.8}
+    expected = adapted.reference(
+        "Img2Img", control_image=drawing(1), control_guidance_end=0.5, **given, **theirs(num_inference_steps=7)
+    )
+    made = adapted.pipe(
+        PROMPT, control={"canny": drawing(1)}, control_guidance_end=0.5, **given, **call(steps=7)
+    ).images
+    assert psnr(made, expected) >= LEAST
+
+
+@pytest.mark.parametrize(("size", "scale", "guidance"), [((50, 41), 1.0, 4.0), ((33, 80), 2.0, 1.0)])
+def test_a_picture_as_prompt(adapted: Sides, size: tuple[int, int], scale: float, guidance: float) -> None:
+    """Plain in the first family and plus in the other, with guidance and without, of pictures to be cut."""
+    given = {"ip_adapter_image": drawing(5, size), "ip_adapter_scale": scale}
+    expected = adapted.reference(names=(), **given, **theirs(guidance_scale=guidance), width=SIDE, height=SIDE)
+    made = adapted.pipe(PROMPT, **given, **call(guidance=guidance)).images
+    assert psnr(made, expected) >= LEAST
+    assert psnr(made, adapted.pipe(PROMPT, **call(guidance=guidance)).images) < SHOWS, "the picture says nothing"
+
+
+def test_a_picture_as_prompt_under_control(adapted: Sides) -> None:
+    given = {"ip_adapter_image": drawing(5)}
+    expected = adapted.reference(image=drawing(1), **given, **theirs(), width=SIDE, height=SIDE)
+    made = adapted.pipe(PROMPT, control={"canny": drawing(1)}, **given, **call()).images
+    assert psnr(made, expected) >= LEAST
+
+
+@pytest.mark.parametrize("scale", [0.7, 8.0])
+def test_a_t2i_adapter(adapted_sd1: Any, pipe: fewstep.Pipeline, scale: float) -> None:
+    folder = adapted_sd1.controlnets["canny"].parent / "sketch"
+    theirs_pipe = diffusers.StableDiffusionAdapterPipeline.from_pretrained(
+        adapted_sd1.checkpoint, adapter=diffusers.T2IAdapter.from_pretrained(folder)
+    )
+    theirs_pipe.set_progress_bar_config(disable=True)
+    given = {k: v for k, v in theirs(width=SIDE, height=SIDE).items() if k != "seed"}
+    generator = torch.Generator().manual_seed(3)
+    out = theirs_pipe(
+        PROMPT, image=drawing(6), adapter_conditioning_scale=scale, generator=generator, output_type="np", **given
+    ).images
+    shown = {"control": {"sketch": drawing(6)}, "controlnet_conditioning_scale": scale}
+    made = pipe(PROMPT, **shown, **call()).images
+    assert psnr(made, (out * 255).round().astype(np.uint8)) >= LEAST
+    assert psnr(made, pipe(PROMPT, **call()).images) < SHOWS + 20 / scale, "the adapter changes nothing"
+
+
+def test_rows_with_and_without_control_share_a_tick(adapted: Sides) -> None:
+    """Four images in one request: one control, none, the other, both for a part of the steps, two with a picture as
+    prompt; each as it is alone.
+    """
+    pictures = {"canny": [drawing(1), None, None, drawing(3)], "depth": [None, None, drawing(2), drawing(2)]}
+    ends = {"canny": 0.5, "depth": 1.0}
+    seeds = [3, 4, 5, 6]
+    prompts = [None, drawing(7), drawing(8), None]
+    together = adapted.pipe(
+        PROMPT, control=pictures, control_guidance_end=ends, ip_adapter_image=prompts, **call(seed=seeds)
+    )
+    assert len(together.timings["evaluations"]) == len(adapted.pipe(PROMPT, **call()).timings["evaluations"])
+    for i, seed in enumerate(seeds):
+        own = {n: p[i] for n, p in pictures.items() if p[i] is not None}
+        shown: dict[str, Any] = {"control": own, "control_guidance_end": {n: ends[n] for n in own}} if own else {}
+        shown["ip_adapter_image"] = prompts[i]
+        alone = adapted.pipe(PROMPT, **shown, **call(seed=[seed])).images
+        assert psnr(together.images[i : i + 1], alone) >= LEAST
+
+
+@pytest.mark.parametrize("mode", ["latency", "shared"])
+def test_on_a_torch_device(pipe: fewstep.Pipeline, mode: str) -> None:
+    """Factors by step come from tables on the device, in recorded work too, and a replay for others reads theirs."""
+    device = fewstep.load(pipe.bundle, backend="torch", device="cpu:torch", mode=mode, graphs=True)
+    shown = {"canny": [drawing(1), None]}
+    for share in (0.7, 1.0, 0.4, 1.0):
+        given = {"control": shown, "control_guidance_end": share, **call(seed=[3, 4], steps=3, guidance=1.0)}
+        assert psnr(device(PROMPT, **given).images, pipe(PROMPT, **given).images) >= LEAST
+    counts = device.graph_counts
+    assert counts["captures"] == 2, "with factors by step, and without"
+    assert counts["replays"] >= 4
+    assert not counts["failures"] + counts["invalidations"]
+
+
+REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"control": {"cany": drawing(1)}}, UnknownNameError, "canny"),
+    ({"control": {"canny": [None]}}, ArgumentError, "no picture"),
+    ({"control": drawing(1)}, ArgumentError, "pictures by name"),
+    ({"control": {"canny": [drawing(1)] * 2}}, ArgumentError, "2 pictures of the control canny for 1 images"),
+    ({"guess_mode": True}, ArgumentError, "without control"),
+    ({"ip_adapter_scale": 0.5}, ArgumentError, "without ip_adapter_image"),
+    ({"ip_adapter_image": [None]}, ArgumentError, "no picture"),
+    ({"ip_adapter_image": drawing(1), "ip_adapter_scale": [1.0]}, ArgumentError, "or one"),
+    ({"controlnet_conditioning_scale": 0.5}, ArgumentError, "without control"),
+    ({"control": {"canny": drawing(1)}, "controlnet_conditioning_scale": {"depth": 1.0}}, ArgumentError, "no picture"),
+    ({"control": {"canny": drawing(1)}, "controlnet_conditioning_scale": float("nan")}, ArgumentError, "finite"),
+    (
+        {"control": {"canny": drawing(1)}, "control_guidance_start": 0.9, "control_guidance_end": 0.1},
+        ArgumentError,
+        "end",
+    ),
+    ({"control": {"canny": drawing(1)}, "guess_mode": "no"}, ArgumentError, "True or False"),
+]
+
+
+@pytest.mark.parametrize(("given", "error", "words"), REFUSED)
+def test_what_is_refused(pipe: fewstep.Pipeline, given: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        pipe(PROMPT, **given, **call())
+
+
+def test_a_bundle_without_controls_says_how_to_get_them(sd1_bundle: Bundle) -> None:
+    with pytest.raises(UnsupportedError, match="--controlnet NAME=PATH"):
+        fewstep.load(sd1_bundle)(PROMPT, control={"canny": drawing(1)}, steps=1)
+    with pytest.raises(UnsupportedError, match="--ip-adapter FILE"):
+        fewstep.load(sd1_bundle)(PROMPT, ip_adapter_image=drawing(1), steps=1)
