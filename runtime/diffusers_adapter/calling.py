@@ -11,6 +11,7 @@ import numpy as np
 
 from ...bundle import Bundle
 from ...errors import ArgumentError, UnknownNameError, UnsupportedError
+from ...families.control import controls_of
 from ..arguments import check_integer, check_real
 from ..pictures.reading import as_stored
 from ..programs import step_options
@@ -23,7 +24,6 @@ from .schedulers import has_own_levels, run_own_levels
 from .streams import Streams, read_streams
 
 REFUSED = (
-    "ip_adapter_image",
     "ip_adapter_image_embeds",
     "guidance_rescale",
     "denoising_start",
@@ -124,7 +124,15 @@ def make_call_request(pipe: Called, given: Mapping[str, Any], streams: Streams) 
     asked["loras"] = pipe.lora_uses.uses(_lora_scale(given["cross_attention_kwargs"]))
     side = int(config.get("sample_size") or 64) * factor
     size = (given.get("width") or side, given.get("height") or side)
-    if pipe.task != "text":
+    if given["ip_adapter_image"] is not None:
+        asked["ip_adapter_image"] = _lone(_pictures("ip_adapter_image", given["ip_adapter_image"]))
+    if pipe.task == "control":
+        asked |= read_controls(bundle, given)
+        first = asked["control"][min(asked["control"])]
+        if given["height"] is None and given["width"] is None:
+            shown = first[0] if isinstance(first, list) else first
+            size = (shown.width // factor * factor, shown.height // factor * factor)
+    elif pipe.task != "text":
         pictures = _pictures("image", given["image"])
         asked |= {"image": pictures, "strength": given["strength"]}
         if pipe.task == "image":
@@ -163,6 +171,33 @@ def _distilled(bundle: Bundle, given: Mapping[str, Any]) -> Bundle:
     most = int(bundle.scheduler.get("num_train_timesteps", 1000))
     taught = check_integer("original_inference_steps", asked, 1, most)
     return replace(bundle, scheduler={**bundle.scheduler, "original_inference_steps": taught})
+
+
+def read_controls(bundle: Bundle, given: Mapping[str, Any]) -> dict[str, Any]:
+    """diffusers' pictures, scales and shares of a call under control, one or a list, by the bundle's names in order."""
+    names = list(controls_of(bundle.component("unet").config))
+    if not names:
+        raise UnsupportedError(
+            f"control of the bundle {bundle.name!r}, which was exported without",
+            expected="a bundle with a ControlNet",
+            remedy="Export the checkpoint again with: --controlnet NAME=PATH",
+        )
+    pictures = given["image"] if len(names) > 1 else [given["image"]]
+    if not isinstance(pictures, (list, tuple)) or len(pictures) != len(names):
+        raise ArgumentError("image is not a list", expected=f"a list of {len(names)}, for {', '.join(names)}")
+    shown = {n: _lone(_pictures("image", p)) for n, p in zip(names, pictures, strict=True)}
+    asked: dict[str, Any] = {"control": shown, "guess_mode": given["guess_mode"]}
+    for argument in ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"):
+        value = given[argument]
+        listed = list(value) if isinstance(value, (list, tuple)) else [value] * len(names)
+        if len(listed) != len(names):
+            raise ArgumentError(f"{argument} has {len(listed)} numbers", expected=f"one, or {len(names)}")
+        asked[argument] = dict(zip(names, listed, strict=True))
+    return asked
+
+
+def _lone(pictures: list[Any]) -> Any:
+    return pictures[0] if len(pictures) == 1 else pictures
 
 
 def _steps(pipe: Called, config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -42,6 +42,12 @@ _CONSISTENCY = {
     **_CALLBACK,
 }
 _MASK = {"image": None, "mask_image": None, "masked_image_latents": None}
+_CONTROL = {
+    "controlnet_conditioning_scale": 1.0,
+    "guess_mode": False,
+    "control_guidance_start": 0.0,
+    "control_guidance_end": 1.0,
+}
 
 
 class StableDiffusionPipeline(DiffusionPipeline):
@@ -88,6 +94,19 @@ class LatentConsistencyModelImg2ImgPipeline(DiffusionPipeline):
     }  # fmt: skip
 
 
+class StableDiffusionControlNetPipeline(StableDiffusionPipeline):
+    """Text to image under control, SD 1.x and 2.x: diffusers' signature of that name, on a bundle with ControlNets.
+
+    Of several the pictures, scales and shares come in the order of their names.
+    """
+
+    task = "control"
+    ARGUMENTS: ClassVar[Mapping[str, Any]] = {
+        **_PROMPTS, "image": None, **_SIZE, **_STEPS, "guidance_scale": 7.5, **_NEGATIVE, **_NOISE, "latents": None,
+        **_EMBEDS, **_ADAPTERS, **_OUTPUT, **_CONTROL, "clip_skip": None, **_CALLBACK,
+    }  # fmt: skip
+
+
 class StableDiffusionXLPipeline(DiffusionPipeline):
     """Text to image, SDXL: diffusers' signature of that name."""
 
@@ -96,6 +115,17 @@ class StableDiffusionXLPipeline(DiffusionPipeline):
         **_PROMPTS, **_SECOND, **_SIZE, **_STEPS, "denoising_end": None, "guidance_scale": 5.0, **_NEGATIVE,
         "negative_prompt_2": None, **_NOISE, "latents": None, **_EMBEDS, **_POOLED, **_ADAPTERS, **_OUTPUT,
         "guidance_rescale": 0.0, **_SIZES, "clip_skip": None, **_CALLBACK,
+    }  # fmt: skip
+
+
+class StableDiffusionXLControlNetPipeline(StableDiffusionXLPipeline):
+    """Text to image under control, SDXL: diffusers' signature of that name, on a bundle with ControlNets."""
+
+    task = "control"
+    ARGUMENTS: ClassVar[Mapping[str, Any]] = {
+        **_PROMPTS, **_SECOND, "image": None, **_SIZE, **_STEPS, "denoising_end": None, "guidance_scale": 5.0,
+        **_NEGATIVE, "negative_prompt_2": None, **_NOISE, "latents": None, **_EMBEDS, **_POOLED, **_ADAPTERS,
+        **_OUTPUT, **_CONTROL, **_SIZES, "clip_skip": None, **_CALLBACK,
     }  # fmt: skip
 
 
@@ -131,7 +161,9 @@ PIPELINES = (
     StableDiffusionInpaintPipeline,
     LatentConsistencyModelPipeline,
     LatentConsistencyModelImg2ImgPipeline,
+    StableDiffusionControlNetPipeline,
     StableDiffusionXLPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLControlNetPipeline,
 )

@@ -14,6 +14,8 @@ from adapters import SIDE, drawing
 from checkpoints import psnr
 from fewstep.bundle import Bundle
 from fewstep.errors import ArgumentError, UnknownNameError, UnsupportedError
+from fewstep.families.control import controls_of
+from fewstep.runtime import diffusers_adapter
 
 PROMPT, NEGATIVE = "a red circle, hello!", "blurry"
 LEAST = 75.0
@@ -205,6 +207,28 @@ def test_on_a_torch_device(pipe: fewstep.Pipeline, mode: str) -> None:
     assert counts["captures"] == 2, "with factors by step, and without"
     assert counts["replays"] >= 4
     assert not counts["failures"] + counts["invalidations"]
+
+
+def test_in_diffusers_own_signature(adapted: Sides) -> None:
+    """One call, both pipelines: pictures, scales and shares as lists in the order of the names."""
+    names = ("canny", "depth")
+    ours = getattr(diffusers_adapter, f"{adapted.stem}ControlNetPipeline").from_pretrained(adapted.pipe)
+    listed = {
+        "image": [drawing(1), drawing(2)],
+        "controlnet_conditioning_scale": [0.5, 1.2],
+        "control_guidance_start": [0.0, 0.3],
+        "control_guidance_end": [0.7, 1.0],
+        "guess_mode": True,
+        "negative_prompt": NEGATIVE,
+        "num_inference_steps": 4,
+        "guidance_scale": 4.0,
+    }
+    if len(controls_of(adapted.bundle.component("unet").config)) == len(names):
+        expected = adapted.reference(names=names, seed=[3], **listed)
+        found = ours(PROMPT, generator=torch.Generator().manual_seed(3), **listed).images
+        assert psnr(np.stack([np.asarray(p) for p in found]), expected) >= LEAST
+    with pytest.raises(ArgumentError, match="a list of"):
+        ours(PROMPT, image=drawing(1))
 
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
