@@ -9,8 +9,8 @@ from typing import Any
 
 from ...families import Family
 from ...families.image_prompt import IMAGE_ENCODER
-from ...weights.embeddings import Word
 from ...weights.delta import LoraFile
+from ...weights.embeddings import Word
 from ...weights.stored import Stored, open_tensors
 
 
