@@ -5,7 +5,8 @@
 Both sides have the same weights, the same inputs of two rows, and the same random LoRAs of the attention's layers. A
 round times each subject once, one after the other; figures are medians over rounds. A change is counted from files that
 were not read before to the moment at which an evaluation could begin. A change of scale is to a factor that was not
-asked for before. diffusers' change is `load_lora_weights` and `set_adapters`, with the last adapter deleted.
+asked for before. diffusers' change is `load_lora_weights` and `set_adapters`, with the last adapter deleted; without
+a LoRA its adapters are disabled.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Ours:
         self.pipe = load(bundle, size=size, threads=threads)
         self.change = self.pipe.loras.changes(((str(first), "", 1.0),))["unet"]
         self.rank = bucket(self.change.rank)
-        self.adapted = self.pipe._adapted("unet", self.change.kernels)
+        self.adapted = self.pipe.adapted.of("unet", self.change.kernels)
         latent = self.pipe.bundle.latent
         shape = latent.channels, size[1] // latent.factor, size[0] // latent.factor
         tokens = self.pipe.text.length
@@ -74,11 +75,14 @@ class Ours:
             self.binding.inputs[name][...] = array
 
 
-def measured(rounds: int, subjects: Mapping[str, Callable[[int], Any]]) -> dict[str, list[float]]:
-    """Milliseconds of each subject, by round."""
+def measured(
+    rounds: int, subjects: Mapping[str, Callable[[int], Any]], before: Mapping[str, Callable[[], Any]] | None = None
+) -> dict[str, list[float]]:
+    """Milliseconds of each subject, by round; what is done before one is not timed."""
     times: dict[str, list[float]] = {name: [] for name in subjects}
     for turn in range(rounds):
         for name, run in subjects.items():
+            (before or {}).get(name, lambda: None)()
             began = time.perf_counter()
             run(turn)
             times[name].append(1e3 * (time.perf_counter() - began))
@@ -137,9 +141,6 @@ def main() -> None:
         ours.plain.enqueue()
         plain = forward()
         agreement = {"no LoRA": float(np.abs(ours.plain.outputs["out"] - plain).max() / np.abs(plain).max())}
-        plain_ms = measured(
-            options.rounds, {NAMES[0]: lambda turn: ours.plain.enqueue(), NAMES[3]: lambda turn: forward()}
-        )
         changes = measured(
             options.rounds,
             {
@@ -157,12 +158,23 @@ def main() -> None:
         ours.binding.enqueue()
         with_lora = forward()
         agreement["LoRA"] = float(np.abs(ours.binding.outputs["out"] - with_lora).max() / np.abs(with_lora).max())
-        lora_ms = measured(
-            options.rounds, {NAMES[1]: lambda turn: ours.binding.enqueue(), NAMES[4]: lambda turn: forward()}
+        evaluations = measured(
+            options.rounds,
+            {
+                NAMES[0]: lambda turn: ours.plain.enqueue(),
+                NAMES[1]: lambda turn: ours.binding.enqueue(),
+                NAMES[2]: lambda turn: ours.binding.enqueue(),
+                NAMES[3]: lambda turn: forward(),
+                NAMES[4]: lambda turn: forward(),
+            },
+            before={
+                NAMES[1]: lambda: ours.tell(((str(files[last]), "", 1.0),)),
+                NAMES[2]: lambda: ours.tell(()),
+                NAMES[3]: theirs.disable_lora,
+                NAMES[4]: theirs.enable_lora,
+            },
         )
-        ours.tell(())
-        lora_ms |= measured(options.rounds, {NAMES[2]: lambda turn: ours.binding.enqueue()})
-    every = {**plain_ms, **lora_ms, **changes}
+    every = {**evaluations, **changes}
     medians = {name: statistics.median(times) for name, times in every.items()}
     evaluation = medians[NAMES[1]]
     for name, value in medians.items():
@@ -179,7 +191,7 @@ def main() -> None:
     print(f"largest difference, relative to the largest value: {agreement}")
     if options.json:
         report = {
-            "machine": describe(),
+            "machine": describe(options.threads),
             "bundle": bundle.name,
             "size": list(size),
             "rank": options.rank,

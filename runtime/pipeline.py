@@ -17,13 +17,13 @@ import numpy as np
 from ..bundle import Bundle
 from ..engines import Engine, RunOptions, Store, open_engines
 from ..engines.find import command
-from ..engines.graph.low_rank import RANK
-from ..engines.low_rank import RANKS, Adapted, with_low_rank
+from ..engines.low_rank import Adapted
 from ..engines.memory import largest_batch
 from ..errors import ArgumentError, BlackImageError, CancelledError, MismatchError, NonFiniteError, OutOfMemoryError
 from ..families.image_prompt import IMAGE_ENCODER
 from ..schedules import Program
 from ..weights.embeddings import embedding_file
+from .adapted import AdaptedEngines
 from .arguments import check_integer
 from .arrays import Float32, Shape
 from .call import takes_a_call
@@ -105,14 +105,13 @@ class Pipeline:
         self.engines = {n: e if n == "unet" else self.device.on_host(e) for n, e in self._on_device.items()}
         self.loras = LoraLibrary(bundle, None if lora_folder is None else Path(lora_folder))
         self._embeddings: list[tuple[str | None, Path]] = []
-        self._adaptable: dict[tuple[str, bool], Adapted] = {}
-        self._adapting = threading.Lock()
+        self.adapted = AdaptedEngines(bundle, self._open_adapted)
         self.text = TextEncoders(
             bundle,
             self.engines if keep_text_encoders else lambda: self._open_on_host(encoders),
             keep_engines=keep_text_encoders,
             changes=self.loras.changes,
-            adapt=self._adapted,
+            adapt=self.adapted.of,
         )
         self.vae = Vae(
             bundle,
@@ -149,6 +148,14 @@ class Pipeline:
     def _open(self, names: Sequence[str]) -> dict[str, Engine]:
         with self.device.guard_memory("the engines"):
             return open_engines(self.bundle, names, dims={n: self._dims(n) for n in names}, **self._options)
+
+    def _open_adapted(self, bundle: Bundle, name: str, dims: Mapping[str, int]) -> Engine:
+        """On the backend that the component is on already."""
+        plain = self._on_device.get(name)
+        options = {**self._options, **({} if plain is None else {"backend": plain.backend})}
+        with self.device.guard_memory("the engine that takes LoRAs"):
+            engine = open_engines(bundle, [name], dims={name: {**self._dims(name), **dims}}, **options)[name]
+        return engine if name == "unet" else self.device.on_host(engine)
 
     def _open_on_host(self, names: Sequence[str]) -> dict[str, Engine]:
         return {n: self.device.on_host(e) for n, e in self._open(names).items()}
@@ -229,7 +236,7 @@ class Pipeline:
             prepared = prepare(self.bundle, self.text, self.vae, self.image_prompts, request, self.loras)
             changes = [s.conditioning.change for s in prepared.samplings if s.conditioning.change is not None]
             if changes:
-                self._adapted("unet", any(c.kernels for c in changes))  # no tick waits for an engine that is opened
+                self.adapted.of("unet", any(c.kernels for c in changes))  # no tick waits for an engine that is opened
             return prepared
 
     def make(self, prepared: Prepared, *, previews: bool = False) -> Generator[Step, None, ResultPart]:
@@ -340,31 +347,12 @@ class Pipeline:
         """
 
         def adapt(kernels: bool) -> Adapted:
-            adapted = self._adapted("unet", kernels)
+            adapted = self.adapted.of("unet", kernels)
             return replace(adapted, engine=split(adapted.engine))
 
         slots = self.device.make_slots(split(self._on_device["unet"]), shape, count)
         slots.adapt = adapt
         return slots
-
-    def _adapted(self, name: str, kernels: bool) -> Adapted:
-        """The engine of a component that takes LoRAs, opened when the first image asks for one (built, where need be).
-
-        One that takes changes of larger kernels does for all, once it is there.
-        """
-        with self._adapting:
-            known = self._adaptable.get((name, True)) or self._adaptable.get((name, kernels))
-            if known is None:
-                bundle = with_low_rank(self.bundle, name, kernels=kernels)
-                plain, dims = self._on_device.get(name), {**self._dims(name), RANK: RANKS[0]}
-                options = {**self._options, **({} if plain is None else {"backend": plain.backend})}
-                with self.device.guard_memory("the engine that takes LoRAs"):
-                    engine = open_engines(bundle, [name], dims={name: dims}, **options)[name]
-                own = engine if name == "unet" else self.device.on_host(engine)
-                known = self._adaptable[name, kernels] = Adapted(
-                    engine=own, layers=bundle.layers[name], vocabulary=bundle.vocabularies.get(name)
-                )
-            return known
 
     @property
     def memory_bytes(self) -> int:

@@ -113,7 +113,7 @@ def test_what_is_asked_for_again_is_packed_once(pipe: Any) -> None:
     one = pipe.loras.changes((("whole", "", 0.25),))
     assert pipe.loras.changes((("whole", "", 0.25),)) is one
     assert pipe.loras.misses == misses + 1
-    layers = pipe._adapted("unet", True).layers
+    layers = pipe.adapted.of("unet", True).layers
     before = pipe.loras._keep
     pipe.loras._keep = 4 * sum(a.nbytes for a in one["unet"].packed(layers, 16).values())
     try:
