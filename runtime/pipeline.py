@@ -350,7 +350,7 @@ class Pipeline:
             adapted = self.adapted.of("unet", kernels)
             return replace(adapted, engine=split(adapted.engine))
 
-        slots = self.device.make_slots(split(self._on_device["unet"]), shape, count)
+        slots = self.device.make_slots(split(self.engines["unet"]), shape, count)
         slots.adapt = adapt
         return slots
 

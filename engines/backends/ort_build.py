@@ -27,8 +27,6 @@ from .ort import OrtEngine, Provider, import_onnxruntime, open_session
 from .registry import Backend, BuildJob, OpenJob
 
 INLINE_BYTES = 1_500_000_000
-SMALL_BYTES = 1 << 16
-"""Below, tensors stay in a graph whose weights lie beside it: ONNX Runtime infers shapes from such ones alone."""
 
 
 class OrtBackend(Backend):
@@ -73,8 +71,6 @@ class OrtBackend(Backend):
             if beside:
                 entry = "session.optimized_model_external_initializers_file_name"
                 options.add_session_config_entry(entry, job.data.name)
-                smallest = "session.optimized_model_external_initializers_min_size_in_bytes"
-                options.add_session_config_entry(smallest, str(SMALL_BYTES))
             watcher = threading.Thread(target=_cancel_load, args=(job.cancel, finished, options), daemon=True)
             watcher.start()
 

@@ -27,6 +27,8 @@ DOWN, UP, RANK = "lora_down", "lora_up", "rank"
 EXTRA_WORDS, WORDS = "extra_words", "words"
 """The input of vectors for words, and its dimension."""
 TABLE = "token_embedding.weight"
+MOST_PARTS = 100
+"""Of one Split: backends infer shapes from its sizes, which must be so few that they stay in a graph (1 KiB)."""
 _PREFIX = "model."
 _LAST = (1 << 63) - 1
 
@@ -182,10 +184,6 @@ def _pads(node: Node) -> list[int]:
 
 def _taken_apart(graph: OnnxGraph, layers: list[Layer]) -> Iterator[Node]:
     """The layers' own matrices out of the packed inputs, in each precision that layers have."""
-    sizes = {
-        DOWN: graph.add_integers(f"{DOWN}_sizes", [layer.height for layer in layers]),
-        UP: graph.add_integers(f"{UP}_sizes", [layer.width for layer in layers]),
-    }
     types = {graph.types[f"{_PREFIX}{layer.module}.weight"] for layer in layers}
     for element in sorted(types):
         for name, axis in ((DOWN, 1), (UP, 2)):
@@ -193,8 +191,23 @@ def _taken_apart(graph: OnnxGraph, layers: list[Layer]) -> Iterator[Node]:
             if element != FLOAT:
                 source = f"{name}_{element}"
                 yield Node(operator="Cast", inputs=[name], outputs=[source], attributes={"to": element})
+            sizes = [layer.height if name == DOWN else layer.width for layer in layers]
             parts = [_part(name, i, element) for i in range(len(layers))]
-            yield Node(operator="Split", inputs=[source, sizes[name]], outputs=parts, attributes={"axis": axis})
+            yield from _split(graph, source, axis, sizes, parts)
+
+
+def _split(graph: OnnxGraph, source: str, axis: int, sizes: list[int], parts: list[str]) -> Iterator[Node]:
+    """One tensor in parts of these sizes: at once, or many by groups of at most `MOST_PARTS`."""
+    groups = [range(i, min(i + MOST_PARTS, len(parts))) for i in range(0, len(parts), MOST_PARTS)]
+    if len(groups) > 1:
+        names = [f"{source}_group_{i}" for i in range(len(groups))]
+        yield from _split(graph, source, axis, [sum(sizes[i] for i in g) for g in groups], names)
+    else:
+        names = [source]
+    for name, group in zip(names, groups, strict=True):
+        lengths = graph.add_integers(f"{name}_sizes", [sizes[i] for i in group])
+        outputs = [parts[i] for i in group]
+        yield Node(operator="Split", inputs=[name, lengths], outputs=outputs, attributes={"axis": axis})
 
 
 def _part(name: str, index: int, element: int) -> str:

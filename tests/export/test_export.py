@@ -105,7 +105,7 @@ def test_the_embedded_model_is_exported_from_packaged_graphs(tmp_path: Path, mon
 
 def test_the_gate_refuses_weights_under_wrong_names(tiny_sd1: Path, tmp_path: Path) -> None:
     """Two weights of one shape change places in the bundle only: what torch made of the checkpoint is the reference."""
-    from fewstep.export import export as module
+    from fewstep.export import plan as module
 
     real = module.open_tensors
 
