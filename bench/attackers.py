@@ -66,8 +66,9 @@ class Attackers:
             writer.transport.abort()
 
     async def _until_closed(self, kind: str, reader: asyncio.StreamReader) -> None:
-        while await reader.read(1 << 16):
-            pass
+        with suppress(ConnectionResetError):  # a way to close, too
+            while await reader.read(1 << 16):
+                pass
         self.seen[kind] += 1
 
     async def _idle(self) -> None:
