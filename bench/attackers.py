@@ -98,7 +98,8 @@ class Attackers:
             await loop.sock_connect(deaf, (self._host, self._port))
             with suppress(TimeoutError):
                 for _ in range(200):
-                    await asyncio.wait_for(loop.sock_sendall(deaf, asked), 5.0)
+                    async with asyncio.timeout(5.0):
+                        await loop.sock_sendall(deaf, asked)
             await asyncio.sleep(5.0)
         self.seen["deaf"] += 1
 
@@ -128,7 +129,8 @@ class Attackers:
                     writer.write(os.urandom(self._rng.randrange(1, 200)))
                     await writer.drain()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._until_closed("socket", reader), 5.0)
+                async with asyncio.timeout(5.0):
+                    await self._until_closed("socket", reader)
 
     async def _garbage(self) -> None:
         await self._answered("garbage", os.urandom(self._rng.randrange(1, 4000)) + b"\r\n\r\n")
@@ -137,7 +139,8 @@ class Attackers:
         async with self._connected() as (reader, writer):
             writer.write(asked)
             with suppress(TimeoutError):
-                line = await asyncio.wait_for(reader.readline(), 60.0)
+                async with asyncio.timeout(60.0):  # `wait_for` of Python 3.11 may swallow the cancelling of this task
+                    line = await reader.readline()
                 status = line.split(b" ")[1:2]
                 self.seen[f"{kind} {status[0].decode('latin-1') if status else 'closed'}"] += 1
                 if status == [b"500"]:
@@ -151,8 +154,11 @@ async def under_attack(attackers: Attackers) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        for task in tasks:
-            task.cancel()
+        pending = set(tasks)
+        while pending:  # a library within may swallow one cancelling
+            for task in pending:
+                task.cancel()
+            _, pending = await asyncio.wait(pending, timeout=5.0)
         for outcome in await asyncio.gather(*tasks, return_exceptions=True):
             if isinstance(outcome, Exception):
                 attackers.wrong.append(f"an attack ended by itself: {outcome!r}")
