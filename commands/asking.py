@@ -157,10 +157,7 @@ def add_picture_options(parser: argparse.ArgumentParser, *, many: bool) -> None:
     )
 
 
-def add_load_options(parser: argparse.ArgumentParser) -> None:
-    add_engine_options(parser)
-    parser.add_argument("--vae-tiling", choices=SPARING, default="auto", help="large pictures in tiles (default: auto)")
-    parser.add_argument("--vae-slicing", choices=SPARING, default="auto", help="one picture at a time (default: auto)")
+def add_adapter_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--embedding",
         type=embedding,
@@ -169,6 +166,13 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
         help="teach the text encoders a word (textual inversion); repeatable",
     )
     parser.add_argument("--lora-folder", metavar="DIR", help="where LoRAs are found by name")
+
+
+def add_load_options(parser: argparse.ArgumentParser) -> None:
+    add_engine_options(parser)
+    parser.add_argument("--vae-tiling", choices=SPARING, default="auto", help="large pictures in tiles (default: auto)")
+    parser.add_argument("--vae-slicing", choices=SPARING, default="auto", help="one picture at a time (default: auto)")
+    add_adapter_options(parser)
     parser.add_argument(
         "--drop-text-encoders", action="store_true", help="let go of the text encoders once prompts are encoded"
     )

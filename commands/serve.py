@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from ..errors import MissingExtraError
-from .asking import embedding
+from .asking import add_adapter_options
 from .common import BUNDLE_HELP, add_engine_options, between, open_bundle, register_torch, say, size
 
 
@@ -33,14 +33,7 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--most-steps", type=between(1, 1000), default=100, help="of a request (default: %(default)s)")
     parser.add_argument("--deadline", type=float, default=120.0, metavar="SECONDS", help="of a request (%(default)s)")
     parser.add_argument("--drain", type=float, default=30.0, metavar="SECONDS", help="SIGTERM waits (%(default)s)")
-    parser.add_argument(
-        "--embedding",
-        type=embedding,
-        action="append",
-        metavar="[NAME=]FILE",
-        help="teach the text encoders a word; repeatable",
-    )
-    parser.add_argument("--lora-folder", metavar="DIR", help="LoRAs that requests may name")
+    add_adapter_options(parser)
     add_engine_options(parser)
 
 
