@@ -95,10 +95,14 @@ class Ticket:
     def __await__(self) -> Generator[Any, None, Result]:
         return self._wait().__await__()
 
+    def future(self) -> asyncio.Future[Result]:
+        """What the running loop can wait for; cancelling it does not cancel the request."""
+        return asyncio.wrap_future(self._future)
+
     async def _wait(self) -> Result:
         """The result; a task that is cancelled while it waits cancels the request."""
         try:
-            return await asyncio.wrap_future(self._future)
+            return await self.future()
         except asyncio.CancelledError:
             self.cancel()
             raise

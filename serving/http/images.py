@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
+from collections import OrderedDict
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,7 +18,6 @@ from starlette.responses import Response, StreamingResponse
 from ...errors import ArgumentError, MissingError
 from ...runtime.result import Result, Step
 from ..server import Server
-from ..tasks import end_tasks
 from ..ticket import Ticket
 from .bodies import BodyBudget, check_content_type, encode_picture, open_clear_mask, open_picture, read_body, read_form
 from .calls import Calls, arguments, make_calls
@@ -27,6 +27,8 @@ from .settings import Settings
 
 INLINE_PIXELS = 128 * 128
 """What is encoded on the loop's own thread."""
+MOST_FORMS = 256
+"""Forms of requests that are known to have their programs: no more than the programs that are kept."""
 
 
 class ImageRoutes:
@@ -39,6 +41,7 @@ class ImageRoutes:
         self._decoders = asyncio.Semaphore(settings.decoders)
         # threads of their own: what a thread has let go of may stay with it, and any of many would keep its share
         self._threads = ThreadPoolExecutor(settings.decoders, "fewstep-picture")
+        self._forms: OrderedDict[bytes, None] = OrderedDict()
 
     def _ready(self) -> tuple[Server, Calls]:
         """The server and its call types; raises `UnavailableError` while there is none."""
@@ -59,7 +62,23 @@ class ImageRoutes:
             body = await read_body(request, self._settings.json_bytes)
             server, calls = self._ready()
             call = self._checked(server, calls.generation_from(body))
-        return call, await asyncio.to_thread(self._submit, request, server, call)
+        return call, await self._accepted(request, server, call)
+
+    async def _accepted(self, request: Request, server: Server, call: Any) -> Ticket:
+        """On a thread the first time, for a program that is new takes a while to compile, and LoRAs are files.
+
+        At once for what differs from an earlier one in words and seeds alone: handing it to a thread takes longer.
+        """
+        form = None if call.loras else msgspec.json.encode({**arguments(call), "negative": None, "seed": None})
+        if form in self._forms:
+            self._forms.move_to_end(form)
+            return self._submit(request, server, call)
+        ticket = await asyncio.to_thread(self._submit, request, server, call)
+        if form is not None:
+            self._forms[form] = None
+            while len(self._forms) > MOST_FORMS:
+                self._forms.popitem(last=False)
+        return ticket
 
     async def _read_edit(self, request: Request) -> tuple[Any, Ticket]:
         """What is asked for, with pictures of the size that the model takes; what came is let go of here."""
@@ -78,7 +97,6 @@ class ImageRoutes:
         return self._submit(request, server, call, **pictures, strength=call.strength)
 
     def _submit(self, request: Request, server: Server, call: Any, **more: Any) -> Ticket:
-        """On a thread, for a program that is new takes a while to compile."""
         return server.submit(
             call.prompt,
             deadline_s=call.deadline_s or self._settings.deadline_s,
@@ -105,8 +123,9 @@ class ImageRoutes:
         if call.stream:
             return StreamingResponse(_events(ticket, call, kind), media_type="text/event-stream", headers=_NO_CACHE)
         result = await _or_gone(request, ticket)
+        began = time.perf_counter()
         pictures = await _encoded(result, call)
-        return json_response(_answer(result, call, pictures))
+        return json_response(_answer(result, call, pictures, encode_ms=1e3 * (time.perf_counter() - began)))
 
 
 def _pictures(files: dict[str, list[bytes]], most_pixels: int) -> dict[str, Any]:
@@ -126,20 +145,15 @@ _NO_CACHE = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
 async def _or_gone(request: Request, ticket: Ticket) -> Result:
     """The ticket's result; when the client disconnects first, the ticket is cancelled and `ClientDisconnect` raised."""
-    gone = asyncio.ensure_future(_disconnected(request))
-    result = asyncio.ensure_future(_result(ticket))
+    gone, result = asyncio.ensure_future(_disconnected(request)), ticket.future()
     try:
         await asyncio.wait({gone, result}, return_when=asyncio.FIRST_COMPLETED)
         if not result.done():
-            ticket.cancel()
             raise ClientDisconnect
         return result.result()
     finally:
-        await end_tasks(gone, result)
-
-
-async def _result(ticket: Ticket) -> Result:
-    return await ticket
+        gone.cancel()  # nothing waits for its end, which is an answer's time
+        ticket.cancel()
 
 
 async def _disconnected(request: Request) -> None:
@@ -200,14 +214,15 @@ def _event(data: dict[str, Any], *, name: str | None = None) -> bytes:
     return f"event: {name or data['type']}\ndata: ".encode() + msgspec.json.encode(data) + b"\n\n"
 
 
-def _answer(result: Result, call: Any, pictures: list[str]) -> dict[str, Any]:
+def _answer(result: Result, call: Any, pictures: list[str], *, encode_ms: float) -> dict[str, Any]:
     height, width = result.images.shape[1:3]
+    timings = {**result.timings, "encode": encode_ms}
     return {
         "created": int(time.time()),
         "data": [{"b64_json": p, "seed": s} for p, s in zip(pictures, result.seeds, strict=True)],
         "size": f"{width}x{height}",
         "output_format": call.output_format or "png",
-        "timings_ms": {k: round(v, 2) for k, v in result.timings.items() if isinstance(v, (int, float))},
+        "timings_ms": {k: round(v, 2) for k, v in timings.items() if isinstance(v, (int, float))},
     }
 
 
