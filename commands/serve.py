@@ -5,12 +5,23 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from ..errors import MissingExtraError
+from ..bundle import Bundle
+from ..errors import ArgumentError, MissingExtraError
 from .asking import add_adapter_options
 from .common import BUNDLE_HELP, add_engine_options, between, open_bundle, register_torch, say, size
+
+if TYPE_CHECKING:
+    from ..serving import Server
+    from ..serving.http import Metrics
+    from ..serving.resident import ServedModel
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +30,19 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=between(0, 65535), default=8000, help="(default: %(default)s)")
     parser.add_argument("--name", help="what requests call the model (default: the bundle's name)")
     parser.add_argument("--alias", action="append", default=[], help="another name of the model; repeatable")
+    parser.add_argument(
+        "--model",
+        type=named_bundle,
+        action="append",
+        default=[],
+        metavar="NAME=BUNDLE",
+        help="another model, which requests name; repeatable",
+    )
+    parser.add_argument(
+        "--memory-mib",
+        type=between(1, 1 << 30),
+        help="estimated memory of the models that are loaded at a time; the one used least recently makes room",
+    )
     parser.add_argument("--size", type=size, action="append", metavar="WxH", help="repeatable (default: the bundle's)")
     parser.add_argument("--slots", type=between(1, 4096), default=32, help="images in progress (default: %(default)s)")
     parser.add_argument(
@@ -62,14 +86,15 @@ def execute(options: argparse.Namespace) -> int:
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     metrics = Metrics()
-    service = Service(lambda: _load(options, bundle, metrics))
+    bundles = {settings.model: bundle, **_others(options, settings.models)}
+    budget = None if options.memory_mib is None else options.memory_mib << 20
+    service = Service(_models(options, bundles, metrics), budget=budget, observer=metrics)
     host = f"[{options.host}]" if ":" in options.host else options.host
-    waiting = options.slots + options.queue
-    own = bundle.defaults.width, bundle.defaults.height
-    largest = max(options.size or [own], key=lambda s: s[0] * s[1])
+    waiting = (options.slots + options.queue) * len(bundles)
+    largest = max((s for b in bundles.values() for s in _sizes(options, b)), key=lambda s: s[0] * s[1])
     bound = settings.uploads_bytes(waiting, largest) / 2**30
     say(f"bodies and pictures that come in take {bound:.2f} GiB at most, beside the model's memory")
-    say(f"serving {settings.model} on http://{host}:{listening[0].getsockname()[1]}")
+    say(f"serving {', '.join(bundles)} on http://{host}:{listening[0].getsockname()[1]}")
     serve(
         make_app(service, settings, metrics=metrics, routes=add_live(service, settings, metrics)),
         service,
@@ -81,7 +106,51 @@ def execute(options: argparse.Namespace) -> int:
     return 0
 
 
-def _load(options: argparse.Namespace, bundle: Any, metrics: Any) -> Any:
+def named_bundle(text: str) -> tuple[str, str]:
+    """`NAME=BUNDLE`, for `--model`."""
+    name, _, bundle = text.partition("=")
+    if not NAME.fullmatch(name) or not bundle:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=BUNDLE, with a name of letters, digits, . _ and -")
+    return name, bundle
+
+
+def _others(options: argparse.Namespace, taken: Sequence[str]) -> dict[str, Bundle]:
+    """The bundles beside the first, by name."""
+    names = [n for n, _ in options.model]
+    twice = sorted({n for n in names if names.count(n) > 1 or n in taken})
+    if twice:
+        raise ArgumentError(f"two models are called {', '.join(twice)}", expected="a name of its own for each")
+    return {name: open_bundle(folder) for name, folder in options.model}
+
+
+def _sizes(options: argparse.Namespace, bundle: Bundle) -> list[tuple[int, int]]:
+    return options.size or [(bundle.defaults.width, bundle.defaults.height)]
+
+
+def _models(options: argparse.Namespace, bundles: dict[str, Bundle], metrics: Metrics) -> list[ServedModel]:
+    from ..engines.backends.registry import choose_backend, load_backend, makes_in_memory
+    from ..engines.memory import predicted_peak
+    from ..serving.resident import ServedModel
+
+    backend, _ = choose_backend(options.backend)
+    on_cpu = makes_in_memory(backend) or load_backend(backend).device == "cpu"
+    models = []
+    for i, (name, bundle) in enumerate(bundles.items()):
+        sizes = _sizes(options, bundle)
+        images = max(1, options.rows // (2 if bundle.defaults.guidance > 1 else 1))
+        largest = max(sizes, key=lambda s: s[0] * s[1])
+        models.append(
+            ServedModel(
+                name=name,
+                load=partial(_load, options, bundle, metrics, words=options.embedding if i == 0 else ()),
+                nbytes=predicted_peak(bundle, largest, images, on_cpu=on_cpu),
+                sizes=tuple(sizes),
+            )
+        )
+    return models
+
+
+def _load(options: argparse.Namespace, bundle: Bundle, metrics: Metrics, *, words: Sequence[Any]) -> Server:
     from ..serving import Server
 
     register_torch(options.backend)
@@ -98,6 +167,6 @@ def _load(options: argparse.Namespace, bundle: Any, metrics: Any) -> Any:
         backend=options.backend,
         threads=options.threads,
         lora_folder=options.lora_folder,
-        embeddings=options.embedding or (),
+        embeddings=words or (),
         **({"size": options.size[0]} if options.size else {}),
     )

@@ -37,7 +37,8 @@ def make_app(
     status = StatusRoutes(service, settings, metrics, created=int(time.time()))
 
     async def document(request: Request) -> Response:
-        return json_response(openapi_document(settings, service.server.sizes))
+        sizes = dict.fromkeys(s for n in (service.first, *service.others) for s in service.sizes(n))
+        return json_response(openapi_document(settings, list(sizes)))
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -54,6 +55,8 @@ def make_app(
             Route("/v1/images/edits", images.edit, methods=["POST"]),
             Route("/v1/models", status.models, methods=["GET"]),
             Route("/v1/models/{model}", status.model, methods=["GET"]),
+            Route("/v1/models/{model}/load", status.load, methods=["POST"]),
+            Route("/v1/models/{model}/unload", status.unload, methods=["POST"]),
             Route("/health/live", status.live, methods=["GET"]),
             Route("/health/ready", status.ready, methods=["GET"]),
             Route("/metrics", status.metrics, methods=["GET"]),

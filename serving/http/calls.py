@@ -38,11 +38,10 @@ class Calls:
     edit: Any
     choices: dict[str, tuple[str, ...]]
 
-    def generation_from(self, body: bytes) -> Any:
-        """Decode JSON; `HttpError` 400 says where it is not as it should be."""
-        data = _parsed(body, "the body")
+    def generation_from(self, fields: dict[str, Any]) -> Any:
+        """Convert what the body's JSON holds; `HttpError` 400 says where it is not as it should be."""
         try:
-            return msgspec.convert(data, type=self.generation)
+            return msgspec.convert(fields, type=self.generation)
         except msgspec.MsgspecError as error:
             raise self._refusal(error) from error
 
@@ -66,6 +65,14 @@ class Calls:
         elif param in self.choices and text.startswith("Invalid enum value"):
             text = f"expected one of {', '.join(self.choices[param])}"
         return HttpError(400, "invalid_request", f"{param}: {text}"[:300] if param else text[:300], param=param)
+
+
+def parse_body(body: bytes) -> dict[str, Any]:
+    """The fields of a body in JSON; `HttpError` 400 for anything else."""
+    fields = _parsed(body, "the body")
+    if not isinstance(fields, dict):
+        raise HttpError(400, "invalid_request", "the body is no object in JSON")
+    return fields
 
 
 def _parsed(text: str | bytes, place: str, *, param: str | None = None) -> Any:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+from concurrent.futures import Future
+
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ...errors import FewstepError, UnavailableError
 from .errors import HttpError, json_response
 from .metrics import Metrics
 from .service import Service
@@ -28,13 +32,45 @@ class StatusRoutes:
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def models(self, request: Request) -> Response:
-        return json_response({"object": "list", "data": [self._model(m) for m in self._settings.models]})
+        return json_response({"object": "list", "data": [self._model(m) for m in self._names]})
 
     async def model(self, request: Request) -> Response:
-        name = request.path_params["model"]
-        if name not in self._settings.models:
-            raise HttpError(404, "model_not_found", "there is no model of that name here")
+        return json_response(self._model(self._asked(request)))
+
+    async def load(self, request: Request) -> Response:
+        """Load a model, those used least recently making room; answers when it is there."""
+        name = self._asked(request)
+        await self._done(self._service.residents.load(self._own(name)))
         return json_response(self._model(name))
 
+    async def unload(self, request: Request) -> Response:
+        """Have a model finish what it has accepted and leave; answers when it is gone."""
+        name = self._asked(request)
+        await self._done(self._service.residents.unload(self._own(name)))
+        return json_response(self._model(name))
+
+    async def _done(self, future: Future[None]) -> None:
+        try:
+            await asyncio.shield(asyncio.wrap_future(future))
+        except UnavailableError:
+            raise
+        except FewstepError as error:
+            raise UnavailableError("the model could not be loaded") from error
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return (*self._settings.models, *self._service.others)
+
+    def _asked(self, request: Request) -> str:
+        name: str = request.path_params["model"]
+        if name not in self._names:
+            raise HttpError(404, "model_not_found", "there is no model of that name here")
+        return name
+
+    def _own(self, name: str) -> str:
+        """The service's name of a model that has others too."""
+        return self._service.first if name in self._settings.models else name
+
     def _model(self, name: str) -> dict[str, object]:
-        return {"id": name, "object": "model", "created": self._created, "owned_by": "fewstep"}
+        state = self._service.residents.state(self._own(name))
+        return {"id": name, "object": "model", "created": self._created, "owned_by": "fewstep", "state": state}

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from ...runtime.result import Result, Step
 from ..server import Server
 from ..ticket import Ticket
 from .bodies import BodyBudget, check_content_type, encode_picture, open_clear_mask, open_picture, read_body, read_form
-from .calls import Calls, arguments, make_calls
+from .calls import Calls, arguments, make_calls, parse_body
 from .errors import HttpError, describe, json_response, shown
 from .service import Service
 from .settings import Settings
@@ -36,19 +36,27 @@ class ImageRoutes:
 
     def __init__(self, service: Service, settings: Settings) -> None:
         self._service, self._settings = service, settings
-        self._calls: Calls | None = None
+        self._calls: dict[str, Calls] = {}
         self._bodies = BodyBudget(settings.bodies_bytes)
         self._decoders = asyncio.Semaphore(settings.decoders)
         # threads of their own: what a thread has let go of may stay with it, and any of many would keep its share
         self._threads = ThreadPoolExecutor(settings.decoders, "fewstep-picture")
         self._forms: OrderedDict[bytes, None] = OrderedDict()
 
-    def _ready(self) -> tuple[Server, Calls]:
-        """The server and its call types; raises `UnavailableError` while there is none."""
-        server = self._service.server
-        if self._calls is None:
-            self._calls = make_calls(self._settings, server.sizes)
-        return server, self._calls
+    def _calls_of(self, model: str) -> Calls:
+        """What requests of a model may hold; `UnavailableError` while that is not known."""
+        if model not in self._calls:
+            self._calls[model] = make_calls(self._settings, self._service.sizes(model))
+        return self._calls[model]
+
+    def _asked_model(self, fields: Mapping[str, Any]) -> str:
+        """The model that a request names, the first where it names none; `HttpError` 404 for one that is not here."""
+        name = fields.get("model")
+        if name is None or name in self._settings.models or not isinstance(name, str):
+            return self._service.first
+        if name not in self._service.others:
+            raise HttpError(404, "model_not_found", "there is no model of that name here", param="model")
+        return name
 
     async def generate(self, request: Request) -> Response:
         return await self._run(request, *await self._read_generation(request), "image_generation")
@@ -59,18 +67,24 @@ class ImageRoutes:
     async def _read_generation(self, request: Request) -> tuple[Any, Ticket]:
         check_content_type(request, "application/json")
         with self._bodies.hold(request, self._settings.json_bytes):
-            body = await read_body(request, self._settings.json_bytes)
-            server, calls = self._ready()
-            call = self._checked(server, calls.generation_from(body))
-        return call, await self._accepted(request, server, call)
+            fields = parse_body(await read_body(request, self._settings.json_bytes))
+            model = self._asked_model(fields)
+            call = self._calls_of(model).generation_from(fields)
+            async with self._service.using(model, timeout=self._deadline_s(call)) as server:
+                _check_loras(server, call)
+                return call, await self._accepted(model, request, server, call)
 
-    async def _accepted(self, request: Request, server: Server, call: Any) -> Ticket:
+    def _deadline_s(self, call: Any) -> float:
+        return float(call.deadline_s or self._settings.deadline_s)
+
+    async def _accepted(self, model: str, request: Request, server: Server, call: Any) -> Ticket:
         """On a thread the first time, for a program that is new takes a while to compile, and LoRAs are files.
 
         At once for what differs from an earlier one in words and seeds alone: handing it to a thread takes longer.
         """
-        form = None if call.loras else msgspec.json.encode({**arguments(call), "negative": None, "seed": None})
-        if form in self._forms:
+        words = {"negative": None, "seed": None}
+        form = None if call.loras else msgspec.json.encode({**arguments(call), **words, "model": model})
+        if form is not None and form in self._forms:
             self._forms.move_to_end(form)
             return self._submit(request, server, call)
         ticket = await asyncio.to_thread(self._submit, request, server, call)
@@ -82,14 +96,18 @@ class ImageRoutes:
 
     async def _read_edit(self, request: Request) -> tuple[Any, Ticket]:
         """What is asked for, with pictures of the size that the model takes; what came is let go of here."""
-        server, calls = self._ready()
-        server.check_room()  # before anything of it is read
+        if not self._service.others:
+            self._service.server.check_room()  # before anything of it is read
         with self._bodies.hold(request, self._settings.body_bytes):
             fields, files = await read_form(request, self._settings.body_bytes)
-            call = self._checked(server, calls.edit_from(fields))
-            async with self._decoders:
-                edit = partial(self._edit, request, server, call, files)
-                return call, await asyncio.get_running_loop().run_in_executor(self._threads, edit)
+            model = self._asked_model(fields)
+            call = self._calls_of(model).edit_from(fields)
+            async with self._service.using(model, timeout=self._deadline_s(call)) as server:
+                _check_loras(server, call)
+                server.check_room()  # before anything of it is decoded
+                async with self._decoders:
+                    edit = partial(self._edit, request, server, call, files)
+                    return call, await asyncio.get_running_loop().run_in_executor(self._threads, edit)
 
     def _edit(self, request: Request, server: Server, call: Any, files: dict[str, list[bytes]]) -> Ticket:
         server.check_room()
@@ -99,25 +117,13 @@ class ImageRoutes:
     def _submit(self, request: Request, server: Server, call: Any, **more: Any) -> Ticket:
         return server.submit(
             call.prompt,
-            deadline_s=call.deadline_s or self._settings.deadline_s,
+            deadline_s=self._deadline_s(call),
             previews=bool(call.stream and call.partial_images),
             name=request.scope["state"].get("request_id"),
             owner=None if request.client is None else request.client.host,
             **arguments(call),
             **more,
         )
-
-    def _checked(self, server: Server, call: Any) -> Any:
-        for name in call.loras or {}:
-            try:
-                if server.pipeline.loras.folder is None:
-                    raise MissingError("no folder of LoRAs")
-                server.pipeline.loras.find(name)
-            except (MissingError, ArgumentError) as error:
-                raise HttpError(422, "invalid_combination", f"no LoRA {shown(name)} is here", param="loras") from error
-        if call.model is not None and call.model not in self._settings.models:
-            raise HttpError(404, "model_not_found", "there is no model of that name here")
-        return call
 
     async def _run(self, request: Request, call: Any, ticket: Ticket, kind: str) -> Response:
         if call.stream:
@@ -126,6 +132,16 @@ class ImageRoutes:
         began = time.perf_counter()
         pictures = await _encoded(result, call)
         return json_response(_answer(result, call, pictures, encode_ms=1e3 * (time.perf_counter() - began)))
+
+
+def _check_loras(server: Server, call: Any) -> None:
+    for name in call.loras or {}:
+        try:
+            if server.pipeline.loras.folder is None:
+                raise MissingError("no folder of LoRAs")
+            server.pipeline.loras.find(name)
+        except (MissingError, ArgumentError) as error:
+            raise HttpError(422, "invalid_combination", f"no LoRA {shown(name)} is here", param="loras") from error
 
 
 def _pictures(files: dict[str, list[bytes]], most_pixels: int) -> dict[str, Any]:
@@ -146,8 +162,9 @@ _NO_CACHE = {"cache-control": "no-store", "x-accel-buffering": "no"}
 async def _or_gone(request: Request, ticket: Ticket) -> Result:
     """The ticket's result; when the client disconnects first, the ticket is cancelled and `ClientDisconnect` raised."""
     gone, result = asyncio.ensure_future(_disconnected(request)), ticket.future()
+    either: set[asyncio.Future[Any]] = {gone, result}
     try:
-        await asyncio.wait({gone, result}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not result.done():
             raise ClientDisconnect
         return result.result()

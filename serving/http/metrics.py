@@ -6,11 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
-from ...errors import FewstepError
 from .service import Service
 
 STATES = ("starting", "ready", "draining", "failed", "closed")
@@ -29,6 +28,15 @@ class Metrics:
         self._padding = Counter("fewstep_padding_rows", "UNet rows evaluated for nobody", **at)
         self._ended = Counter("fewstep_requests", "Requests by outcome", ["outcome"], **at)
         self._rejected = Counter("fewstep_rejections", "Refused requests by reason", ["reason"], **at)
+        self._ticked = Counter("fewstep_tick_seconds", "Seconds spent in ticks", **at)
+        self._asked = Counter(
+            "fewstep_model_requests", "Requests by model, resident or not", ["model", "resident"], **at
+        )
+        self._loads = Counter("fewstep_model_loads", "Times that a model was loaded", ["model"], **at)
+        self._loading = Counter("fewstep_model_load_seconds", "Seconds in which models were loaded", ["model"], **at)
+        self._left = Counter(
+            "fewstep_model_departures", "Times that a model made room or was unloaded", ["model"], **at
+        )
         self._http = Counter("fewstep_http_responses", "Responses by route and status", ["route", "status"], **at)
 
     def observe(self, stage: str, took_ms: float) -> None:
@@ -36,6 +44,7 @@ class Metrics:
 
     def tick(self, took_ms: float, *, rows: int, bucket: int, slots: int) -> None:
         self.observe("tick", took_ms)
+        self._ticked.inc(1e-3 * took_ms)
         self._rows.observe(rows)
         self._padding.inc(bucket - rows)
 
@@ -45,6 +54,16 @@ class Metrics:
 
     def rejected(self, reason: str) -> None:
         self._rejected.labels(reason).inc()
+
+    def model_used(self, name: str, *, resident: bool) -> None:
+        self._asked.labels(name, str(resident).lower()).inc()
+
+    def model_loaded(self, name: str, took_ms: float) -> None:
+        self._loads.labels(name).inc()
+        self._loading.labels(name).inc(1e-3 * took_ms)
+
+    def model_left(self, name: str) -> None:
+        self._left.labels(name).inc()
 
     def responded(self, route: str, status: int) -> None:
         self._http.labels(route, str(status)).inc()
@@ -66,17 +85,23 @@ class _ServerFigures(Collector):
         for name in STATES:
             state.add_metric([name], float(self._service.state == name))
         yield state
-        try:
-            stats = self._service.server.stats()
-        except FewstepError:
+        residents = self._service.residents
+        loaded = GaugeMetricFamily("fewstep_model_loaded", "1 for a model that is loaded", labels=["model"])
+        servers = residents.servers()
+        for name in residents.names:
+            loaded.add_metric([name], float(name in servers))
+        yield loaded
+        yield GaugeMetricFamily("fewstep_model_bytes", "Estimated bytes of the loaded models", value=residents.nbytes)
+        if not servers:
             return
+        stats = [s.stats() for s in servers.values()]
+        rows, padding = sum(s.rows for s in stats), sum(s.padding for s in stats)
         for name, words, value in (
-            ("outstanding", "Requests accepted and not settled", stats.outstanding),
-            ("waiting", "Requests without a slot", stats.waiting),
-            ("slots_in_use", "Images in progress", stats.slots_in_use),
-            ("slots", "Images that may be in progress, by size", stats.most_slots),
-            ("work_seconds", "Estimated seconds until all accepted work is done", stats.work_s),
-            ("utilisation", "Share of evaluated rows that were somebody's", stats.utilisation),
+            ("outstanding", "Requests accepted and not settled", sum(s.outstanding for s in stats)),
+            ("waiting", "Requests without a slot", sum(s.waiting for s in stats)),
+            ("slots_in_use", "Images in progress", sum(s.slots_in_use for s in stats)),
+            ("slots", "Images that may be in progress, by size and model", max(s.most_slots for s in stats)),
+            ("work_seconds", "Estimated seconds until all accepted work is done", sum(s.work_s for s in stats)),
+            ("utilisation", "Share of evaluated rows that were somebody's", rows / (rows + padding) if rows else 0.0),
         ):
             yield GaugeMetricFamily(f"fewstep_{name}", words, value=float(value))
-        yield CounterMetricFamily("fewstep_tick_seconds", "Seconds spent in ticks", value=stats.tick_s)

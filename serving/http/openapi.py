@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from ...version import __version__
+from ..resident import STATES
 from .calls import make_calls
 from .settings import Settings
 
@@ -60,8 +61,9 @@ IMAGES = {
 }
 MODEL = {
     "type": "object",
-    "required": ["id", "object", "created", "owned_by"],
-    "properties": {k: {"type": "string"} for k in ("id", "object", "owned_by")} | {"created": {"type": "integer"}},
+    "required": ["id", "object", "created", "owned_by", "state"],
+    "properties": {k: {"type": "string"} for k in ("id", "object", "owned_by")}
+    | {"created": {"type": "integer"}, "state": {"type": "string", "enum": list(STATES)}},
 }
 MODELS = {"type": "object", "required": ["object", "data"], "properties": {"object": {"const": "list"}}}
 METRICS = {"description": "for Prometheus", "content": {"text/plain": {}}}
@@ -88,14 +90,9 @@ def openapi_document(settings: Settings, sizes: Sequence[tuple[int, int]]) -> di
             "/v1/images/generations": {"post": _maker("generate", "application/json", "ImageGeneration")},
             "/v1/images/edits": {"post": _maker("edit", "multipart/form-data", "ImageEdit")},
             "/v1/models": {"get": _getter("models", {"200": _json(MODELS)})},
-            "/v1/models/{model}": {
-                "get": {
-                    **_getter("model", {"200": _json(_ref("Model")), "404": _refusal("404")}),
-                    "parameters": [
-                        {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-                    ],
-                }
-            },
+            "/v1/models/{model}": {"get": _of_a_model("model")},
+            "/v1/models/{model}/load": {"post": _of_a_model("load")},
+            "/v1/models/{model}/unload": {"post": _of_a_model("unload")},
             "/health/live": {"get": _getter("live", {"200": _json(_ref("Status"))}, open_=True)},
             "/health/ready": {
                 "get": _getter("ready", {"200": _json(_ref("Status")), "503": _json(_ref("Status"))}, open_=True)
@@ -127,6 +124,13 @@ def _maker(name: str, media_type: str, schema: str) -> dict[str, Any]:
 def _getter(name: str, answers: dict[str, Any], *, open_: bool = False) -> dict[str, Any]:
     refusals = {s: _refusal(s) for s in ("401", "403", "421", "503") if s not in answers}
     return {"operationId": name, "responses": answers | refusals} | ({"security": []} if open_ else {})
+
+
+def _of_a_model(name: str) -> dict[str, Any]:
+    return {
+        **_getter(name, {"200": _json(_ref("Model")), "404": _refusal("404")}),
+        "parameters": [{"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}],
+    }
 
 
 def _json(schema: dict[str, Any]) -> dict[str, Any]:

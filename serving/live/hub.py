@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,27 +40,25 @@ class HubStats:
 class LiveHub:
     """Opens sessions on a server, at most `most_sessions` at a time.
 
-    server: the `Server`, or a function that gives it and raises `UnavailableError` while there is none.
+    server: the `Server`, or a function that gives it for a session's life and raises `UnavailableError` while there is
+    none.
     """
 
     def __init__(
         self,
-        server: Server | Callable[[], Server],
+        server: Server | Callable[[], AbstractContextManager[Server]],
         *,
         most_sessions: int = 8,
         observer: LiveObserver | None = None,
     ) -> None:
-        self._server = server
+        self._server: Callable[[], AbstractContextManager[Server]] = (
+            (lambda: nullcontext(server)) if isinstance(server, Server) else server
+        )
         self.most_sessions = check_integer("most_sessions", most_sessions, 0, 10_000)
         self._observer = observer
-        self._sessions: set[LiveSession] = set()
+        self._sessions: dict[LiveSession, ExitStack] = {}
         self._lock = threading.Lock()
         self._opening = self._opened = self._refused = self._frames = self._unchanged = self._failed = 0
-
-    @property
-    def server(self) -> Server:
-        """The server, once there is one."""
-        return self._server if isinstance(self._server, Server) else self._server()
 
     def open(self, on_event: Callable[[Frame | FewstepError | int], object], **settings: Any) -> LiveSession:
         """A new session; `UnavailableError` when there are too many or the server is not ready."""
@@ -76,9 +75,9 @@ class LiveHub:
             self._observe(event)
             on_event(event)
 
-        session = None
+        session, holding = None, ExitStack()
         try:
-            server = self.server
+            server = holding.enter_context(self._server())
             if not server.ready:
                 raise UnavailableError(f"the server is {server.state}")
             session = LiveSession(server, on_event=observed, **settings)
@@ -86,15 +85,19 @@ class LiveHub:
             with self._lock:
                 self._opening -= 1
                 if session is not None:
-                    self._sessions.add(session)
+                    self._sessions[session] = holding
                     self._opened += 1
+            if session is None:
+                holding.close()
         return session
 
     def release(self, session: LiveSession) -> None:
         """Close a session."""
         session.close()
         with self._lock:
-            self._sessions.discard(session)
+            holding = self._sessions.pop(session, None)
+        if holding is not None:
+            holding.close()
 
     def close(self) -> None:
         """Close all sessions."""

@@ -70,7 +70,7 @@ class LiveSession:
         on_event: Callable[[Frame | FewstepError | int], object] | None = None,
         **changes: Any,
     ) -> None:
-        self._server, self._on_event = server, on_event
+        self.server, self._on_event = server, on_event
         self._settings = (settings or LiveSettings()).changed(changes)
         self._requests = self._compile(self._settings)
         self._stream_batch = stream_batch
@@ -183,9 +183,9 @@ class LiveSession:
 
     def _compile(self, settings: LiveSettings) -> dict[bool, Request]:
         """The request of a frame from noise and of one from a picture, checked against the server."""
-        requests = {image: settings.request(self._server.pipeline, image=image) for image in (False, True)}
+        requests = {image: settings.request(self.server.pipeline, image=image) for image in (False, True)}
         for request in requests.values():
-            self._server.check(request)
+            self.server.check(request)
         return requests
 
     # --- the admission policy, on the session's own thread ---
@@ -262,7 +262,7 @@ class LiveSession:
         progress = _Progress()
 
         def prepare() -> Prepared:
-            prepared = self._server.pipeline.prepare(request)
+            prepared = self.server.pipeline.prepare(request)
             if settings.noise == "walk" and position > 0:
                 prepared = dataclasses.replace(prepared, gaussians=self._path(request).at(seed, position)[None])
             with self._lock:
@@ -271,7 +271,7 @@ class LiveSession:
             return prepared
 
         try:
-            ticket = self._server.submit_request(request, prepare=prepare)
+            ticket = self.server.submit_request(request, prepare=prepare)
         except QueueFullError as error:
             with self._lock:
                 self._dirty |= arrived is not None
@@ -285,7 +285,7 @@ class LiveSession:
         ticket.on_done(lambda t: self._done(t, index=index, number=number, seed=seed, began=began))
 
     def _path(self, request: Request) -> NoisePath:
-        key = (latent_shape(self._server.pipeline.bundle, request), int(request.has_image))
+        key = (latent_shape(self.server.pipeline.bundle, request), int(request.has_image))
         if key not in self._paths:
             self._paths[key] = NoisePath(key[0], skip=key[1])
         return self._paths[key]

@@ -94,7 +94,7 @@ def live_routes(hub: LiveHub, *, token: str | None = None, limits: SocketLimits 
 def add_live(service: Service, settings: Settings, metrics: Metrics) -> list[BaseRoute]:
     """The routes of live sessions on a service's server, with their figures among the service's."""
     observer = LiveMetrics(metrics.registry)
-    hub = LiveHub(lambda: service.server, observer=observer)
+    hub = LiveHub(service.pinned, observer=observer)
     observer.watch(hub)
     return live_routes(hub, token=settings.token)
 
@@ -193,13 +193,13 @@ class Connection:
             await self._close(1011, FewstepError("the connection failed"))
 
     def _hello(self, session: LiveSession) -> str:
-        pipeline = self._hub.server.pipeline
+        pipeline = session.server.pipeline
         defaults = pipeline.bundle.defaults
         return write_hello(
             session.settings,
             bundle=pipeline.bundle.name,
             size=list(pipeline.size),
-            sizes=[list(s) for s in self._hub.server.sizes],
+            sizes=[list(s) for s in session.server.sizes],
             defaults={"steps": defaults.steps, "guidance": defaults.guidance, "sampler": defaults.sampler},
             noises=list(MODES),
             limits={

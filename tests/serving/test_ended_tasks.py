@@ -54,7 +54,7 @@ def test_every_error_is_read_whoever_fails_first(turns: tuple[int, ...]) -> None
 @pytest.fixture(scope="module")
 def hub(student: Any) -> Any:
     with Server(student, most_slots=4, most_rows=4) as server:
-        yield LiveHub(lambda: server)
+        yield LiveHub(server)
 
 
 @pytest.mark.parametrize("turns", range(4))
