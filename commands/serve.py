@@ -88,11 +88,12 @@ def execute(options: argparse.Namespace) -> int:
     metrics = Metrics()
     bundles = {settings.model: bundle, **_others(options, settings.models)}
     budget = None if options.memory_mib is None else options.memory_mib << 20
-    service = Service(_models(options, bundles, metrics), budget=budget, observer=metrics)
+    models = _models(options, bundles, metrics)
+    service = Service(models, budget=budget, observer=metrics)
     host = f"[{options.host}]" if ":" in options.host else options.host
     waiting = (options.slots + options.queue) * len(bundles)
     largest = max((s for b in bundles.values() for s in _sizes(options, b)), key=lambda s: s[0] * s[1])
-    bound = settings.uploads_bytes(waiting, largest) / 2**30
+    bound = settings.uploads_bytes(waiting, largest, beside=max(m.pictures for m in models)) / 2**30
     say(f"bodies and pictures that come in take {bound:.2f} GiB at most, beside the model's memory")
     say(f"serving {', '.join(bundles)} on http://{host}:{listening[0].getsockname()[1]}")
     serve(
@@ -130,6 +131,7 @@ def _sizes(options: argparse.Namespace, bundle: Bundle) -> list[tuple[int, int]]
 def _models(options: argparse.Namespace, bundles: dict[str, Bundle], metrics: Metrics) -> list[ServedModel]:
     from ..engines.backends.registry import choose_backend, load_backend, makes_in_memory
     from ..engines.memory import predicted_peak
+    from ..runtime.pictures.control import pictures_beside
     from ..serving.resident import ServedModel
 
     backend, _ = choose_backend(options.backend)
@@ -145,6 +147,7 @@ def _models(options: argparse.Namespace, bundles: dict[str, Bundle], metrics: Me
                 load=partial(_load, options, bundle, metrics, words=options.embedding if i == 0 else ()),
                 nbytes=predicted_peak(bundle, largest, images, on_cpu=on_cpu),
                 sizes=tuple(sizes),
+                pictures=pictures_beside(bundle),
             )
         )
     return models

@@ -28,13 +28,14 @@ class ServedModel:
     """A model that a process can have.
 
     load: makes its server. nbytes: memory while it is resident. sizes: (width, height) in pixels that it makes, if they
-    are known before it is loaded.
+    are known before it is loaded. pictures: that an image may come with, for controls or as prompts.
     """
 
     name: str
     load: Callable[[], Server]
     nbytes: int = 0
     sizes: tuple[tuple[int, int], ...] = ()
+    pictures: int = 0
 
 
 class ResidentObserver(Protocol):
@@ -142,6 +143,11 @@ class Residents:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self._places)
+
+    @property
+    def with_pictures(self) -> bool:
+        """Whether a model says that its requests may come with pictures of controls or as prompts."""
+        return any(p.model.pictures for p in self._places.values())
 
     def model(self, name: str) -> ServedModel:
         return self._places[name].model

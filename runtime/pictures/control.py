@@ -14,6 +14,7 @@ import numpy as np
 from ...bundle import Bundle
 from ...errors import ArgumentError, UnknownNameError, UnsupportedError
 from ...families.control import control_channels, controls_of, picture_input, residuals, scale_input
+from ...families.image_prompt import IMAGE_ENCODER
 from ..arguments import check_flag, check_real
 from ..arrays import Float32
 from ..call import Call
@@ -56,6 +57,11 @@ class Control:
         if self.steps is None or self.pictures[image] is None:
             return {}
         return {scale_input(self.name): self.steps}
+
+
+def pictures_beside(bundle: Bundle) -> int:
+    """Pictures that an image may come with beside the one that it starts from: for controls, and as prompts."""
+    return len(controls_of(bundle.component("unet").config)) + (IMAGE_ENCODER in bundle.components)
 
 
 def open_controls(bundle: Bundle, call: Call) -> dict[str, list[Image | None]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MOST_FIELDS = 40
-MOST_FILES = 4
+MOST_FILES = 8
+IP_FILE = "ip_adapter"
+_CONTROL_FILE = re.compile(r"control\[([A-Za-z0-9_]{1,64})\]")
 
 
 class BodyBudget:
@@ -75,7 +78,10 @@ def check_content_type(request: Request, expected: str) -> None:
 
 
 async def read_form(request: Request, limit: int) -> tuple[dict[str, Any], dict[str, list[bytes]]]:
-    """The fields of a multipart form, and its files `image` (or `image[]`) and `mask`, of `limit` bytes together."""
+    """The fields of a multipart form, and its files, of `limit` bytes together.
+
+    Files are `image` (or `image[]`) and `mask`, which are there even if empty, `control[NAME]` and `ip_adapter`.
+    """
     check_content_type(request, "multipart/form-data")
     parser = MultiPartParser(
         request.headers, _capped(request, limit), max_files=MOST_FILES, max_fields=MOST_FIELDS, max_part_size=64 * 1024
@@ -92,11 +98,13 @@ async def read_form(request: Request, limit: int) -> tuple[dict[str, Any], dict[
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):
                 kind = name.removesuffix("[]")
-                if kind not in files:
+                if kind not in ("image", "mask") and (kind in files or (kind != IP_FILE and not control_file(kind))):
                     raise HttpError(
-                        400, "invalid_request", f"the form has a file {shown(name)}; image and mask are taken"
+                        400,
+                        "invalid_request",
+                        f"the form has a file {shown(name)}; image, mask, control[NAME] and ip_adapter are taken, once",
                     )
-                files[kind].append(await value.read())
+                files.setdefault(kind, []).append(await value.read())
             elif name in fields:
                 raise HttpError(400, "invalid_request", f"the form has the field {shown(name)} twice")
             else:
@@ -106,9 +114,15 @@ async def read_form(request: Request, limit: int) -> tuple[dict[str, Any], dict[
     return fields, files
 
 
-def open_picture(data: bytes, most_pixels: int) -> Image:
+def control_file(name: str) -> str | None:
+    """The control that a form's file is for."""
+    match = _CONTROL_FILE.fullmatch(name)
+    return match and match[1]
+
+
+def open_picture(data: bytes, most_pixels: int, *, name: str = "image") -> Image:
     """An upright RGB picture from a PNG, JPEG or WebP file's bytes. Errors are `HttpError` 422."""
-    with _refused("image"):
+    with _refused(name):
         return open_image(data, most_pixels=most_pixels)
 
 
@@ -135,7 +149,7 @@ def _refused(name: str) -> Iterator[None]:
     try:
         yield
     except (ArgumentError, CorruptError) as error:
-        raise HttpError(422, "invalid_image", f"{name}: {error}", param=name) from error
+        raise HttpError(422, "invalid_image", f"{name}: {error}", param=name[:64]) from error
 
 
 def encode_picture(pixels: Any, kind: str, quality: int | None) -> bytes:

@@ -17,6 +17,7 @@ from ...errors import CorruptError
 from ...runtime.prompts.lora_tags import MOST_SCALE
 from ...values import parse_json
 from ..options import NAME, OPTIONS, whole
+from .control import CONTROL, PromptField
 from .errors import HttpError, shown
 from .settings import Settings
 
@@ -25,7 +26,7 @@ LORAS = Annotated[
     dict[Annotated[str, Meta(min_length=1, max_length=128)], Annotated[float, Meta(ge=-MOST_SCALE, le=MOST_SCALE)]],
     Meta(max_length=8, description="changes of the model's weights for these images, by name, with their scales"),
 ]
-JSON_FIELDS = {"sampler_options": OPTIONS, "loras": LORAS}
+JSON_FIELDS = {"sampler_options": OPTIONS, "loras": LORAS, "control": CONTROL, "ip_adapter": PromptField}
 """Fields that are JSON in a form."""
 FORMATS = Literal["png", "jpeg", "webp"]
 
@@ -130,6 +131,9 @@ def _fields(settings: Settings, sizes: list[str]) -> list[Any]:
         ("schedule", NAME | None, None),
         ("sampler_options", OPTIONS | None, None),
         ("loras", LORAS | None, None),
+        ("control", CONTROL | None, None),
+        ("guess_mode", bool | None, None),
+        ("ip_adapter", PromptField | None, None),
         ("deadline_s", number(1.0, settings.deadline_s, "seconds after which it is given up"), None),
     ]
 

@@ -21,6 +21,7 @@ from ..server import Server
 from ..ticket import Ticket
 from .bodies import BodyBudget, check_content_type, encode_picture, open_clear_mask, open_picture, read_body, read_form
 from .calls import Calls, arguments, make_calls, parse_body
+from .control import control_arguments, is_controlled
 from .errors import HttpError, describe, json_response, shown
 from .service import Service
 from .settings import Settings
@@ -66,13 +67,25 @@ class ImageRoutes:
 
     async def _read_generation(self, request: Request) -> tuple[Any, Ticket]:
         check_content_type(request, "application/json")
-        with self._bodies.hold(request, self._settings.json_bytes):
-            fields = parse_body(await read_body(request, self._settings.json_bytes))
+        limit = self._settings.body_bytes if self._service.takes_pictures else self._settings.json_bytes
+        with self._bodies.hold(request, limit):
+            body = await read_body(request, limit)
+            large = len(body) > self._settings.json_bytes
+            fields = await asyncio.to_thread(parse_body, body) if large else parse_body(body)
             model = self._asked_model(fields)
             call = self._calls_of(model).generation_from(fields)
             async with self._service.using(model, timeout=self._deadline_s(call)) as server:
                 _check_loras(server, call)
+                if is_controlled(call):
+                    return call, await self._decoded(request, server, call, {})
                 return call, await self._accepted(model, request, server, call)
+
+    async def _decoded(self, request: Request, server: Server, call: Any, files: dict[str, list[bytes]]) -> Ticket:
+        """As accepted with its pictures, which are decoded a few at a time, where there is room at all."""
+        server.check_room()
+        async with self._decoders:
+            submit = partial(self._with_pictures, request, server, call, files)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, submit)
 
     def _deadline_s(self, call: Any) -> float:
         return float(call.deadline_s or self._settings.deadline_s)
@@ -104,15 +117,15 @@ class ImageRoutes:
             call = self._calls_of(model).edit_from(fields)
             async with self._service.using(model, timeout=self._deadline_s(call)) as server:
                 _check_loras(server, call)
-                server.check_room()  # before anything of it is decoded
-                async with self._decoders:
-                    edit = partial(self._edit, request, server, call, files)
-                    return call, await asyncio.get_running_loop().run_in_executor(self._threads, edit)
+                return call, await self._decoded(request, server, call, files)
 
-    def _edit(self, request: Request, server: Server, call: Any, files: dict[str, list[bytes]]) -> Ticket:
+    def _with_pictures(self, request: Request, server: Server, call: Any, files: dict[str, list[bytes]]) -> Ticket:
         server.check_room()
-        pictures = _pictures(files, self._settings.picture_pixels)
-        return self._submit(request, server, call, **pictures, strength=call.strength)
+        most = self._settings.picture_pixels
+        pictures = control_arguments(call, files, most)
+        if files:
+            pictures |= {**_pictures(files, most), "strength": call.strength}
+        return self._submit(request, server, call, **pictures)
 
     def _submit(self, request: Request, server: Server, call: Any, **more: Any) -> Ticket:
         return server.submit(
@@ -170,6 +183,7 @@ async def _or_gone(request: Request, ticket: Ticket) -> Result:
         return result.result()
     finally:
         gone.cancel()  # nothing waits for its end, which is an answer's time
+        result.cancel()
         ticket.cancel()
 
 

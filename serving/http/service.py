@@ -9,6 +9,7 @@ from concurrent.futures import Future, wait
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 
 from ...errors import DeadlineError, FewstepError, QueueFullError, UnavailableError
+from ...runtime.pictures.control import pictures_beside
 from ..resident import Lease, ResidentObserver, Residents, ServedModel
 from ..server import Server
 
@@ -90,6 +91,12 @@ class Service:
         """(width, height) in pixels that a model makes; `UnavailableError` where that is known once it is loaded."""
         known = self.residents.model(name).sizes
         return known or (self.server if name == self.first else self.residents.servers()[name]).sizes
+
+    @property
+    def takes_pictures(self) -> bool:
+        """Whether one of the models takes control pictures or pictures as prompts, as far as that is known."""
+        servers = self.residents.servers().values()
+        return self.residents.with_pictures or any(pictures_beside(s.pipeline.bundle) for s in servers)
 
     @asynccontextmanager
     async def using(self, name: str, *, timeout: float) -> AsyncIterator[Server]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import signal
 import socket
@@ -16,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import uvicorn
 from fewstep.serving import Server
 from fewstep.serving.http import Metrics, Service, Settings, make_app
 from fewstep.serving.http.connections import BoundedConfig, ConnectionLimits
 from fewstep.serving.http.run import listen
+from PIL import Image
 
 
 def free_port() -> int:
@@ -91,3 +95,17 @@ def is_ready(url: str) -> bool:
 
 def load_student(student: Any, **options: Any) -> Any:
     return lambda observer: Server(student, observer=observer, **options)
+
+
+def pixels(b64: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(b64))).convert("RGB"))
+
+
+def generate(url: str, **fields: Any) -> httpx.Response:
+    return httpx.post(f"{url}/v1/images/generations", json={"prompt": "a red circle", **fields}, timeout=60)
+
+
+def png(width: int = 64, height: int = 64) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (width, height), (200, 30, 30)).save(out, "PNG")
+    return out.getvalue()

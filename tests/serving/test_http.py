@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import logging
@@ -12,7 +11,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import fewstep
@@ -23,9 +21,8 @@ import pytest
 from fewstep.errors import ArgumentError
 from fewstep.serving.http import Service, Settings
 from fewstep.serving.http.run import JsonLines, allowed_hosts, listen
-from http_service import load_student, serve_process, serving, wait_until
+from http_service import generate, load_student, pixels, png, serve_process, serving, wait_until
 from PIL import Image
-from safetensors.numpy import load_file, save_file
 
 SETTINGS = Settings(
     model="student", aliases=("gpt-image-1",), body_bytes=300_000, json_bytes=50_000, images=4, steps=40
@@ -41,20 +38,6 @@ def service(student: fewstep.Pipeline) -> Iterator[tuple[str, Service]]:
 @pytest.fixture
 def url(service: tuple[str, Service]) -> str:
     return service[0]
-
-
-def pixels(b64: str) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(b64))).convert("RGB"))
-
-
-def generate(url: str, **fields: Any) -> httpx.Response:
-    return httpx.post(f"{url}/v1/images/generations", json={"prompt": "a red circle", **fields}, timeout=60)
-
-
-def png(width: int = 64, height: int = 64) -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", (width, height), (200, 30, 30)).save(out, "PNG")
-    return out.getvalue()
 
 
 def test_openais_client_makes_an_image_unchanged(url: str, student: fewstep.Pipeline, psnr) -> None:
@@ -454,40 +437,3 @@ def test_serving_beyond_loopback_without_a_token_is_refused() -> None:
     )
     assert done.returncode == 2
     assert "FEWSTEP_TOKEN" in json.loads(done.stdout)["error"]["remedy"]
-
-
-def test_loras_are_named_in_a_request(
-    url: str, student: fewstep.Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, psnr: Any
-) -> None:
-    """By name alone, from the folder that the operator names; in a form they are JSON."""
-    call = {"seed": 3, "num_inference_steps": 2, "response_format": "b64_json"}
-    plain = pixels(generate(url, **call).json()["data"][0]["b64_json"])
-    refused = generate(url, **call, loras={"style": 1.0})
-    assert (refused.status_code, refused.json()["error"]["param"]) == (422, "loras")
-    write_style(student, tmp_path / "style.safetensors")
-    monkeypatch.setattr(student.loras, "folder", tmp_path)
-    styled = pixels(generate(url, **call, loras={"style": 0.7}).json()["data"][0]["b64_json"])
-    expected = student("a red circle", seed=3, steps=2, loras={"style": 0.7}).images[0]
-    assert psnr(expected, styled) >= 75
-    assert psnr(plain, styled) < 50
-    form = {"prompt": "a red circle", "strength": "0.5", "loras": '{"style": 0.7}'}
-    edited = httpx.post(f"{url}/v1/images/edits", data=form, files={"image": ("a.png", png(), "image/png")}, timeout=60)
-    assert edited.status_code == 200, edited.text
-    for loras in ({"absent": 1.0}, {"../style": 1.0}, {str(tmp_path / "style"): 1.0}):
-        refused = generate(url, **call, loras=loras)
-        assert (refused.status_code, refused.json()["error"]["param"]) == (422, "loras")
-    for loras in ({"style": 1e9}, {"style": "much"}, ["style"], {"": 1.0}):
-        assert generate(url, **call, loras=loras).status_code == 400
-
-
-def write_style(pipe: fewstep.Pipeline, path: Path) -> None:
-    """A LoRA of the queries of a pipeline's UNet, random in both matrices."""
-    random = np.random.default_rng(1)
-    tensors = {}
-    part = pipe.bundle.component("unet")
-    for name, value in load_file(pipe.bundle.path(part.weights)).items():
-        if name.endswith("attn1.to_q.weight"):
-            module = name.removeprefix("model.").removesuffix(".weight")
-            tensors[f"unet.{module}.lora_A.weight"] = random.normal(size=(4, value.shape[1])).astype(np.float32)
-            tensors[f"unet.{module}.lora_B.weight"] = random.normal(size=(value.shape[0], 4)).astype(np.float32)
-    save_file(tensors, path)
