@@ -51,7 +51,7 @@ def is_controlled(call: Any) -> bool:
 
 
 def control_arguments(call: Any, files: Mapping[str, list[bytes]], most_pixels: int) -> dict[str, Any]:
-    """What a call says of controls and pictures as prompts, as `Server.submit` takes it; `HttpError` 400 or 422."""
+    """What a call says of controls and pictures as prompts, as `Server.submit` takes it; `HttpError` 422."""
     sent = {name: data[0] for key, data in files.items() if (name := control_file(key)) is not None}
     fields: dict[str, ControlField] = {**{n: ControlField() for n in sent}, **(call.control or {})}
     options: dict[str, Any] = {}
@@ -81,7 +81,7 @@ def _opened(place: str, text: str | None, data: bytes | None, most_pixels: int) 
     """The picture of a field or a file, one of which there must be."""
     if (text is None) == (data is None):
         count = "no picture" if text is None else "two pictures"
-        raise HttpError(400, "invalid_request", f"{shown(place)} has {count}; one is taken", param=place[:64])
+        raise HttpError(422, "invalid_combination", f"{shown(place)} has {count}; one is taken", param=place[:64])
     if data is None:
         try:
             data = base64.b64decode((text or "").partition(";base64,")[2] or text or "", validate=True)
