@@ -75,6 +75,18 @@ def control(text: str) -> tuple[str, str, float | None]:
         return name, rest, None
 
 
+def canny(text: str) -> tuple[str, tuple[float, float]]:
+    """`canny`, or `canny:100:200`, as (name, thresholds)."""
+    from ..runtime.pictures.edges import HIGH, LOW
+
+    name, *thresholds = text.split(":")
+    try:
+        low, high = [float(t) for t in thresholds] if thresholds else (LOW, HIGH)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME, or NAME:LOW:HIGH") from error
+    return name, (low, high)
+
+
 def share(text: str) -> tuple[str | None, float]:
     """`0.3`, or `canny=0.3`, as (name, share)."""
     name, equals, number = text.rpartition("=")
@@ -149,6 +161,13 @@ def add_picture_options(parser: argparse.ArgumentParser, *, many: bool) -> None:
             metavar="[NAME=]SHARE",
             help=f"the share of the steps at which control {end}s (default: {usual}); repeatable, by name",
         )
+    parser.add_argument(
+        "--canny",
+        type=canny,
+        action="append",
+        metavar="NAME[:LOW:HIGH]",
+        help="the picture of this control is a photograph: take its edges (default: 100 and 200); repeatable",
+    )
     parser.add_argument("--guess-mode", action="store_true", help="control the prompt's row alone, as diffusers does")
     parser.add_argument("--ip-adapter-image", **again, help="a picture as prompt, for the IP-Adapter of the bundle")
     parser.add_argument("--ip-adapter-scale", type=float, metavar="N", help="how much of it is taken (default: 1)")
@@ -215,7 +234,7 @@ def call_options(options: argparse.Namespace) -> dict[str, Any]:
     given = {k: v[0] if isinstance(v, list) and len(v) == 1 and k in MANY else v for k, v in given.items()}
     if "loras" in given:
         given["loras"] = dict(given["loras"])
-    given = {k: v for k, v in given.items() if "control" not in k} | _controls(options)
+    given = {k: v for k, v in given.items() if "control" not in k and k != "canny"} | _controls(options)
     given["options"] = sampler_options(options)
     return given | ({"mask_threshold": None} if given.get("mask_threshold") == "none" else {})
 
@@ -237,6 +256,8 @@ def _controls(options: argparse.Namespace) -> dict[str, Any]:
         if shares:
             whole = [s for name, s in shares if name is None]
             given[argument] = whole[-1] if whole else dict(shares)
+    if getattr(options, "canny", None):
+        given["canny"] = dict(options.canny)
     return given
 
 

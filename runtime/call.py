@@ -54,7 +54,8 @@ class Call:
     an image, `None` for images without. They are fitted as `fit` says, and give the size where nothing else does.
     controlnet_conditioning_scale: how much of what they say is taken (1), control_guidance_start, control_guidance_end:
     between which shares of the evaluations (0 to 1); each for all, or by name. guess_mode: only the prompt's row is
-    told, and less of it the nearer to the picture, as diffusers does.
+    told, and less of it the nearer to the picture, as diffusers does. canny: the names of controls whose pictures are
+    photographs, of which edges are taken; or by name the thresholds, of which `(100, 200)` are the usual ones.
 
     ip_adapter_image: a picture as prompt, for the IP-Adapter that the bundle was exported with: one for all images, or
     one an image, `None` for images without. ip_adapter_scale: how much of it is taken (1), one for all attentions or
@@ -102,6 +103,7 @@ class Call:
     control_guidance_start: float | Mapping[str, float] | None = None
     control_guidance_end: float | Mapping[str, float] | None = None
     guess_mode: bool = False
+    canny: Sequence[str] | Mapping[str, tuple[float, float]] | None = None
     ip_adapter_image: Any = None
     ip_adapter_scale: float | Sequence[float] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -123,7 +125,7 @@ RECORDED = (
     "negative_target_size",
 )
 """Arguments that a picture's parameters hold only where they were given."""
-CONTROL_WORDS = ("control", "control_guidance_start", "control_guidance_end")
+CONTROL_WORDS = ("control", "control_guidance_start", "control_guidance_end", "canny")
 """Arguments about controls that they hold as lists of the command line's words."""
 IMAGE_PROMPT = ("ip_adapter_image", "ip_adapter_scale")
 

@@ -18,6 +18,7 @@ from ...families.image_prompt import IMAGE_ENCODER
 from ..arguments import check_flag, check_real
 from ..arrays import Float32
 from ..call import Call
+from .edges import HIGH, LOW, check_thresholds, edges_of
 from .reading import open_image
 from .resize import fit_picture
 
@@ -94,7 +95,7 @@ def open_controls(bundle: Bundle, call: Call) -> dict[str, list[Image | None]]:
 
 
 def _refuse_alone(call: Call) -> None:
-    for name in ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"):
+    for name in ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", "canny"):
         if getattr(call, name) is not None:
             raise ArgumentError(f"{name} without control", remedy="Pass control, or leave it out.")
     check_flag("guess_mode", call.guess_mode)
@@ -115,11 +116,13 @@ def make_controls(
     configs = controls_of(bundle.component("unet").config)
     controls = []
     check_flag("guess_mode", call.guess_mode)
+    canny = _canny(call, opened)
     for name, pictures in opened.items():
         config = configs[name]
         pools = bool(config.get("global_pool_conditions"))
         guess = call.guess_mode or pools
-        fitted = [None if p is None else _pixels(p, size, call.fit, control_channels(config)) for p in pictures]
+        channels, thresholds = control_channels(config), canny.get(name)
+        fitted = [None if p is None else _pixels(p, size, call.fit, channels, thresholds) for p in pictures]
         scale = _of_control(call, "controlnet_conditioning_scale", name, opened, 1.0, LEAST_SCALE, MOST_SCALE)
         start = _of_control(call, "control_guidance_start", name, opened, 0.0, 0.0, 1.0)
         end = _of_control(call, "control_guidance_end", name, opened, 1.0, 0.0, 1.0)
@@ -187,6 +190,9 @@ def recorded_controls(call: Call) -> dict[str, Any]:
         given = getattr(call, argument)
         if given is not None:
             shares[argument] = [f"{n}={v}" for n, v in given.items()] if isinstance(given, Mapping) else [f"{given}"]
+    thresholds = _canny(call, call.control or {})
+    if thresholds:
+        shares["canny"] = [f"{n}:{low:g}:{high:g}" for n, (low, high) in thresholds.items()]
     return {"control": words, **shares, **({"guess_mode": True} if call.guess_mode else {})}
 
 
@@ -198,15 +204,37 @@ def _zeros(shape: tuple[int, ...]) -> Float32:
     return zeros
 
 
-def _pixels(picture: Image, size: tuple[int, int], fit: str, channels: int) -> Float32:
-    """float32 [C, H, W] from 0 to 1, of a picture resized as diffusers resizes it."""
+def _pixels(
+    picture: Image, size: tuple[int, int], fit: str, channels: int, canny: tuple[float, float] | None
+) -> Float32:
+    """float32 [C, H, W] from 0 to 1, of a picture resized as diffusers resizes it; with thresholds, of its edges."""
     fitted = fit_picture(picture, *size, fit)
+    if canny is not None:
+        fitted = edges_of(fitted, *canny)
     if channels == 1:
         fitted = fitted.convert("L")
     pixels = np.asarray(fitted, np.float32).reshape(size[1], size[0], -1) / np.float32(255.0)
     if pixels.shape[2] != channels:
         raise UnsupportedError(f"a control of pictures with {channels} channels", expected="3, or 1 of grey")
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _canny(call: Call, names: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """The thresholds of those controls whose pictures are photographs, by name."""
+    given = call.canny
+    if given is None:
+        return {}
+    if isinstance(given, str) or not isinstance(given, (Mapping, Sequence)):
+        raise ArgumentError(
+            f"canny is {given!r}", expected='names of controls, or thresholds by name: {"canny": (100, 200)}'
+        )
+    by_name = given if isinstance(given, Mapping) else dict.fromkeys(given, (LOW, HIGH))
+    for name, thresholds in by_name.items():
+        if name not in names:
+            raise ArgumentError(f"canny of {name!r}, which has no picture", expected=", ".join(names))
+        if not isinstance(thresholds, Sequence) or isinstance(thresholds, str) or len(thresholds) != 2:
+            raise ArgumentError(f"canny of {name!r} is {thresholds!r}", expected="two thresholds, like (100, 200)")
+    return {name: check_thresholds(*thresholds) for name, thresholds in by_name.items()}
 
 
 def _by_image(name: str, pictures: Sequence[Float32 | None], images: int) -> tuple[Float32 | None, ...]:

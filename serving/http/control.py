@@ -15,11 +15,14 @@ import msgspec
 from msgspec import Meta
 
 from ...runtime.pictures.control import LEAST_SCALE, MOST_SCALE
+from ...runtime.pictures.edges import MOST
 from .bodies import IP_FILE, control_file, open_picture
 from .errors import HttpError, shown
 
 SCALE = Annotated[float, Meta(ge=LEAST_SCALE, le=MOST_SCALE, description="how much is taken; default: 1")] | None
 SHARE = Annotated[float, Meta(ge=0, le=1, description="share of the evaluations")] | None
+THRESHOLD = Annotated[float, Meta(ge=0, le=MOST)]
+CANNY = Annotated[tuple[THRESHOLD, THRESHOLD], Meta(description="of a photograph: take edges, like [100, 200]")] | None
 PICTURE = Annotated[str, Meta(description="a PNG, JPEG or WebP file in base64; in a form it is a file instead")] | None
 
 
@@ -30,6 +33,7 @@ class ControlField(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     scale: SCALE = None
     start: SHARE = None
     end: SHARE = None
+    canny: CANNY = None
 
 
 class PromptField(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -64,6 +68,7 @@ def control_arguments(call: Any, files: Mapping[str, list[bytes]], most_pixels: 
             ("controlnet_conditioning_scale", "scale"),
             ("control_guidance_start", "start"),
             ("control_guidance_end", "end"),
+            ("canny", "canny"),
         ):
             by_name = {n: v for n, f in fields.items() if (v := getattr(f, key)) is not None}
             options |= {argument: by_name} if by_name else {}

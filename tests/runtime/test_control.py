@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import shlex
+from pathlib import Path
 from typing import Any
 
+import cv2
 import diffusers
 import fewstep
 import numpy as np
@@ -16,6 +19,8 @@ from fewstep.bundle import Bundle
 from fewstep.errors import ArgumentError, UnknownNameError, UnsupportedError
 from fewstep.families.control import controls_of
 from fewstep.runtime import diffusers_adapter
+from fewstep.runtime.pictures.parameters import command_line, read_parameters
+from PIL import Image
 
 PROMPT, NEGATIVE = "a red circle, hello!", "blurry"
 LEAST = 75.0
@@ -84,6 +89,48 @@ def test_one_control(adapted: Sides) -> None:
         plain = adapted.pipe(PROMPT, **call()).images
         assert psnr(made, plain) < SHOWS, "control changes nothing"
     assert psnr(plain, adapted.reference(names=(), **theirs(), width=SIDE, height=SIDE)) >= LEAST
+
+
+def photograph() -> Image.Image:
+    """A picture with edges strong and weak, no smaller than the image."""
+    y, x = np.mgrid[0:72, 0:96].astype(np.float64)
+    grey = 128 + 90 * np.sign((x - 48) ** 2 + (y - 36) ** 2 - 600) + 20 * np.sin(x / 7) * np.cos(y / 9)
+    return Image.fromarray(np.stack([grey, grey * 0.8, 255 - grey], axis=-1).clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("thresholds", [None, (30.0, 60.0)])
+def test_edges_of_a_photograph(adapted: Sides, thresholds: tuple[float, float] | None) -> None:
+    """As ControlNet's examples take them: OpenCV's of the picture at the image's size."""
+    small = photograph().resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    edges = cv2.Canny(np.asarray(small), *(thresholds or (100, 200)))
+    assert 20 < np.count_nonzero(edges) < edges.size / 2
+    expected = adapted.reference(
+        image=Image.fromarray(np.stack([edges] * 3, axis=-1)), **theirs(), width=SIDE, height=SIDE
+    )
+    canny = ["canny"] if thresholds is None else {"canny": thresholds}
+    made = adapted.pipe(PROMPT, control={"canny": photograph()}, canny=canny, **call())
+    assert psnr(made.images, expected) >= LEAST
+
+
+def test_the_picture_tells_of_edges(pipe: fewstep.Pipeline, tmp_path: Path) -> None:
+    photograph().save(tmp_path / "house.png")
+    result = pipe(PROMPT, control={"canny": tmp_path / "house.png"}, canny={"canny": (30, 60.5)}, **call())
+    (path,) = result.save(tmp_path / "out.png")
+    words = shlex.split(command_line(read_parameters(path), "again.png"))
+    assert "--canny=canny:30:60.5" in words
+    assert "--control=canny=house.png" in words
+
+
+def test_inpainting(adapted: Sides) -> None:
+    """The steps that a picture leaves out are left out of the control's share too."""
+    start, mask = drawing(7), Image.new("L", (SIDE, SIDE))
+    mask.paste(255, (0, 0, SIDE // 2, SIDE))
+    shared = {"strength": 0.8, "controlnet_conditioning_scale": 0.7, "control_guidance_end": 0.6}
+    expected = adapted.reference(
+        "Inpaint", image=start, mask_image=mask, control_image=drawing(1), **shared, **theirs(), width=SIDE, height=SIDE
+    )
+    made = adapted.pipe(PROMPT, image=start, mask=mask, control={"canny": drawing(1)}, **shared, **call())
+    assert psnr(made.images, expected) >= LEAST
 
 
 def test_without_guidance_and_with_a_scale(adapted: Sides) -> None:
@@ -249,6 +296,12 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
         "end",
     ),
     ({"control": {"canny": drawing(1)}, "guess_mode": "no"}, ArgumentError, "True or False"),
+    ({"canny": ["canny"]}, ArgumentError, "without control"),
+    ({"control": {"canny": drawing(1)}, "canny": ["depth"]}, ArgumentError, "no picture"),
+    ({"control": {"canny": drawing(1)}, "canny": "canny"}, ArgumentError, "names of controls"),
+    ({"control": {"canny": drawing(1)}, "canny": {"canny": 100}}, ArgumentError, "two thresholds"),
+    ({"control": {"canny": drawing(1)}, "canny": {"canny": (200, 100)}}, ArgumentError, "lower one first"),
+    ({"control": {"canny": drawing(1)}, "canny": {"canny": (-1, 100)}}, ArgumentError, "low threshold"),
 ]
 
 
