@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 CORE := $(VENV)/.core
 FULL := $(VENV)/.full
 
-.PHONY: faults lora-bench bench-export bench-sd15 bench-sd15-request bench-sdxl bench-peers demo test lint parity bench bindings-check install-check ray-test load-bench load-bench-sd15 soak live-bench door-bench model clean
+.PHONY: faults lora-bench ladder-bench bench-export bench-sd15 bench-sd15-request bench-sdxl bench-peers demo test lint parity bench bindings-check install-check ray-test load-bench load-bench-sd15 soak live-bench door-bench model clean
 
 demo: $(CORE)
 	$(BIN)/fewstep demo
@@ -69,6 +69,12 @@ $(SD15)/model/model_index.json: | $(FULL)
 $(SD15)/bundle/bundle.json: $(SD15)/model/model_index.json
 	$(BIN)/fewstep export $(SD15)/model $(SD15)/bundle --quick-gate --overwrite
 
+$(SD15)/controlnet/config.json: $(SD15)/model/model_index.json
+	$(BIN)/python tools/random_controlnet.py $(SD15)/model $(SD15)/controlnet
+
+$(SD15)/controlled/bundle.json: $(SD15)/controlnet/config.json
+	$(BIN)/fewstep export $(SD15)/model $(SD15)/controlled --controlnet canny=$(SD15)/controlnet --quick-gate --overwrite
+
 # SDXL's size: one evaluation of its UNet, in bfloat16, because float32 and its copies take more than 24 GB. 22 GB of disk.
 SDXL := build/bench/sdxl
 bench-sdxl: $(FULL) $(SDXL)/bundle/bundle.json | bench-peers
@@ -118,6 +124,10 @@ load-bench-sd15: $(FULL) $(SD15)/bundle/bundle.json
 
 lora-bench: $(FULL) $(SD15)/bundle/bundle.json
 	$(BIN)/python bench/loras.py $(SD15)/bundle $(SD15)/model --rounds 5 --json $(RESULTS)/loras-sd15-cpu.json
+
+ladder-bench: $(FULL) $(SD15)/bundle/bundle.json $(SD15)/controlled/bundle.json
+	$(BIN)/python bench/ladder.py $(SD15)/bundle $(SD15)/controlled $(SD15)/model $(SD15)/controlnet \
+		--json $(RESULTS)/ladder-sd15-cpu.json
 
 soak: $(FULL)
 	$(BIN)/python bench/soak.py --json $(RESULTS)/soak-cpu.json

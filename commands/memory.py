@@ -8,6 +8,7 @@ import re
 import resource
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,12 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=between(1, 1024), default=1, help="images at once (default: %(default)s)")
     parser.add_argument("--no-measure", action="store_true", help="estimate only: nothing is loaded or run")
     parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda or cuda:<index> (default: %(default)s)")
+    parser.add_argument(
+        "--lora-rank",
+        type=between(1, 1024),
+        metavar="N",
+        help="with the engine of images with LoRAs of this rank",
+    )
     parser.add_argument("--stage", help="measure this component alone, in this very process")
 
 
@@ -49,7 +56,8 @@ def execute(options: argparse.Namespace) -> int:
     if options.stage:
         emit(options, *_alone(bundle, options, pixels))
         return 0
-    stages = [s.to_json() for s in predict(bundle, pixels, options.batch, on_cpu=options.device == "cpu")]
+    predicted = predict(bundle, pixels, options.batch, on_cpu=options.device == "cpu", lora_rank=options.lora_rank)
+    stages = [s.to_json() for s in predicted]
     free = _free_bytes(options.device)
     data: dict[str, Any] = {"size": list(pixels), "batch": options.batch, "free_bytes": free, "stages": stages}
     data["largest_batch"] = {"predicted": _largest_predicted(bundle, pixels, free, options.device)}
@@ -68,7 +76,7 @@ def _lines(data: dict[str, Any]) -> list[str]:
     for stage in data["stages"]:
         parts = " + ".join(f"{stage[n] / 1e6:9.1f}" for n in ("weights", "buffers", "activations"))
         measured = f", measured {stage['measured'] / 1e6:9.1f}" if "measured" in stage else ""
-        lines.append(f"{stage['component']:15} {parts}; {stage['total'] / 1e6:9.1f}{measured}")
+        lines.append(f"{stage['component']:16} {parts}; {stage['total'] / 1e6:9.1f}{measured}")
     largest = data["largest_batch"]
     fits = ", ".join(f"{n} {'unknown' if v is None else v}" for n, v in largest.items())
     free = "unknown" if data["free_bytes"] is None else f"{data['free_bytes'] / 1e9:.1f} GB"
@@ -98,13 +106,29 @@ def _largest_measured(
 def _build_first(bundle: Bundle, options: argparse.Namespace, pixels: tuple[int, int]) -> None:
     """Make the engines before anything is measured: building takes more memory than running."""
     from ..engines import RunOptions, open_engines
-    from ..engines.memory import dims_for, stages_of
+    from ..engines.memory import ADAPTED, dims_for, stages_of
 
     names = stages_of(bundle)
     run = RunOptions(torch_device="cuda" if options.device.startswith("cuda") else "cpu")
     for batch in {*MEASURED, options.batch}:
         dims = dims_for(bundle, pixels, batch)
         open_engines(bundle, names, backend=options.backend, dims=dict.fromkeys(names, dims), run=run)
+        if options.lora_rank is not None:
+            adapted, name, wide = _stage(bundle, ADAPTED, dims, options.lora_rank)
+            open_engines(adapted, [name], backend=options.backend, dims={name: wide}, run=run)
+
+
+def _stage(
+    bundle: Bundle, stage: str, dims: Mapping[str, int], rank: int | None
+) -> tuple[Bundle, str, Mapping[str, int]]:
+    """A stage as bundle, component and dimensions."""
+    from ..engines.graph.low_rank import RANK
+    from ..engines.low_rank import bucket, with_low_rank
+    from ..engines.memory import ADAPTED
+
+    if stage != ADAPTED:
+        return bundle, stage, dims
+    return with_low_rank(bundle, "unet", kernels=False), "unet", {**dims, RANK: bucket(rank or 1)}
 
 
 _kept: dict[tuple[str, int], int] = {}
@@ -117,6 +141,7 @@ def _measured(options: argparse.Namespace, pixels: tuple[int, int], component: s
         command = [sys.executable, "-m", "fewstep", "memory", options.bundle, "--json", "--stage", component]
         command += ["--backend", options.backend, "--size", f"{pixels[0]}x{pixels[1]}", "--batch", str(batch)]
         command += ["--device", options.device]
+        command += [] if options.lora_rank is None else ["--lora-rank", str(options.lora_rank)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 this interpreter, or a program of this project, with a list of arguments and no shell
         try:
             _kept[component, batch] = int(json.loads(done.stdout)["measured"])
@@ -138,9 +163,9 @@ def _alone(bundle: Bundle, options: argparse.Namespace, pixels: tuple[int, int])
 
     kind, _, index = options.device.partition(":")
     run = RunOptions(torch_device="cuda" if kind == "cuda" else "cpu", device=int(index or 0))
-    dims = dims_for(bundle, pixels, options.batch)
+    bundle, name, dims = _stage(bundle, options.stage, dims_for(bundle, pixels, options.batch), options.lora_rank)
     before, free = _begin(), _free_bytes(options.device)
-    engine = open_engine(bundle, options.stage, backend=options.backend, dims=dims, run=run)
+    engine = open_engine(bundle, name, backend=options.backend, dims=dims, run=run)
     zeros = {n: np.zeros(spec.resolve(dims), spec.dtype) for n, spec in engine.inputs.items()}
     for _ in range(2):  # the second run may plan its memory by the first one's, and take more
         engine_function(engine)(zeros, dims)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from ..serving.http import Metrics
     from ..serving.resident import ServedModel
 
+USUAL_RANK = 32
+"""Of LoRAs, for the estimate of what a model takes that is served with some."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -136,6 +138,7 @@ def _models(options: argparse.Namespace, bundles: dict[str, Bundle], metrics: Me
 
     backend, _ = choose_backend(options.backend)
     on_cpu = makes_in_memory(backend) or load_backend(backend).device == "cpu"
+    rank = None if options.lora_folder is None else USUAL_RANK
     models = []
     for i, (name, bundle) in enumerate(bundles.items()):
         sizes = _sizes(options, bundle)
@@ -145,7 +148,7 @@ def _models(options: argparse.Namespace, bundles: dict[str, Bundle], metrics: Me
             ServedModel(
                 name=name,
                 load=partial(_load, options, bundle, metrics, words=options.embedding if i == 0 else ()),
-                nbytes=predicted_peak(bundle, largest, images, on_cpu=on_cpu),
+                nbytes=predicted_peak(bundle, largest, images, on_cpu=on_cpu, lora_rank=rank),
                 sizes=tuple(sizes),
                 pictures=pictures_beside(bundle),
             )

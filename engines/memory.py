@@ -13,12 +13,15 @@ are there at any size. The estimate is within `WITHIN` of what `fewstep memory` 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..bundle import Bundle, Component
+from ..families.control import controls_of
 from .base import TensorSpec
+from .graph.low_rank import RANK
 from .graph.rewrite import FEW_SCORES
+from .low_rank import bucket, with_low_rank
 from .profile import profiles_for
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
@@ -34,6 +37,8 @@ SCORES = 2
 """Matrices of attention scores alive at once: before the softmax, and after it."""
 HELD, OPENING = 2, 4
 """Copies of the weights on the CPU: while an engine runs, and while it is opened."""
+ADAPTED = "unet with LoRAs"
+"""The stage of images with LoRAs: another engine of the UNet, beside the plain one (`engines/low_rank.py`)."""
 LIBRARY = 30_000_000
 """Bytes that ONNX Runtime takes for itself."""
 
@@ -93,20 +98,36 @@ def predict_stage(bundle: Bundle, name: str, dims: Mapping[str, int], *, on_cpu:
     )
 
 
-def predict(bundle: Bundle, size: tuple[int, int], batch: int, *, on_cpu: bool = True) -> list[StageMemory]:
-    """The estimate for each stage of making images."""
+def predict_adapted(bundle: Bundle, dims: Mapping[str, int], rank: int, *, on_cpu: bool = True) -> StageMemory:
+    """The estimate for the engine of images with LoRAs of this rank, filled up as evaluations have it."""
+    adapted = with_low_rank(bundle, "unet", kernels=False)
+    stage = predict_stage(adapted, "unet", {**dims, RANK: bucket(rank)}, on_cpu=on_cpu)
+    return replace(stage, component=ADAPTED)
+
+
+def predict(
+    bundle: Bundle, size: tuple[int, int], batch: int, *, on_cpu: bool = True, lora_rank: int | None = None
+) -> list[StageMemory]:
+    """The estimate for each stage of making images; with that of LoRAs of a rank, where there are any."""
     dims = dims_for(bundle, size, batch)
-    return [predict_stage(bundle, n, dims, on_cpu=on_cpu) for n in stages_of(bundle)]
+    stages = [predict_stage(bundle, n, dims, on_cpu=on_cpu) for n in stages_of(bundle)]
+    return stages if lora_rank is None else [*stages, predict_adapted(bundle, dims, lora_rank, on_cpu=on_cpu)]
 
 
 def predicted_peak(
-    bundle: Bundle, size: tuple[int, int], batch: int, *, loaded: bool = False, on_cpu: bool = True
+    bundle: Bundle,
+    size: tuple[int, int],
+    batch: int,
+    *,
+    loaded: bool = False,
+    on_cpu: bool = True,
+    lora_rank: int | None = None,
 ) -> int:
     """All weights and buffers, and the intermediate results of the stage that has most.
 
     loaded: without what there is already: the library and the weights.
     """
-    stages = predict(bundle, size, batch, on_cpu=on_cpu)
+    stages = predict(bundle, size, batch, on_cpu=on_cpu, lora_rank=lora_rank)
     lasting = sum(s.buffers for s in stages)
     if not loaded:
         lasting += max(s.library for s in stages) + sum(s.weights for s in stages)
@@ -154,6 +175,8 @@ def _activations(name: str, part: Component, dims: Mapping[str, int]) -> int:
         return dims["batch"] * WORKING_COPIES * widest
     layers = int(config.get("layers_per_block", 1))
     skips = sum((layers + 1) * c * levels[i] for i, c in enumerate(channels))
+    # what controls add is as large as what is skipped; of several, the sum so far and one more are alive
+    skips *= 1 + min(2, len(controls_of(config)))
     widest = max((c + channels[max(i - 1, 0)]) * levels[i] for i, c in enumerate(channels))
     states = max((channels[i] * levels[i] for i in _attending(config)), default=0)
     return dims["rows"] * (skips + max(WORKING_COPIES * widest, BLOCK_COPIES * states))

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 from checkpoints import make_sd1
-from fewstep.bundle import read_bundle
+from fewstep.bundle import Bundle, read_bundle
 from fewstep.cli import main
-from fewstep.engines.memory import WITHIN, dims_for, predict_stage
+from fewstep.engines.memory import ADAPTED, WITHIN, dims_for, predict_stage
 from fewstep.export import export_bundle
 
 HELD = ("weights", "buffers", "activations")
@@ -85,6 +85,24 @@ def test_scores_that_are_written_are_counted(folder: str, size: str) -> None:
     """The embedded model's own size has few: its engines write them all, at larger sizes too."""
     measured, expected = both(folder, "unet", size, 1)
     assert 1 / WITHIN < measured / expected < WITHIN, (measured, expected)
+
+
+def test_the_engine_of_loras_is_counted(capsys: pytest.CaptureFixture[str], folder: str) -> None:
+    code, data = call(capsys, "memory", folder, "--backend=ort-cpu", "--size=256x256", "--lora-rank=16")
+    assert code == 0
+    stage = data["stages"][-1]
+    assert stage["component"] == ADAPTED
+    assert stage["buffers"] > data["stages"][1]["buffers"], "matrices of all layers"
+    assert 1 / WITHIN < stage["measured"] / stage["total"] < WITHIN, stage
+
+
+def test_what_controls_add_is_counted(adapted_sd1: Any, sd1_bundle: Bundle) -> None:
+    """Their residuals are as large as all that the UNet skips, and two sets of them are alive at once."""
+    sides = []
+    for bundle in (adapted_sd1.bundle, sd1_bundle):
+        sides.append(predict_stage(bundle, "unet", dims_for(bundle, (256, 256), 4)))
+    assert sides[0].activations > sides[1].activations
+    assert sides[0].buffers > sides[1].buffers + 8 * 3 * 256 * 256 * 4, "a picture a row"
 
 
 def both(folder: str, stage: str, size: str, batch: int) -> tuple[int, int]:
