@@ -120,16 +120,22 @@ def one(options: argparse.Namespace) -> None:
 def run_all(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
     """Every rung of every side, pass after pass; what each process said, joined."""
     results: dict[str, dict[str, Any]] = {}
+
+    def run(side: str, rung: str, *more: str) -> dict[str, Any]:
+        command = [sys.executable, __file__, *sys.argv[1:], "--one", f"{side}:{rung}", "--lora", str(options.lora)]
+        command += ["--output", str(folder / f"{side}-{rung}.npy"), *more]
+        done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603 this interpreter and file
+        if done.returncode:
+            sys.exit(f"{side}, {rung}: {done.stderr[-2000:]}")
+        said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return said
+
+    for rung in RUNGS:
+        run(SIDES[0], rung, "--rounds", "0")  # builds the engine where it is not stored
     for _ in range(options.passes):
         for rung in RUNGS:
             for side in SIDES:
-                output = folder / f"{side}-{rung}.npy"
-                command = [sys.executable, __file__, *sys.argv[1:], "--one", f"{side}:{rung}"]
-                command += ["--lora", str(options.lora), "--output", str(output)]
-                done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603 this interpreter and file
-                if done.returncode:
-                    sys.exit(f"{side}, {rung}: {done.stderr[-2000:]}")
-                said = json.loads(done.stdout.splitlines()[-1])
+                said = run(side, rung)
                 known = results.setdefault(f"{side}:{rung}", {"milliseconds": [], "ready_s": [], "peak_bytes": []})
                 known["milliseconds"] += said["milliseconds"]
                 known["ready_s"].append(said["ready_s"])

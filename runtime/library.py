@@ -7,7 +7,7 @@ a bundle, `open_library` loads the room that reads them, by name, as the command
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from ..bundle import Bundle
@@ -25,9 +25,16 @@ class Library(Protocol):
         """diffusers' scheduler of a configuration, `_class_name` included."""
 
     def export_checkpoint(
-        self, source: str, *, dtype: str, variant: str | None, revision: str | None, offline: bool
+        self,
+        source: str,
+        *,
+        dtype: str,
+        variant: str | None,
+        revision: str | None,
+        offline: bool,
+        controlnets: Sequence[Any] = (),
     ) -> Bundle:
-        """The bundle of a diffusers folder or hub id, kept in the user's cache."""
+        """The bundle of a diffusers folder or hub id, with ControlNets (modules or folders); kept in the cache."""
 
     def export_parts(self, bundle: Bundle, parts: Mapping[str, Any]) -> Bundle:
         """A bundle with parts replaced: by modules and tokenizers, or by those of another bundle; kept in the cache."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ IGNORED = ("low_cpu_mem_usage", "requires_safety_checker", "force_download", "of
 ABSENT = ("safety_checker", "feature_extractor", "image_encoder", "add_watermarker", "custom_pipeline", "mirror")
 """Bundles hold none of these: `None` and `False` are what is done anyway, anything else is refused."""
 READ = ("torch_dtype", "dtype", "use_safetensors", "variant", "revision", "local_files_only")
+CONTROLNET = "controlnet"
 _LOADED = tuple(n for n, p in inspect.signature(Pipeline).parameters.items() if p.kind is p.KEYWORD_ONLY)
 
 
@@ -36,7 +37,7 @@ def open_pretrained(source: Any, options: Mapping[str, Any]) -> tuple[Opened, di
     """The pipeline of a `Pipeline`, a bundle, a bundle's folder, a diffusers folder or a hub id; and what replaces its
     components. Raises `UnknownNameError` and `UnsupportedError` for options by their names.
     """
-    known = {*_LOADED, *READ, *IGNORED, *ABSENT, *component_options(), "devices"}
+    known = {CONTROLNET, *_LOADED, *READ, *IGNORED, *ABSENT, *component_options(), "devices"}
     for name in options:
         if name not in known:
             raise UnknownNameError("option of from_pretrained", name, known)
@@ -45,6 +46,13 @@ def open_pretrained(source: Any, options: Mapping[str, Any]) -> tuple[Opened, di
             raise UnsupportedError(f"{name} in from_pretrained", remedy="Leave it out: bundles hold none.")
     if options.get("use_safetensors") is False:
         raise UnsupportedError("use_safetensors is False", expected="safetensors: pickles are not read")
+    bundled = isinstance(source, (Pipeline, PipelineGroup, Bundle)) or _is_bundle(source)
+    if bundled and options.get(CONTROLNET) is not None:
+        raise UnsupportedError(
+            "controlnet beside a bundle",
+            expected="the checkpoint: a ControlNet is traced with its UNet",
+            remedy="Give the checkpoint itself, or export it with: --controlnet NAME=PATH",
+        )
     parts = {k: v for k, v in options.items() if k in component_options() and v is not None}
     if isinstance(source, (Pipeline, PipelineGroup)):
         _check_bundle(source.bundle, options)
@@ -69,7 +77,15 @@ def _bundle(source: Any, options: Mapping[str, Any]) -> Bundle:
         variant=options.get("variant"),
         revision=options.get("revision"),
         offline=bool(options.get("local_files_only")),
+        controlnets=_listed(options.get(CONTROLNET)),
     )
+
+
+def _listed(given: Any) -> list[Any]:
+    if given is None:
+        return []
+    nets = getattr(given, "nets", given)  # diffusers' MultiControlNetModel
+    return list(nets) if isinstance(nets, Iterable) and not isinstance(nets, (str, os.PathLike)) else [nets]
 
 
 def precision_of(value: Any) -> str | None:

@@ -278,6 +278,25 @@ def test_in_diffusers_own_signature(adapted: Sides) -> None:
         ours(PROMPT, image=drawing(1))
 
 
+def test_controlnets_given_to_from_pretrained(adapted_sd1: Any, tmp_path: Path) -> None:
+    """A script of diffusers' as it is: modules, in their order, beside the checkpoint; kept for the next time."""
+    sides = Sides("sd1", adapted_sd1)
+    nets = [sides.nets["depth"], str(adapted_sd1.controlnets["canny"])]
+    cls = diffusers_adapter.StableDiffusionControlNetPipeline
+    ours = cls.from_pretrained(str(adapted_sd1.checkpoint), controlnet=nets, safety_checker=None)
+    listed = {"image": [drawing(1), drawing(2)], "controlnet_conditioning_scale": [0.5, 1.2]}
+    asked = {"num_inference_steps": 3, "guidance_scale": 4.0}
+    expected = sides.reference(names=("depth", "canny"), seed=[3], **listed, **asked)
+    found = ours(PROMPT, generator=torch.Generator().manual_seed(3), **listed, **asked).images
+    assert psnr(np.stack([np.asarray(p) for p in found]), expected) >= LEAST
+    again = cls.from_pretrained(str(adapted_sd1.checkpoint), controlnet=nets)
+    assert again.pipeline.bundle.folder == ours.pipeline.bundle.folder
+    with pytest.raises(UnsupportedError, match="traced with its UNet"):
+        cls.from_pretrained(sides.bundle, controlnet=nets)
+    with pytest.raises(UnsupportedError, match="a UNet2DConditionModel as controlnet"):
+        cls.from_pretrained(str(adapted_sd1.checkpoint), controlnet=sides.plain.unet)
+
+
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"control": {"cany": drawing(1)}}, UnknownNameError, "canny"),
     ({"control": {"canny": [None]}}, ArgumentError, "no picture"),
