@@ -51,6 +51,12 @@ def define(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="TensorRT-RTX: leave all memory to the caller, whose CUDA graph may hold it",
     )
+    parser.add_argument(
+        "--refittable", action="store_true", help="TensorRT: weights can be replaced in the loaded engine"
+    )
+    parser.add_argument(
+        "--stripped", action="store_true", help="TensorRT: keep no weights in the engine's file, but use the bundle's"
+    )
 
 
 def execute(options: argparse.Namespace) -> int:
@@ -66,6 +72,8 @@ def execute(options: argparse.Namespace) -> int:
         auxiliary_streams=options.auxiliary_streams,
         compute_capabilities=tuple(options.compute_capability),
         capturable=options.capturable,
+        refittable=options.refittable,
+        stripped=options.stripped,
     )
     profiles = None
     if options.size or options.batch or options.dynamic:

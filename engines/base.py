@@ -7,7 +7,10 @@ on a GPU, the execution context) for one set of shapes.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
+
+from numpy.typing import NDArray
 
 from ..bundle import TensorSpec as TensorSpec
 
@@ -56,3 +59,35 @@ class Engine(Protocol):
 
         Raises `MismatchError` when the engine's profiles do not admit them.
         """
+
+
+@runtime_checkable
+class Swappable(Protocol):
+    """An engine whose weights can be replaced where they lie."""
+
+    @property
+    def loaded(self) -> str:
+        """Hex digest of the weights that it holds now; for a bundle's own weights the manifest's `weights_sha256`."""
+
+    def load_weights(self, weights: Mapping[str, NDArray[Any]], digest: str) -> None:
+        """Hold these weights from now on.
+
+        weights: every initialiser's name in the component's own graph -> array of its dtype and shape, which may be
+        computed when it is asked for; always of the base's weights, never of what is loaded. Raises `MismatchError`
+        before anything is changed where names, shapes or dtypes are others.
+        """
+
+
+@runtime_checkable
+class Moving(Protocol):
+    """An engine or a binding of one whose weights are replaced by a library that does not say where they lie then.
+
+    What was recorded with another `generation` may read memory that is somebody else's, and is recorded anew.
+    """
+
+    @property
+    def generation(self) -> int:
+        """How often the weights were replaced."""
+
+    def using(self) -> AbstractContextManager[object]:
+        """For as long as work on the current stream is being enqueued: nothing is replaced meanwhile."""

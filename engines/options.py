@@ -30,6 +30,8 @@ class BuildOptions:
     `compute_capabilities` (`"8.9"`) are TensorRT-RTX's targets when it builds for other GPUs than this machine's.
     `workspace_bytes` and `auxiliary_streams` bound TensorRT's scratch memory and its side streams.
     `capturable` makes a TensorRT-RTX engine leave all memory to its caller, so that a caller's CUDA graph can hold it.
+    `refittable` makes a TensorRT engine whose weights can be replaced where they lie, `stripped` one whose file holds
+    none: they are the bundle's own, read when it is opened. Stripped alone, kernels may rely on the weights' values.
     `float16` converts a graph for ONNX Runtime on CUDA to half precision after fusion; TensorRT takes it as exported.
     """
 
@@ -39,6 +41,8 @@ class BuildOptions:
     auxiliary_streams: int | None = 0
     compute_capabilities: tuple[str, ...] = ()
     capturable: bool = False
+    refittable: bool = False
+    stripped: bool = False
     float16: bool = False
 
     def __post_init__(self) -> None:

@@ -220,6 +220,7 @@ def stand_in_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
         "stream": on_stream,
         "device": on_device,
         "Event": Event,
+        "is_current_stream_capturing": lambda: driver.capturing() is not None,
         "synchronize": lambda device=None: driver.synchronise_device(),
         "CUDAGraph": CUDAGraph,
         "graph_pool_handle": lambda: (0, next(driver.handles)),

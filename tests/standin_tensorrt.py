@@ -5,6 +5,9 @@ on the CPU, on the memory that was bound by address. It refuses what the library
 profile indices that there are not, shapes outside the profile, tensors without an address, a context without its
 scratch memory, and work of its own that cannot be captured. Profiles are read back from the library's own objects, in
 the order in which they were added.
+
+TensorRT-RTX 1.7 builds no refittable engine without a GPU: of those its parser, its marks and its configuration are the
+real ones, the plan that is compiled is the plain one, and what is stored of a stripped one is a name for it.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +30,7 @@ import torch
 from fewstep.engines import machine
 from fewstep.engines.backends import tensorrt, tensorrt_build
 from standin_cuda import Driver, stand_in_cuda
+from standin_refit import ParserRefitter, Refittable, Refitter, initialisers
 
 GPU = machine.Gpu(index=0, name="stand-in for an RTX 4090", compute_capability="8.9", free_bytes=16 << 30, driver="0")
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -42,6 +47,9 @@ class Plan:
     """Where the graph's weights lie."""
     profiles: list[dict[str, Shapes]]
     user_memory: bool
+    refittable: frozenset[str] = frozenset()
+    stripped: bool = False
+    identical: bool = False
 
 
 @dataclass
@@ -54,6 +62,9 @@ class Library:
     plans: dict[str, Plan] = field(default_factory=dict)
     contexts: list[Context] = field(default_factory=list)
     runs: int = 0
+    refits: int = 0
+    fails_at: int = -1
+    """Which refit is broken off."""
     slow_runs: int = 0
     """Evaluations with kernels that were not compiled for their shapes, as with LAZY specialisation."""
 
@@ -62,6 +73,12 @@ class Library:
 
     def Runtime(self, logger: Any) -> Runtime:
         return Runtime(self, logger)
+
+    def Refitter(self, engine: Engine, logger: Any) -> Refitter:
+        return Refitter(engine, logger)
+
+    def OnnxParserRefitter(self, refitter: Refitter, logger: Any) -> ParserRefitter:
+        return ParserRefitter(refitter, logger)
 
 
 class Runtime:
@@ -86,11 +103,13 @@ class Runtime:
 class Engine:
     def __init__(self, library: Library, plan: Plan, runtime: Runtime) -> None:
         self.library, self.plan, self.runtime = library, plan, runtime
+        self.weights = Refittable(plan)
         options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(plan.folder))
-        self.session = onnxruntime.InferenceSession(plan.graph, options, providers=["CPUExecutionProvider"])
-        self.inputs = {n.name: n for n in self.session.get_inputs()}
-        self.outputs = {n.name: n for n in self.session.get_outputs()}
+        shapes = self.weights.session or onnxruntime.InferenceSession(plan.graph, options)
+        self.inputs = {n.name: n for n in shapes.get_inputs()}
+        self.outputs = {n.name: n for n in shapes.get_outputs()}
 
     @property
     def num_io_tensors(self) -> int:
@@ -229,6 +248,9 @@ class Context:
         if missing or self.infer_shapes():
             self._say(f"no address or shape for {', '.join(missing or self.infer_shapes())}")
             return False
+        if self.engine.weights.session is None:
+            self._say("the weights of a stripped engine are missing")
+            return False
         if self.user_managed and not self.memory:
             self._say("no device memory was set")
             return False
@@ -244,7 +266,8 @@ class Context:
         if self.config._cache is not None:
             self.config._cache.content = b"kernels " + json.dumps(sorted(map(str, self._seen))).encode()
         index = library.contexts.index(self)
-        torch.ops.fewstep_standin.execute(index, id(library), self._tensors(self.engine.inputs), self._outputs())
+        tensors, generation = (self._tensors(self.engine.inputs), self._outputs()), self.engine.weights.generation
+        torch.ops.fewstep_standin.execute(index, id(library), generation, *tensors)
         return True
 
     def _tensors(self, nodes: Mapping[str, Any]) -> list[torch.Tensor]:
@@ -255,14 +278,14 @@ class Context:
         known = tuple(self.shapes.values())
         if known not in self._output_shapes:
             feed = {n: t.numpy() for n, t in zip(self.engine.inputs, self._tensors(self.engine.inputs), strict=True)}
-            results = self.engine.session.run(list(self.engine.outputs), feed)
+            results = self.engine.weights.evaluate(list(self.engine.outputs), feed)
             self._output_shapes[known] = dict(zip(self.engine.outputs, (r.shape for r in results), strict=True))
         shapes = self._output_shapes[known]
         return [_view(self.addresses[n], shapes[n], _DTYPES[node.type]) for n, node in self.engine.outputs.items()]
 
     def evaluate(self, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         feed = {n: t.numpy() for n, t in zip(self.engine.inputs, inputs, strict=True)}
-        results = self.engine.session.run(list(self.engine.outputs), feed)
+        results = self.engine.weights.evaluate(list(self.engine.outputs), feed)
         for target, value in zip(outputs, results, strict=True):
             target.copy_(torch.from_numpy(np.ascontiguousarray(value)).reshape(target.shape))
 
@@ -275,11 +298,18 @@ def _view(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Ten
 
 _LIBRARIES: dict[int, Library] = {}
 _operators = torch.library.Library("fewstep_standin", "DEF")
-_operators.define("execute(int context, int library, Tensor[] inputs, Tensor(a!)[] outputs) -> ()")
+_operators.define("execute(int context, int library, int generation, Tensor[] inputs, Tensor(a!)[] outputs) -> ()")
 
 
-def _execute(context: int, library: int, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> None:
-    _LIBRARIES[library].contexts[context].evaluate(inputs, outputs)
+def _execute(
+    context: int, library: int, generation: int, inputs: list[torch.Tensor], outputs: list[torch.Tensor]
+) -> None:
+    one = _LIBRARIES[library].contexts[context]
+    if generation == one.engine.weights.generation:
+        one.evaluate(inputs, outputs)
+        return
+    for target in outputs:  # recorded before a refit
+        target.fill_(float("nan") if target.is_floating_point() else 0)
 
 
 _operators.impl("execute", _execute, "CPU")
@@ -326,11 +356,22 @@ def stand_in_tensorrt(monkeypatch: pytest.MonkeyPatch, *, form: str = "11") -> I
         add_profiles(builder, SimpleNamespace(add_optimization_profile=add), inputs, profiles)  # type: ignore[arg-type]
 
     def watched_plan(module: Any, builder: Any, network: Any, config: Any, target: Path) -> bool:
+        flags = tensorrt_rtx.BuilderFlag
+        asked = [f for f in (flags.STRIP_PLAN, flags.REFIT_INDIVIDUAL, flags.REFIT_IDENTICAL) if config.get_flag(f)]
+        graph, folder = graphs[id(network)]
+        names = initialisers(graph, folder) if asked else ()
+        if flags.REFIT_INDIVIDUAL in asked:
+            names = [n for n in names if network.are_weights_marked_refittable(n)]
+        for flag in asked:
+            config.clear_flag(flag)
         done = write_plan(tensorrt_rtx, builder, network, config, target)
         if done:
-            needs = config.get_flag(tensorrt_rtx.BuilderFlag.REQUIRE_USER_ALLOCATION)
+            if flags.STRIP_PLAN in asked:
+                target.write_bytes(b"a plan without weights " + os.urandom(1000))
+            needs = config.get_flag(flags.REQUIRE_USER_ALLOCATION)
             digest = hashlib.sha256(target.read_bytes()).hexdigest()
-            library.plans[digest] = Plan(*graphs[id(network)], list(added), needs)
+            facts = frozenset(names), flags.STRIP_PLAN in asked, flags.REFIT_IDENTICAL in asked
+            library.plans[digest] = Plan(graph, folder, list(added), needs, *facts)
         return done
 
     with stand_in_cuda(monkeypatch) as driver:

@@ -7,20 +7,20 @@ library's own objects are shared by all threads; each binding has an execution c
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib
 import logging
-import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import CorruptError, FewstepError, MismatchError, MissingExtraError
+from ...errors import FewstepError, MismatchError, MissingExtraError
 from ..base import Binding, TensorSpec
 from ..options import RunOptions
 from ..profile import Profile, check_dims, select_profile
 from ..scratch import Scratch
+from .tensorrt_cache import read_cache, write_cache
 from .tensorrt_inspect import check_precision, count_fused_attention
 
 if TYPE_CHECKING:
@@ -160,7 +160,15 @@ class TensorRTEngine:
                 device=self._run.device,
                 scratch=self.scratch_bytes(dims),
                 after_first=self._save_cache,
+                engine=self,
             )
+
+    @property
+    def generation(self) -> int:
+        return 0
+
+    def using(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def _profile(self, dims: Mapping[str, int]) -> int:
         profile = select_profile(self._profiles, dims)
@@ -237,6 +245,7 @@ class TensorRTBinding:
         device: int,
         scratch: int,
         after_first: Callable[[], None],
+        engine: TensorRTEngine,
     ) -> None:
         where = torch.device("cuda", device)
         self._torch, self._context, self._device = torch, context, where
@@ -244,6 +253,7 @@ class TensorRTBinding:
         _must(context.set_optimization_profile_async(profile, stream.cuda_stream), "choose the profile")
         stream.synchronize()
         self._after_first: Callable[[], None] | None = after_first
+        self._engine, self.using = engine, engine.using
         self.inputs = {n: _buffer(torch, s, dims, where) for n, s in inputs.items()}
         self.outputs = {n: _buffer(torch, s, dims, where) for n, s in outputs.items()}
         for name, tensor in self.inputs.items():
@@ -259,9 +269,20 @@ class TensorRTBinding:
         self._scratch, self._settled = Scratch(torch, where, scratch), -1
         self._scratch.expect(stream.cuda_stream)
 
+    @property
+    def generation(self) -> int:
+        return self._engine.generation
+
     def enqueue(self, stream: int | None = None) -> None:
         """Evaluate once on the CUDA stream with this handle (`None`: torch's current one); the host does not wait."""
-        handle = self._torch.cuda.current_stream(self._device).cuda_stream if stream is None else stream
+        if stream is None:
+            with self.using():
+                self._run(self._torch.cuda.current_stream(self._device).cuda_stream)
+            return
+        with self._torch.cuda.stream(self._torch.cuda.ExternalStream(stream, device=self._device)), self.using():
+            self._run(stream)
+
+    def _run(self, handle: int) -> None:
         if handle != self._settled:
             block, self._settled = self._scratch.on(handle), handle
             self._context.set_device_memory(block.data_ptr(), self._scratch.length)
@@ -304,35 +325,3 @@ def inspect(module: Any, engine: trt.ICudaEngine) -> str:
     """The engine's layers as the inspector tells them, in JSON."""
     text = engine.create_engine_inspector().get_engine_information(module.LayerInformationFormat.JSON)
     return str(text)
-
-
-def read_cache(path: Path) -> bytes | None:
-    """A timing or runtime cache: its bytes behind their SHA-256; `None` when there is none or it is damaged."""
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return None
-    if hashlib.sha256(data[32:]).digest() != data[:32]:
-        _log.warning("the cache %s is damaged: it is made anew", path.name)
-        return None
-    return data[32:]
-
-
-def write_cache(path: Path, data: bytes) -> None:
-    """Replace a cache, whole or not at all, under its lock; `CorruptError` when there is nothing to write."""
-    from filelock import FileLock
-
-    if not data:
-        raise CorruptError("the backend gave an empty cache")
-    content = hashlib.sha256(data).digest() + data
-    with FileLock(f"{path}.lock", mode=0o600):
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)

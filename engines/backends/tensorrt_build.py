@@ -21,7 +21,9 @@ from ..options import BuildOptions
 from ..profile import Profile
 from ..weights import check_weights, checked_graph
 from .registry import Backend, BuildJob, OpenJob, register
-from .tensorrt import MODULES, TensorRTEngine, errors_said, import_tensorrt, logger, read_cache, write_cache
+from .tensorrt import MODULES, TensorRTEngine, errors_said, import_tensorrt, logger
+from .tensorrt_cache import read_cache, write_cache
+from .tensorrt_refit import RefittableEngine, StrippedEngine, mark_refittable, set_refit_flags
 
 if TYPE_CHECKING:
     import tensorrt_rtx as trt
@@ -36,7 +38,7 @@ class TensorRT(Backend):
 
     name = "tensorrt"
     device, suffix, uses_profiles, rank = "cuda", "plan", True, 2
-    heeds: tuple[str, ...] = ("optimization_level", "workspace_bytes", "auxiliary_streams")
+    heeds: tuple[str, ...] = ("optimization_level", "workspace_bytes", "auxiliary_streams", "refittable", "stripped")
 
     def version(self) -> str:
         return str(import_tensorrt(self.name).__version__)
@@ -56,7 +58,7 @@ class TensorRT(Backend):
 
     def build(self, job: BuildJob) -> Mapping[str, Any]:
         """Parse, check and build. Raises `CorruptError`, `MismatchError`, `CancelledError`, `FewstepError`."""
-        graph = checked_graph(job.bundle, job.component)
+        graph, options = checked_graph(job.bundle, job.component), job.options
         check_weights(job.bundle, job.component, job.store)
         module = import_tensorrt(self.name)
         check_operators(module, job.name, job.component.operators)
@@ -75,6 +77,7 @@ class TensorRT(Backend):
         fused = check_fusion(job.name, job.component.operators, fused_layers, strict=True)
         attentions = decompose_attention(module, network) if job.component.dtype == "float32" else 0
         self._configure(module, builder, config, job)
+        marked = mark_refittable(network, graph, beside.with_name(job.component.weights)) if options.refittable else []
         add_profiles(builder, config, job.component.inputs, job.profiles)
         monitor = make_monitor(module, job)
         config.progress_monitor = monitor
@@ -87,7 +90,9 @@ class TensorRT(Backend):
         if not built:
             raise FewstepError(
                 f"{self.name} built no engine of {job.name!r}: {errors_said() or 'it gave no reason'}",
-                remedy="Run again with logging at DEBUG for its full report.",
+                remedy="Build refittable and stripped engines on a machine with a GPU: the library runs parts of them."
+                if (options.refittable or options.stripped) and not machine.has_gpu_driver()
+                else "Run again with logging at DEBUG for its full report.",
             )
         if timing is not None:
             write_cache(timing, bytes(memoryview(config.get_timing_cache().serialize())))
@@ -98,12 +103,17 @@ class TensorRT(Backend):
             "compute_types": dict(types),
             "decomposed_attentions": attentions,
             "profiles": len(job.profiles),
+            "refittable_weights": len(marked),
         }
 
     def open(self, job: OpenJob) -> Engine:
         """Deserialise; needs the GPU, and asks for it before the library is touched: without one it may crash."""
         machine.gpu(job.run.device)
-        return TensorRTEngine(
+        options = job.entry.key.options
+        stripped, kind = bool(options.get("stripped")), TensorRTEngine
+        if stripped or options.get("refittable"):
+            kind = RefittableEngine if options.get("refittable") else StrippedEngine
+        engine = kind(
             job.data,
             backend=self.name,
             inputs=job.component.inputs,
@@ -112,9 +122,14 @@ class TensorRT(Backend):
             run=job.run,
             dtype=job.component.dtype,
             attentions=job.component.operators.get("Attention", 0),
-            capturable=bool(job.entry.key.options.get("capturable")),
+            capturable=bool(options.get("capturable")),
             cache=self._runtime_cache(job),
         )
+        if isinstance(engine, RefittableEngine):
+            engine.adopt(job, stripped=stripped)
+        elif isinstance(engine, StrippedEngine):
+            engine.fill(job)
+        return engine
 
     def realised(self, engine: Engine) -> Mapping[str, Any]:
         return engine.realised if isinstance(engine, TensorRTEngine) else {}
@@ -129,6 +144,7 @@ class TensorRT(Backend):
             config.max_aux_streams = options.auxiliary_streams
         config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
         config.clear_flag(module.BuilderFlag.TF32)
+        set_refit_flags(module, config, options)
         if not (hasattr(config, "num_compute_capabilities") and hasattr(config, "set_compute_capability")):
             return
         if options.capturable:

@@ -13,13 +13,14 @@ import threading
 import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ...engines.base import Moving
 from ...errors import ArgumentError, FewstepError
 
 Body = Callable[[], None]
@@ -199,6 +200,7 @@ class _Kept:
     graph: CapturedGraph
     owners: tuple[object, ...]
     addresses: tuple[int, ...]
+    generations: tuple[int, ...]
 
 
 class GraphCache:
@@ -235,20 +237,36 @@ class GraphCache:
     ) -> None:
         """Do the work of `body`: by replay where it is captured, else it is captured first.
 
-        owners: the objects whose identities stand in the key; they are kept alive with the graph. buffers: tensors
-        that the work reads or writes; if one has moved since, the graph is dropped. restore: tensors that hold state,
+        owners: the objects whose identities stand in the key; they are kept alive with the graph, and if the weights of
+        one were replaced since (`Moving`), it is dropped. buffers: tensors that the work reads or writes; if one has
+        moved since, the graph is dropped. restore: tensors that hold state,
         put back to what they held before the capture. Where capture fails, the work is done eagerly, with a warning.
         """
+        moving = {id(o): o for o in owners if isinstance(o, Moving)}
+        with ExitStack() as uses:
+            for _, owner in sorted(moving.items()):  # one order for all threads: see `Turns`
+                uses.enter_context(owner.using())
+            self._run(key, body, owners, buffers, restore, tuple(o.generation for o in moving.values()))
+
+    def _run(
+        self,
+        key: GraphKey,
+        body: Body,
+        owners: Sequence[object],
+        buffers: Sequence[torch.Tensor],
+        restore: Sequence[torch.Tensor],
+        generations: tuple[int, ...],
+    ) -> None:
         if key in self._failed:
             body()
             return
         addresses = tuple(t.data_ptr() for t in buffers)
         kept = self._kept.get(key)
-        if kept is not None and kept.addresses != addresses:
+        if kept is not None and (kept.addresses, kept.generations) != (addresses, generations):
             self._drop([key])
             kept = None
         if kept is None:
-            kept = self._capture(key, body, owners, addresses, restore)
+            kept = self._capture(key, body, owners, addresses, generations, restore)
             if kept is None:
                 body()
                 return
@@ -276,6 +294,7 @@ class GraphCache:
         body: Body,
         owners: Sequence[object],
         addresses: tuple[int, ...],
+        generations: tuple[int, ...],
         restore: Sequence[torch.Tensor],
     ) -> _Kept | None:
         before = [t.clone() for t in restore]
@@ -290,7 +309,7 @@ class GraphCache:
             for tensor, value in zip(restore, before, strict=True):
                 tensor.copy_(value)
         self.captures += 1
-        kept = self._kept[key] = _Kept(graph, tuple(owners), addresses)
+        kept = self._kept[key] = _Kept(graph, tuple(owners), addresses, generations)
         while len(self._kept) > self._most:
             self._kept.popitem(last=False)
             self.evictions += 1

@@ -13,8 +13,9 @@ import onnx
 import pytest
 from fewstep.bundle import Bundle
 from fewstep.engines import BuildOptions, BuiltEngine, Profile, Span, Store, build_engines, open_engine, profiles_for
-from fewstep.engines.backends.tensorrt import import_tensorrt, read_cache, write_cache
+from fewstep.engines.backends.tensorrt import import_tensorrt
 from fewstep.engines.backends.tensorrt_build import check_operators
+from fewstep.engines.backends.tensorrt_cache import read_cache, write_cache
 from fewstep.engines.backends.tensorrt_inspect import check_precision, count_fused_attention
 from fewstep.engines.plan import plan_build
 from fewstep.errors import (
@@ -99,6 +100,8 @@ def test_capturable_engines_and_builder_options_reach_the_key(bundle: Bundle, st
         "auxiliary_streams": 2,
         "compute_capabilities": ["8.9"],
         "capturable": True,
+        "refittable": False,
+        "stripped": False,
     }
 
 
