@@ -7,12 +7,14 @@ It has been run on the CPU, not on a GPU.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from ..bundle import Bundle
@@ -22,7 +24,7 @@ from ..engines.options import RunOptions
 from ..engines.profile import check_dims
 from ..engines.store import default_store
 from ..engines.weights import check_weights
-from ..errors import ArgumentError, CorruptError, MissingError
+from ..errors import ArgumentError, CorruptError, MismatchError, MissingError
 from .trace.modules import Traceable, build_model, wrap
 
 OWN_GRAPHS = ("max-autotune", "reduce-overhead")
@@ -39,8 +41,18 @@ class TorchEngine:
 
     backend = "torch"
 
-    def __init__(self, traceable: Traceable, run: RunOptions | None = None) -> None:
+    def __init__(
+        self,
+        traceable: Traceable,
+        run: RunOptions | None = None,
+        *,
+        held: torch.nn.Module | None = None,
+        names: Collection[str] = (),
+        digest: str = "",
+    ) -> None:
+        """held: the module whose parameters have the bundle's names, of which `names` are the weights with `digest`."""
         options = run or RunOptions()
+        self._held, self._names, self._loaded = held or traceable.module, frozenset(names), digest
         self.device = options.torch_device
         self.place = torch.device("cuda", options.device) if self.device == "cuda" else torch.device("cpu")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -62,6 +74,29 @@ class TorchEngine:
     @property
     def capture(self) -> str:
         return "own_graph" if self._owns_graph else "whole_request"
+
+    @property
+    def loaded(self) -> str:
+        return self._loaded
+
+    def load_weights(self, weights: Mapping[str, NDArray[Any]], digest: str) -> None:
+        """See `Swappable`; parameters keep their addresses, which a CUDA graph may hold."""
+        own = dict(self._held.named_parameters()) | dict(self._held.named_buffers())
+        own = {n: p for n, p in own.items() if n in weights}
+        missing = sorted(self._names - own.keys())
+        if missing:
+            raise MismatchError(f"the weights have no {', '.join(missing[:8])}", expected="every weight of the engine")
+        for name, parameter in own.items():
+            if tuple(parameter.shape) != weights[name].shape:
+                raise MismatchError(
+                    f"{name} is {list(weights[name].shape)}",
+                    expected=f"{list(parameter.shape)}",
+                    remedy="Take weights of the same architecture.",
+                )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(_tensor(weights[name], parameter.dtype))
+        self._loaded = digest
 
     def bind(self, dims: Mapping[str, int]) -> TorchBinding:
         check_dims((*self.inputs.values(), *self.outputs.values()), dims)
@@ -125,7 +160,8 @@ def open_torch_engine(bundle: Bundle, name: str, run: RunOptions) -> TorchEngine
     traceable = wrap(name, model, component.config, dtype, bundle.model, exact_scores=on_cuda)
     check_weights(bundle, component, default_store())
     # What the bundle lacks its graph does not use: the last layer of a text encoder that is read before it, for one.
-    result = traceable.module.load_state_dict(load_file(bundle.path(component.weights)), strict=False)
+    held, stored = traceable.module, load_file(bundle.path(component.weights))
+    result = held.load_state_dict(stored, strict=False)
     if result.unexpected_keys:
         raise CorruptError(
             f"{component.weights} holds weights that {name} does not know: {', '.join(result.unexpected_keys[:3])}",
@@ -136,4 +172,10 @@ def open_torch_engine(bundle: Bundle, name: str, run: RunOptions) -> TorchEngine
 
         module = LowRankModule(traceable.module, bundle.layers[name], bundle.vocabularies.get(name))
         traceable = replace(traceable, module=module, inputs=component.inputs)
-    return TorchEngine(traceable, run)
+    return TorchEngine(traceable, run, held=held, names=stored, digest=component.weights_sha256)
+
+
+def _tensor(array: NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
+    """An array as a tensor; bfloat16 comes as its bits."""
+    tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
+    return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor.to(dtype)

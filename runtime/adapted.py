@@ -32,3 +32,8 @@ class AdaptedEngines:
                 layers, vocabulary = bundle.layers[name], bundle.vocabularies.get(name)
                 known = self._opened[name, kernels] = Adapted(engine=engine, layers=layers, vocabulary=vocabulary)
             return known
+
+    def opened(self) -> list[tuple[str, Engine]]:
+        """The engines that are open, each with its component."""
+        with self._lock:
+            return [(name, adapted.engine) for (name, _), adapted in self._opened.items()]

@@ -155,6 +155,24 @@ class LoraLibrary:
                 self._changes.popitem(last=False)
             return known
 
+    def fusion(self, asked: Uses) -> Fusion:
+        """The changes of some LoRAs of any kind by component and weight, with their scales, to merge into the weights.
+
+        Raises as `changes` does, but for the kinds of adapters.
+        """
+        deltas: dict[str, dict[str, tuple[Delta, ...]]] = {}
+        for name, only, scale in asked:
+            if only and only not in self.components:
+                raise UnknownNameError("component with LoRAs", only, self.components)
+            with self._lock:
+                read = match_loras([LoraFile(path=self.find(name), scale=scale)], self._known_networks())
+            for component, by_key in read.deltas.items():
+                if only in ("", component):
+                    own = deltas.setdefault(component, {})
+                    for key, several in by_key.items():
+                        own[key] = (*own.get(key, ()), *several)
+        return Fusion(deltas=deltas)
+
     @property
     def bytes(self) -> int:
         """Memory of the packed arrays that are kept."""

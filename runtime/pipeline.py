@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ..bundle import Bundle
-from ..engines import Engine, RunOptions, Store, open_engines
+from ..bundle import Bundle, read_bundle
+from ..engines import BuildOptions, Engine, RunOptions, Store, open_engines
 from ..engines.find import command
 from ..engines.low_rank import Adapted
 from ..engines.memory import largest_batch
@@ -23,8 +23,9 @@ from ..errors import ArgumentError, BlackImageError, CancelledError, MismatchErr
 from ..families.image_prompt import IMAGE_ENCODER
 from ..schedules import Program
 from ..weights.embeddings import embedding_file
+from ..weights.lora import Fusion
 from .adapted import AdaptedEngines
-from .arguments import check_integer
+from .arguments import check_flag, check_integer
 from .arrays import Float32, Shape
 from .call import takes_a_call
 from .device.base import RECORDINGS, Device, Slots, TickTimes, check_engine
@@ -35,8 +36,10 @@ from .pictures.image_prompt import ImagePrompts
 from .pictures.vae import Vae, check_images
 from .prepare import Prepared, prepare
 from .prompts.encoders import TextEncoders
+from .prompts.lora_tags import read_loras
 from .request import MOST_IMAGES, Request, check_size, make_request
 from .result import Result, ResultPart, Step, StepLatents, make_result
+from .swapping import InFlight, Loading, check_fits, check_loaded, plan_loading, put_weights, shown_as
 
 MODES = ("latency", "shared")
 T = TypeVar("T")
@@ -56,7 +59,7 @@ class Pipeline:
     `"auto"`, `True` or `False`, as `Vae` says. keep_text_encoders: `False` opens them when a prompt comes that is not
     known yet, and closes them once it is encoded, so that their memory is free while images are made. lora_folder:
     where LoRAs are found by name; without it requests give paths. embeddings: (word or `None`, path) for
-    `load_embedding`.
+    `load_embedding`. swappable: engines whose weights `load_weights` replaces, where the backend can build such.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class Pipeline:
         keep_text_encoders: bool = True,
         lora_folder: str | os.PathLike[str] | None = None,
         embeddings: Sequence[tuple[str | None, str | os.PathLike[str]]] = (),
+        swappable: bool = False,
         engine_options: Mapping[str, Any] | None = None,
         progress: Callable[[str, str, float], None] | None = None,
     ) -> None:
@@ -90,6 +94,7 @@ class Pipeline:
         self.mode = mode or ("latency" if self.device.whole_requests else "shared")
         self._warned: set[str] = set()
         self.batch = check_integer("batch", batch, 1, MOST_IMAGES)
+        check_flag("swappable", swappable)
         run = self.device.run_options(RunOptions(threads=threads))
         self._options: dict[str, Any] = {
             "backend": backend,
@@ -97,7 +102,11 @@ class Pipeline:
             "store": store,
             "build": build,
             "progress": progress,
+            "options": BuildOptions(refittable=True) if swappable else None,
         }
+        self._base, self._loaded = bundle, dict[str, Loading]()
+        self._opened: list[tuple[str, Engine]] = []
+        self._requests = InFlight()
         self.size = check_size(bundle, size or (bundle.defaults.width, bundle.defaults.height))
         encoders = list(bundle.text_encoders)
         self._on_device = self._open([*(encoders if keep_text_encoders else ()), "unet", "vae_decoder"])
@@ -108,7 +117,7 @@ class Pipeline:
         self.adapted = AdaptedEngines(bundle, self._open_adapted)
         self.text = TextEncoders(
             bundle,
-            self.engines if keep_text_encoders else lambda: self._open_on_host(encoders),
+            self.engines if keep_text_encoders else lambda: self._open_on_host(encoders, keep=False),
             keep_engines=keep_text_encoders,
             changes=self.loras.changes,
             adapt=self.adapted.of,
@@ -143,11 +152,52 @@ class Pipeline:
     def reopened(self, bundle: Bundle | None = None, *, device: str | None = None) -> Pipeline:
         """Another pipeline with the same options, of another bundle or on another device."""
         moved = {} if device is None else {"device": device}
-        return Pipeline(self.bundle if bundle is None else bundle, **{**self._given, **moved})
+        return Pipeline(self._base if bundle is None else bundle, **{**self._given, **moved})
 
-    def _open(self, names: Sequence[str]) -> dict[str, Engine]:
+    def load_weights(
+        self,
+        bundle: Bundle | str | os.PathLike[str] | None = None,
+        *,
+        loras: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+        gate: bool = True,
+    ) -> dict[str, float]:
+        """Replace the weights where they lie, for all requests from then on: no trace, no build.
+
+        bundle: another one of the same architecture, whose scheduler and defaults then are the pipeline's too; `None`:
+        its own. loras: to merge, by name or path with scales, of any kind: always into the bundle's own weights,
+        so that calls do not add up, and `load_weights()` gives back what was loaded. Waits for requests that are being
+        made; those that come meanwhile wait. With `gate` another bundle's weights are compared with its reference, and
+        on a failure the former ones are put back. Returns the milliseconds of each component that changed.
+
+        Raises `MismatchError` for another architecture, `UnsupportedError` for engines that cannot (`swappable`), and
+        `GateError`; nothing has changed then.
+        """
+        other = self._base if bundle is None else bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
+        check_fits(self._base, other)
+        (uses,) = read_loras(loras, 1)
+        fusion = self.loras.fusion(uses)
+        loadings = plan_loading(other, uses, [self.loras.find(n) for n, _, _ in uses], fusion, self._options["store"])
+        with self._requests.change():
+            opened = [*self._opened, *self.adapted.opened()]
+            former = self._loaded or plan_loading(self._base, (), (), Fusion(), self._options["store"])
+            try:
+                took = put_weights(opened, loadings)
+                if gate and other is not self._base and not uses:
+                    check_loaded(other, self._opened)
+            except BaseException:
+                put_weights(opened, former)
+                raise
+            self._loaded = loadings
+            self.bundle = shown_as(self._base, other, loadings)
+            self.text.forget()
+        return took
+
+    def _open(self, names: Sequence[str], *, keep: bool = True) -> dict[str, Engine]:
         with self.device.guard_memory("the engines"):
-            return open_engines(self.bundle, names, dims={n: self._dims(n) for n in names}, **self._options)
+            engines = open_engines(self._base, names, dims={n: self._dims(n) for n in names}, **self._options)
+        put_weights(list(engines.items()) if self._loaded else [], self._loaded)
+        self._opened += engines.items() if keep else ()
+        return engines
 
     def _open_adapted(self, bundle: Bundle, name: str, dims: Mapping[str, int]) -> Engine:
         """On the backend that the component is on already."""
@@ -155,10 +205,11 @@ class Pipeline:
         options = {**self._options, **({} if plain is None else {"backend": plain.backend})}
         with self.device.guard_memory("the engine that takes LoRAs"):
             engine = open_engines(bundle, [name], dims={name: {**self._dims(name), **dims}}, **options)[name]
+        put_weights([(name, engine)] if self._loaded else [], self._loaded)
         return engine if name == "unet" else self.device.on_host(engine)
 
-    def _open_on_host(self, names: Sequence[str]) -> dict[str, Engine]:
-        return {n: self.device.on_host(e) for n, e in self._open(names).items()}
+    def _open_on_host(self, names: Sequence[str], *, keep: bool = True) -> dict[str, Engine]:
+        return {n: self.device.on_host(e) for n, e in self._open(names, keep=keep).items()}
 
     def _dims(self, name: str) -> dict[str, int]:
         """The sizes an engine is opened for; an engine with dynamic shapes takes others too."""
@@ -225,10 +276,11 @@ class Pipeline:
         In latency mode without previews the only step comes when all is done.
         """
         began = time.perf_counter()
-        prepared = self.prepare(request)
-        part = yield from self.make(prepared, previews=previews)
-        with self._memory_told(request, request.images):
-            return make_result(self.bundle, prepared, [part], total_ms=_since(began))
+        with self._requests.request():
+            prepared = self.prepare(request)
+            part = yield from self.make(prepared, previews=previews)
+            with self._memory_told(request, request.images):
+                return make_result(self.bundle, prepared, [part], total_ms=_since(began))
 
     def prepare(self, request: Request) -> Prepared:
         """The request with prompts and picture encoded and noise drawn, ready for slots."""

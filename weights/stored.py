@@ -84,6 +84,14 @@ def _drop_pages(view: mmap.mmap, begin: int, end: int) -> None:
         view.madvise(mmap.MADV_DONTNEED, first, end - first)
 
 
+def as_array(stored: Stored) -> np.ndarray:
+    """A tensor as it lies in its file, without a copy; bfloat16 as its bits, in uint16."""
+    kind = {**_FLOATS, **_INTEGERS}.get(stored.dtype)
+    if kind is None:
+        raise UnsupportedError(f"a tensor of the type {stored.dtype}", expected=", ".join({**_FLOATS, **_INTEGERS}))
+    return stored.data.view(kind).reshape(stored.shape)
+
+
 def convert(stored: Stored, dtype: str, name: str) -> np.ndarray:
     """A weight's values in another precision, as a flat array.
 

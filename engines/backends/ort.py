@@ -274,10 +274,14 @@ class OrtBinding:
                 "two threads use one binding", expected="a binding for each thread", remedy="Call engine.bind in each."
             )
         try:
+            self._prepare()
             with memory_told("an evaluation"):
                 self._session.run_with_iobinding(self._io)
         finally:
             self._lock.release()
+
+    def _prepare(self) -> None:
+        """What else is bound before an evaluation."""
 
 
 class OrtEngine:
@@ -298,6 +302,9 @@ class OrtEngine:
         self._session, self.backend = session, provider.backend
         self.inputs: dict[str, TensorSpec] = {s.name: s for s in inputs}
         self.outputs: dict[str, TensorSpec] = {s.name: s for s in outputs}
+        self._check(session)
+
+    def _check(self, session: Any) -> None:
         check_tensors("input", self.inputs, session.get_inputs())
         check_tensors("output", self.outputs, session.get_outputs())
 

@@ -16,10 +16,12 @@ from typing import Any
 
 from ...errors import CancelledError, CorruptError, FewstepError
 from ...places import why_not_written, write_error
+from ...weights.stored import as_array, open_tensors
 from .. import machine
 from ..base import Engine
 from ..graph.accounting import Forms, check_fusion, count_operators
 from ..graph.float16 import convert_saved
+from ..graph.weights_apart import take_weights_apart
 from ..options import BuildOptions, RunOptions
 from ..store import ROOM_REMEDY
 from ..weights import check_data, check_weights, checked_graph, read_weights, source_bytes
@@ -27,6 +29,8 @@ from .ort import OrtEngine, Provider, import_onnxruntime, open_session
 from .registry import Backend, BuildJob, OpenJob
 
 INLINE_BYTES = 1_500_000_000
+LARGE_BYTES = 1 << 20
+"""Tensors from this size on lie outside of the graph while weights are taken out of it."""
 
 
 class OrtBackend(Backend):
@@ -71,6 +75,9 @@ class OrtBackend(Backend):
             if beside:
                 entry = "session.optimized_model_external_initializers_file_name"
                 options.add_session_config_entry(entry, job.data.name)
+                if job.options.refittable:  # what is small stays in the graph, constants among it
+                    entry = "session.optimized_model_external_initializers_min_size_in_bytes"
+                    options.add_session_config_entry(entry, str(LARGE_BYTES))
             watcher = threading.Thread(target=_cancel_load, args=(job.cancel, finished, options), daemon=True)
             watcher.start()
 
@@ -102,15 +109,27 @@ class OrtBackend(Backend):
             del session
             job.progress(job.name, "converting to half precision", 0.0)
             convert_saved(job.target, job.data)
+        if job.options.refittable:
+            job.progress(job.name, "taking weights apart", 0.0)
+            self._take_weights_apart(job, graph)
         operators, (fused, strict) = count_operators(job.target.read_bytes()), self.fusion(job)
         return {
-            "weights": "beside the graph" if beside else "shared with the bundle",
+            "weights": "beside the graph" if job.data.exists() else "shared with the bundle",
             "providers": providers,
             "rewritten": rewritten,
             "operators": dict(sorted(operators.items())),
             "copies": sum(n for name, n in operators.items() if name.startswith("Memcpy")),
             "fused": check_fusion(job.name, job.component.operators, operators, strict=strict, fused=fused),
         }
+
+    def _take_weights_apart(self, job: BuildJob, graph: bytes) -> None:
+        """Leave in the engine's file no weights, but inputs for them."""
+        place = job.bundle.path(job.component.weights)
+        files = {job.component.weights: place, job.data.name: job.data}
+        weights = {name: as_array(tensor) for name, tensor in open_tensors([place]).items() if tensor.dtype == "F32"}
+        engine = take_weights_apart(job.target.read_bytes(), files, graph, weights)
+        job.target.write_bytes(engine)
+        job.data.unlink(missing_ok=True)
 
     def _loads(self, graph: bytes, folder: Path, job: BuildJob) -> bool:
         """Whether ONNX Runtime takes the graph where it is not to save it; its errors do not tell the two apart."""

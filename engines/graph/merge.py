@@ -25,7 +25,7 @@ def merge_products(graph: OnnxGraph) -> int:
     makers = makers_of(graph.nodes)
     groups: dict[str, list[tuple[Node, str]]] = {}
     for node in graph.nodes:
-        weight = _weight(node, makers, graph)
+        weight = turned_weight(node, makers, graph)
         if weight is not None and len(graph.shapes.get(node.inputs[0], ())) == 3:
             groups.setdefault(node.inputs[0], []).append((node, weight))
     groups = {
@@ -41,7 +41,7 @@ def _columns(layers: Sequence[tuple[Node, str]], graph: OnnxGraph) -> int:
     return sum(graph.constants[weight][0] for _, weight in layers)
 
 
-def _weight(node: Node, makers: Mapping[str, Node], graph: OnnxGraph) -> str | None:
+def turned_weight(node: Node, makers: Mapping[str, Node], graph: OnnxGraph) -> str | None:
     """The constant [D, C] of x W^T, before its transposition."""
     turned = makers.get(node.inputs[1]) if node.operator == "MatMul" and node.domain in ONNX else None
     if (
@@ -142,7 +142,7 @@ def _gate(
         return None
     for product_name, bias in (total.inputs, total.inputs[::-1]):
         product = makers.get(product_name)
-        weight = None if product is None else _weight(product, makers, graph)
+        weight = None if product is None else turned_weight(product, makers, graph)
         if product is None or weight is None or graph.constants.get(bias) != shape[2:]:
             continue
         alone = all(len(users[n]) == 1 and n not in graph.outputs for n in (product_name, total.outputs[0]))

@@ -6,26 +6,30 @@ A message is a sequence of (field number, wire type, value). What a rewrite does
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ...errors import CorruptError
 
 FLOAT, INT64, BOOL, FLOAT16, BFLOAT16 = 1, 7, 9, 10, 16
-_MODEL_OPSET, _MODEL_GRAPH = 8, 7
+_MODEL_OPSET, _MODEL_GRAPH, _MODEL_METADATA = 8, 7, 14
 _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_OUTPUT, _GRAPH_VALUE = 1, 5, 11, 12, 13
 _REMEDY = "Export the checkpoint again."
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Node:
-    """NodeProto: what it computes from which tensors. `attributes` are floats, integers and lists of integers."""
+    """NodeProto: what it computes from which tensors. `attributes` are floats, integers and lists of integers.
+
+    name: as it was read; a new node is named by its output.
+    """
 
     operator: str
     inputs: list[str]
     outputs: list[str]
     attributes: dict[str, float | int | list[int]] = field(default_factory=dict)
     domain: str = ""
+    name: str = ""
     raw: bytes | None = None
 
     def to_bytes(self) -> bytes:
@@ -78,6 +82,18 @@ class OnnxGraph:
         self.outputs = (*self.outputs, name)
         tensor = block(2, block(1, number(1, FLOAT)))
         self._graph.append((_GRAPH_OUTPUT, 2, string(1, name) + tensor))
+
+    def constant_messages(self) -> list[bytes]:
+        """The initializers as they are, each a TensorProto."""
+        return [value for tag, wire, value in self._graph if tag == _GRAPH_INITIALIZER and wire == 2]
+
+    def remove_constants(self, names: Collection[str]) -> None:
+        """Take initializers away."""
+        self.constants = {n: s for n, s in self.constants.items() if n not in names}
+        self._graph = [f for f in self._graph if not (f[0] == _GRAPH_INITIALIZER and _named(f[2]) in names)]
+
+    def add_metadata(self, key: str, value: str) -> None:
+        self._model.append((_MODEL_METADATA, 2, string(1, key) + string(2, value)))
 
     def to_bytes(self) -> bytes:
         """The serialised model, with the nodes as they are now."""
@@ -137,6 +153,8 @@ def _read_node(message: memoryview) -> Node:
             node.inputs.append(_text(value))
         elif tag == 2:
             node.outputs.append(_text(value))
+        elif tag == 3:
+            node.name = _text(value)
         elif tag == 4:
             node.operator = _text(value)
         elif tag == 5:
@@ -176,6 +194,10 @@ def _read_tensor(message: memoryview) -> tuple[str, tuple[int, ...], int]:
         elif tag == 8:
             name = _text(value)
     return name, tuple(dims), element
+
+
+def _named(message: bytes) -> str:
+    return _read_tensor(memoryview(message))[0]
 
 
 def _read_value(message: memoryview) -> tuple[str, tuple[int | str | None, ...] | None, int]:

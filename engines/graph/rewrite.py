@@ -18,7 +18,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 
-from .merge import ONNX, drop_unused, makers_of, merge_products, merge_projections, split_gates
+from .merge import ONNX, drop_unused, makers_of, merge_products, merge_projections, split_gates, turned_weight
 from .onnx_bytes import FLOAT, Node, OnnxGraph, read_graph, users_of
 from .symbolic import count_elements
 
@@ -48,6 +48,37 @@ def rewrite_for_cpu(model: bytes, dims: Mapping[str, int] | None = None) -> tupl
         "unused": drop_unused(graph),
     }
     return (graph.to_bytes() if any(counts.values()) else model), counts
+
+
+def rewrite_with_weights(model: bytes, dims: Mapping[str, int] | None = None) -> tuple[bytes, dict[str, int]]:
+    """As `rewrite_for_cpu`, with every weight left as the file has it: nothing is merged, and no matrix is turned.
+
+    What reads x W^T reads W, so that another W is another array and no copy of one. Raises `CorruptError`.
+    """
+    graph = read_graph(model)
+    counts = {
+        "Attention": fuse_attention(graph, dims),
+        "InstanceNormalization": replace_group_norms(graph, dims),
+        "Reshape": fix_reshapes(graph),
+        "products": read_weights_turned(graph),
+        "unused": drop_unused(graph),
+    }
+    return graph.to_bytes(), counts
+
+
+def read_weights_turned(graph: OnnxGraph) -> int:
+    """Put `FusedMatMul`, which turns matrices itself, for MatMul of a constant's Transpose; returns how many."""
+    makers = makers_of(graph.nodes)
+    turned = {id(n): w for n in graph.nodes if (w := turned_weight(n, makers, graph)) is not None}
+    for i, node in enumerate(graph.nodes):
+        if id(node) in turned:
+            inputs = [node.inputs[0], turned[id(node)]]
+            graph.nodes[i] = Node(
+                operator="FusedMatMul", domain=CONTRIB, inputs=inputs, outputs=node.outputs, attributes={"transB": 1}
+            )
+    if turned:
+        graph.opsets[CONTRIB] = 1
+    return len(turned)
 
 
 def fuse_attention(graph: OnnxGraph, dims: Mapping[str, int] | None = None) -> int:
