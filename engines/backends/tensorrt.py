@@ -100,7 +100,7 @@ class TensorRTEngine:
         self._trt, self.backend, self._run, self._cache = import_tensorrt(backend), backend, run, cache
         self.inputs = {s.name: s for s in inputs}
         self.outputs = {s.name: s for s in outputs}
-        self._profiles, self._capturable = tuple(profiles), capturable
+        self.profiles, self._capturable = tuple(profiles), capturable
         with self._torch.cuda.device(run.device):
             runtime: trt.Runtime = self._trt.Runtime(logger(backend))
             runtime.engine_host_code_allowed = False
@@ -171,10 +171,10 @@ class TensorRTEngine:
         return nullcontext()
 
     def _profile(self, dims: Mapping[str, int]) -> int:
-        profile = select_profile(self._profiles, dims)
+        profile = select_profile(self.profiles, dims)
         if profile is None:
             raise MismatchError(
-                f"the engine has the profiles {'; '.join(map(str, self._profiles))}",
+                f"the engine has the profiles {'; '.join(map(str, self.profiles))}",
                 expected=" ".join(f"{n}={v}" for n, v in sorted(dims.items())),
                 remedy="Build one for this size with: fewstep build BUNDLE --size WxH --batch N",
             )
@@ -183,14 +183,14 @@ class TensorRTEngine:
     def _check_tensors(self) -> None:
         names = {self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)}
         expected = {*self.inputs, *self.outputs}
-        if names != expected or self._engine.num_optimization_profiles != max(1, len(self._profiles)):
+        if names != expected or self._engine.num_optimization_profiles != max(1, len(self.profiles)):
             raise MismatchError(
                 f"the engine has the tensors {', '.join(sorted(names))} "
                 f"and {self._engine.num_optimization_profiles} profiles",
-                expected=f"{', '.join(sorted(expected))} and {len(self._profiles)}, as its manifest says",
+                expected=f"{', '.join(sorted(expected))} and {len(self.profiles)}, as its manifest says",
                 remedy="Rebuild it with: fewstep build BUNDLE --force",
             )
-        for index, profile in enumerate(self._profiles):
+        for index, profile in enumerate(self.profiles):
             for spec in self.inputs.values():
                 own = tuple(map(_sizes, self._engine.get_tensor_profile_shape(spec.name, index)))
                 if own != profile.shapes(spec):

@@ -48,6 +48,7 @@ class HostEngine:
         self._engine, self._lane, self.backend = engine, lane, engine.backend
         self.inputs: Mapping[str, TensorSpec] = engine.inputs
         self.outputs: Mapping[str, TensorSpec] = engine.outputs
+        self.profiles = getattr(engine, "profiles", ())
 
     def bind(self, dims: Mapping[str, int]) -> HostBinding:
         with self._lane.here():

@@ -154,15 +154,17 @@ class TextEncoders:
                 sum(cut),
             )
         counts = [len(chunks) for chunks in laid[0]]
+        total = sum(counts)
         bindings = self._encode_chunks([[c for chunks in of for c in chunks] for of in laid], clip_skip, loras)
         outputs: list[dict[str, Float32]] = []
         for binding, of in zip(bindings, laid, strict=True):
-            hidden = _weigh(binding.outputs["hidden"], [c for chunks in of for c in chunks])
+            made = {n: a[:total] for n, a in binding.outputs.items()}
+            hidden = _weigh(made["hidden"], [c for chunks in of for c in chunks])
             if not np.isfinite(hidden).all():
                 raise NonFiniteError(
                     "a text encoder gave NaN or infinity", remedy="Export the text encoders in float32."
                 )
-            outputs.append({**binding.outputs, "hidden": hidden})
+            outputs.append({**made, "hidden": hidden})
         joined, embeddings, chunk = self._join(outputs), [], 0
         for count, was_cut in zip(counts, cut, strict=True):
             arrays = {n: _of_prompt(a[chunk : chunk + count]) for n, a in joined.items()}
@@ -190,18 +192,22 @@ class TextEncoders:
         return laid, cut
 
     def _encode_chunks(self, chunks: Sequence[Sequence[Chunk]], clip_skip: int, loras: Uses) -> list[Binding]:
-        """Bindings of the encoders, run on their chunks, with their weights changed where LoRAs do."""
-        count = len(chunks[0])
+        """Bindings of the encoders, run on their chunks, with their weights changed where LoRAs do.
+
+        Engines that were built for other numbers of chunks have empty ones behind these.
+        """
         if not self._engines:
             opened = self._open()
             self._engines = [opened[n] for n in self._names]
+        given = len(chunks[0])
+        count = _room(self._engines, given)
         bindings = self._bindings.get(count)
         if bindings is None:
             bindings = [e.bind({"prompts": count}) for e in self._engines]
             self._bindings = {**dict(list(self._bindings.items())[-3:]), count: bindings}
         changes, told = self._changes(loras), []
         for name, plain, tokenizer, of in zip(self._names, bindings, self._tokenizers, chunks, strict=True):
-            ids = np.array([tokenizer.wrap(c.tokens) for c in of], np.int64)
+            ids = np.array([tokenizer.wrap(c.tokens) for c in (*of, *[Chunk((), ())] * (count - given))], np.int64)
             first, table = self._words.get(name, (0, None))
             words = table if table is not None and ids.max() >= first else None
             binding = plain
@@ -235,6 +241,15 @@ class TextEncoders:
         for input_name, array in {**arrays, EXTRA_WORDS: rows}.items():
             binding.inputs[input_name][...] = array
         return binding, adapted.vocabulary or 0
+
+
+def _room(engines: Sequence[Engine], count: int) -> int:
+    """This number of chunks, or the next larger one that the engines' profiles admit; this one where none does."""
+    for engine in engines:
+        spans = [p.spans["prompts"] for p in getattr(engine, "profiles", ())]
+        if spans and not any(s.minimum <= count <= s.maximum for s in spans):
+            count = min((s.minimum for s in spans if s.minimum > count), default=count)
+    return count
 
 
 def _of_prompt(chunks: Float32) -> Float32:
