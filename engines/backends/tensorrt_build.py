@@ -110,9 +110,8 @@ class TensorRT(Backend):
         """Deserialise; needs the GPU, and asks for it before the library is touched: without one it may crash."""
         machine.gpu(job.run.device)
         options = job.entry.key.options
-        stripped, kind = bool(options.get("stripped")), TensorRTEngine
-        if stripped or options.get("refittable"):
-            kind = RefittableEngine if options.get("refittable") else StrippedEngine
+        stripped = bool(options.get("stripped"))
+        kind = RefittableEngine if options.get("refittable") else StrippedEngine if stripped else TensorRTEngine
         engine = kind(
             job.data,
             backend=self.name,
