@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 CORE := $(VENV)/.core
 FULL := $(VENV)/.full
 
-.PHONY: faults lora-bench ladder-bench bench-export bench-sd15 bench-sd15-request bench-sdxl bench-peers demo test lint parity bench bindings-check install-check ray-test load-bench load-bench-sd15 soak live-bench door-bench model clean
+.PHONY: faults lora-bench ladder-bench swap-bench bench-export bench-sd15 bench-sd15-request bench-sdxl bench-peers demo test lint parity bench bindings-check install-check ray-test load-bench load-bench-sd15 soak live-bench door-bench model clean
 
 demo: $(CORE)
 	$(BIN)/fewstep demo
@@ -124,6 +124,9 @@ load-bench-sd15: $(FULL) $(SD15)/bundle/bundle.json
 
 lora-bench: $(FULL) $(SD15)/bundle/bundle.json
 	$(BIN)/python bench/loras.py $(SD15)/bundle $(SD15)/model --rounds 5 --json $(RESULTS)/loras-sd15-cpu.json
+
+swap-bench: $(FULL) $(SD15)/bundle/bundle.json
+	$(BIN)/python bench/swap.py $(SD15)/bundle $(SD15)/model --json $(RESULTS)/swap-sd15-cpu.json
 
 ladder-bench: $(FULL) $(SD15)/bundle/bundle.json $(SD15)/controlled/bundle.json
 	$(BIN)/python bench/ladder.py $(SD15)/bundle $(SD15)/controlled $(SD15)/model $(SD15)/controlnet \

@@ -28,6 +28,7 @@ VERBS = {
     "memory": "say what each stage needs, and how many images fit at once",
     "samplers": "list samplers and schedules",
     "schedule": "show the rows of a sampler under a schedule",
+    "swap": "replace a loaded bundle's weights by another's, or merge adapters into them",
     "engines": "list, show, verify or prune the engines in the store",
     "serve": "answer requests for images over HTTP",
     "demo": "make a picture with the embedded model",

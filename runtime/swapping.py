@@ -16,7 +16,7 @@ from ..engines.base import Swappable
 from ..engines.digest import sha256_file
 from ..engines.gate.gate import gate_engine
 from ..engines.gate.verify import load_cases
-from ..engines.store import Store
+from ..engines.store import Store, default_store
 from ..engines.weights import check_weights
 from ..errors import ArgumentError, MismatchError, UnsupportedError
 from ..weights.lora import Fusion
@@ -96,7 +96,7 @@ def plan_loading(
     merged = [(file, component, scale) for file, (_, component, scale) in zip(files, uses, strict=True)]
     loadings = {}
     for name, part in bundle.components.items():
-        weights, digest = mapped_weights(check_weights(bundle, part, store)), part.weights_sha256
+        weights, digest = mapped_weights(check_weights(bundle, part, store or default_store())), part.weights_sha256
         if fusion.deltas.get(name):
             weights = merge(weights, name, fusion, part.dtype)
             digest = hashlib.sha256(repr((digest, *merged)).encode()).hexdigest()

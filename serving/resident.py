@@ -329,7 +329,7 @@ class Residents:
         with self._changed:
             place.leaving = True
             self._changed.wait_for(lambda: not place.holds or self._closed)
-        while server.state == "ready" or server.state == "draining":
+        while server.state in {"ready", "swapping", "draining"}:
             if server.drain(LOOKED_S) or self._closed:
                 break
         server.close()

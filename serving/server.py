@@ -111,7 +111,7 @@ class Server:
 
     @property
     def state(self) -> str:
-        """`"ready"`, `"draining"`, `"failed"` or `"closed"`."""
+        """`"ready"`, `"swapping"`, `"draining"`, `"failed"` or `"closed"`."""
         return self._state
 
     @property
@@ -231,9 +231,22 @@ class Server:
     def drain(self, timeout: float | None = None) -> bool:
         """Take no more requests and wait for those accepted; whether all are settled."""
         with self._lock:
-            if self._state == "ready":
+            if self._state in {"ready", "swapping"}:
                 self._state = "draining"
             return self._lock.wait_for(lambda: not self._outstanding, timeout)
+
+    def load_weights(self, bundle: Any = None, *, loras: Any = None, gate: bool = True) -> dict[str, float]:
+        """`Pipeline.load_weights` between requests: those accepted are finished first, others meanwhile are refused."""
+        with self._lock:
+            self._check_open()
+            self._state = "swapping"
+            self._lock.wait_for(lambda: not self._outstanding)
+        try:
+            return self.pipeline.load_weights(bundle, loras=loras, gate=gate)
+        finally:
+            with self._lock:
+                if self._state == "swapping":
+                    self._state = "ready"
 
     def give_up(self) -> None:
         """Take no more requests, and fail what is not settled with `UnavailableError`, without waiting."""

@@ -118,6 +118,13 @@ class Delta:
 
     def added(self, weight: Float32) -> Float32:
         """A weight, float32 of its own shape, with the change: W + D, or with a magnitude m (W + D) / |W + D|."""
+        if self.is_low_rank:
+            down, up = self.matrices()
+            # W + (s up) down, with one array of W's size
+            product: Float32 = np.matmul(up * np.float32(self.factor), down)
+            np.add(product, weight.reshape(product.shape), out=product)
+            whole: Float32 = product.reshape(weight.shape)
+            return whole
         total: Float32 = weight + self.value().reshape(weight.shape)
         if self.magnitude is None:
             return total

@@ -129,7 +129,6 @@ class _Origins:
     def __init__(self, graph: OnnxGraph, weights: Mapping[str, NDArray[Any]]) -> None:
         self._makers, self._weights = makers_of(graph.nodes), weights
         self.known = {*graph.constants, *self._makers}
-        self.convolutions = {n.outputs[0]: n for n in graph.nodes if n.operator == "Conv"}
 
     def of(self, name: str) -> str | None:
         """The weight whose elements a tensor has, in their order."""
@@ -139,6 +138,13 @@ class _Origins:
                 return None
             name = maker.inputs[0]
         return name
+
+    def convolution(self, name: str) -> Node | None:
+        """The convolution that makes a tensor, itself or through an activation that it is fused with."""
+        maker = self._makers.get(name)
+        while maker is not None and maker.operator != "Conv" and len(maker.inputs) == 1:
+            maker = self._makers.get(maker.inputs[0])
+        return maker if maker is not None and maker.operator == "Conv" else None
 
     def depends(self, name: str) -> bool:
         if name in self._weights:
@@ -155,7 +161,7 @@ def _origin(name: str, readers: Mapping[str, tuple[Node, int]], origins: _Origin
     node, index = readers[name]
     if node.domain != BLOCKED or not node.name.endswith(_SUFFIX):
         return None
-    convolution = origins.convolutions.get(node.name.removesuffix(_SUFFIX))
+    convolution = origins.convolution(node.name.removesuffix(_SUFFIX))
     return None if convolution is None or index >= len(convolution.inputs) else origins.of(convolution.inputs[index])
 
 

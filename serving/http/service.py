@@ -81,7 +81,7 @@ class Service:
         if self.error is not None:
             return "failed"
         states = {s.state for s in self.residents.servers().values()}
-        if self._draining and states <= {"ready", "draining"}:
+        if self._draining and states <= {"ready", "swapping", "draining"}:
             return "draining"
         if not self._ready:
             return "starting"
