@@ -206,8 +206,8 @@ class Residents:
             self._observer.model_used(name, resident=resident)
         if resident:
             _settle(lease.future, None)
-        else:
-            self.load(name)
+        elif (refused := self.load(name)).done() and (error := refused.exception()) is not None:
+            _settle(lease.future, error)
         return lease
 
     def load(self, name: str) -> Future[None]:
@@ -270,7 +270,7 @@ class Residents:
                     self._leave(self._places[name])
             except FewstepError as told:
                 error = told
-            except Exception as unexpected:  # a library's own: the thread outlives it
+            except BaseException as unexpected:  # libraries in Rust raise what is no Exception: the thread outlives it
                 log.exception("the model %s could not be loaded", name)
                 error = FewstepError(f"the model could not be loaded ({type(unexpected).__name__})")
             self._done(kind, name, error)
@@ -327,6 +327,10 @@ class Residents:
         if server is None:
             return
         with self._changed:
+            if place.pins:
+                raise UnavailableError(
+                    f"live sessions are open on {place.model.name!r}", remedy="Try again when they have ended."
+                )
             place.leaving = True
             self._changed.wait_for(lambda: not place.holds or self._closed)
         while server.state in {"ready", "swapping", "draining"}:
@@ -341,7 +345,7 @@ class Residents:
             self._observer.model_left(place.model.name)
 
 
-def _settle(future: Future[None], error: FewstepError | None) -> None:
+def _settle(future: Future[None], error: BaseException | None) -> None:
     """Tell those who wait; the first to tell them is heard."""
     with suppress(InvalidStateError):
         if error is None:

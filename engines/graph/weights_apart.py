@@ -17,10 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import UnsupportedError
+from ...values import parse_json
 from .merge import makers_of
 from .onnx_bytes import FLOAT, Node, OnnxGraph, fields_of, integer, read_graph
 
 METADATA = "fewstep.weights"
+REBUILD = "Build it again with: fewstep build BUNDLE --force"
 BLOCKED = "com.microsoft.nchwc"
 """The domain of operators over [B, C / b, H, W, b]."""
 BLOCKS = (16, 8, 4)
@@ -70,7 +72,7 @@ def _filled(weight: NDArray[Any], axis: int, block: int) -> NDArray[Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Tensor:
+class _Initialiser:
     """An initialiser: its values, or the place where a file has them."""
 
     name: str
@@ -95,7 +97,7 @@ def take_weights_apart(
     readers = _readers(graph)
     origins = _Origins(given, weights)
     fed: list[Fed] = []
-    inside: list[tuple[_Tensor, bytes]] = []
+    inside: list[tuple[_Initialiser, bytes]] = []
     for tensor in tensors.values():
         values = _values(tensor, files)
         origin = _origin(tensor.name, readers, origins)
@@ -120,7 +122,8 @@ def take_weights_apart(
 
 def read_fed(metadata: Mapping[str, str]) -> tuple[Fed, ...]:
     """The inputs that take weights, of a model's metadata."""
-    return tuple(Fed(**{**f, "shape": tuple(f["shape"])}) for f in json.loads(metadata[METADATA]))
+    stated = parse_json(metadata.get(METADATA, ""), "the engine's record of its weights", remedy=REBUILD)
+    return tuple(Fed(**{**f, "shape": tuple(f["shape"])}) for f in stated)
 
 
 class _Origins:
@@ -165,7 +168,7 @@ def _origin(name: str, readers: Mapping[str, tuple[Node, int]], origins: _Origin
     return None if convolution is None or index >= len(convolution.inputs) else origins.of(convolution.inputs[index])
 
 
-def _fed(tensor: _Tensor, values: NDArray[Any], source: str, weight: NDArray[Any]) -> Fed:
+def _fed(tensor: _Initialiser, values: NDArray[Any], source: str, weight: NDArray[Any]) -> Fed:
     for form in _forms(tensor, source, weight):
         laid_out = form.laid_out(weight)
         if np.array_equal(laid_out.ravel().view(np.uint32), values):
@@ -177,7 +180,7 @@ def _fed(tensor: _Tensor, values: NDArray[Any], source: str, weight: NDArray[Any
     )
 
 
-def _forms(tensor: _Tensor, source: str, weight: NDArray[Any]) -> Iterator[Fed]:
+def _forms(tensor: _Initialiser, source: str, weight: NDArray[Any]) -> Iterator[Fed]:
     """What the input may be, as its size says."""
     size = math.prod(tensor.shape)
     if size == weight.size:
@@ -194,7 +197,7 @@ def _forms(tensor: _Tensor, source: str, weight: NDArray[Any]) -> Iterator[Fed]:
                 yield Fed(name=tensor.name, source=source, shape=tensor.shape, form=form, block=block)
 
 
-def _initialisers(graph: OnnxGraph) -> Iterator[_Tensor]:
+def _initialisers(graph: OnnxGraph) -> Iterator[_Initialiser]:
     for message in graph.constant_messages():
         dims: list[int] = []
         element, name, values, place = 0, "", None, {}
@@ -210,7 +213,7 @@ def _initialisers(graph: OnnxGraph) -> Iterator[_Tensor]:
             elif tag == 13:
                 entry = {n: str(v, "utf-8") for n, _, v in fields_of(value)}
                 place[entry[1]] = entry[2]
-        yield _Tensor(name, tuple(dims), element, values, place)
+        yield _Initialiser(name, tuple(dims), element, values, place)
 
 
 def _numbers(value: memoryview, wire: int) -> Iterator[tuple[int, int, memoryview]]:
@@ -224,7 +227,7 @@ def _numbers(value: memoryview, wire: int) -> Iterator[tuple[int, int, memoryvie
         value = value[ends:]
 
 
-def _values(tensor: _Tensor, files: Mapping[str, Path]) -> NDArray[Any]:
+def _values(tensor: _Initialiser, files: Mapping[str, Path]) -> NDArray[Any]:
     """The bits of a float32 tensor, as uint32; of another, its bytes."""
     kind = np.uint32 if tensor.element == FLOAT else np.uint8
     if not tensor.place:

@@ -20,7 +20,7 @@ from fewstep.schedules.compat.classes import CLASSES
 from fewstep.schedules.names import SAMPLER_ALIASES, SCHEDULE_ALIASES, resolve_sampler, resolve_schedule
 from fewstep.schedules.solvers.registry import SAMPLERS
 from fewstep.schedules.spacing import SPACINGS
-from fewstep.serving.http.calls import arguments, make_calls
+from fewstep.serving.http.calls import arguments, make_calls, parse_body
 from fewstep.serving.http.errors import HttpError
 from fewstep.serving.http.settings import Settings
 
@@ -72,7 +72,7 @@ def test_every_option_is_reached(sampler: str, schedule: str | None, name: str, 
         parsed = make_parser("run").parse_args(["run", "student", "--prompt=x", *words])
         assert same(compiled(sampler, schedule, call_options(parsed)["options"]), direct)
     body = {"prompt": "x", "sampler": sampler, "sampler_options": asked}
-    made = arguments(CALLS.generation_from(json.dumps(body).encode()))
+    made = arguments(CALLS.generation_from(parse_body(json.dumps(body).encode())))
     assert same(compiled(sampler, schedule, made["options"]), direct)
     form = {"prompt": "x", "sampler": sampler, "sampler_options": json.dumps(asked)}
     assert arguments(CALLS.edit_from(form))["options"] == made["options"]
@@ -127,7 +127,7 @@ def test_values_that_do_not_parse(capsys: pytest.CaptureFixture[str], words: str
 )  # fmt: skip
 def test_options_that_no_service_takes(given: Any) -> None:
     with pytest.raises(HttpError) as caught:
-        CALLS.generation_from(json.dumps({"prompt": "x", "sampler_options": given}).encode())
+        CALLS.generation_from(parse_body(json.dumps({"prompt": "x", "sampler_options": given}).encode()))
     assert caught.value.status == 400
     for text in (json.dumps(given), "{", "[" * 50_000):
         with pytest.raises(HttpError):

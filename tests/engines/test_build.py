@@ -177,7 +177,7 @@ def test_a_mismatch_names_field_found_expected_and_command(bundle: Bundle, store
 def test_options_are_part_of_the_key_and_foreign_ones_are_refused(bundle: Bundle, store: Store) -> None:
     basic = BuildOptions(optimization="basic")
     one = build_engines(bundle, backend="ort-cpu", components=["unet"], store=store, options=basic)["unet"]
-    assert one.entry.key.options == {"optimization": "basic", "float16": False}
+    assert one.entry.key.options == {"optimization": "basic", "float16": False, "refittable": False}
     open_engine(bundle, "unet", backend="ort-cpu", store=store, build="never")
     with pytest.raises(MismatchError, match=r"build options optimization='basic' \(expected optimization='all'"):
         open_engine(bundle, "unet", backend="ort-cpu", store=store, build="never", options=BuildOptions())

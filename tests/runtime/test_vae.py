@@ -101,8 +101,8 @@ def test_text_encoders_are_let_go_of(both: dict[str, Any]) -> None:
     opened: list[weakref.ref[Any]] = []
     real = pipe._open
 
-    def watched(names: Any) -> Any:
-        made = real(names)
+    def watched(names: Any, **more: Any) -> Any:
+        made = real(names, **more)
         opened.extend(weakref.ref(engine._session) for engine in made.values())
         return made
 

@@ -198,6 +198,8 @@ def test_a_model_with_a_live_session_makes_no_room(two: list[ServedModel]) -> No
         with service.pinned():
             answer = generate(url, model="two")
             assert (answer.status_code, "live sessions" in answer.json()["error"]["message"]) == (503, True)
+            assert httpx.post(f"{url}/v1/models/one/unload", timeout=60).status_code == 503
+            picture(generate(url, model="one"))
         service.residents.load("two").result(60)
         picture(generate(url, model="two"))
         with pytest.raises(UnavailableError, match="not loaded now"), service.pinned():
