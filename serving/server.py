@@ -137,8 +137,11 @@ class Server:
         Raises `ArgumentError` for what is wrong with it, `QueueFullError` when there is too much work already and
         `UnavailableError` when the server is draining, closed or failed.
         """
+        arrival = time.monotonic()  # making the request is a part of the work
         request = self.request(prompt, **options)
-        return self.submit_request(request, deadline_s=deadline_s, previews=previews, name=name, owner=owner)
+        return self.submit_request(
+            request, deadline_s=deadline_s, previews=previews, name=name, owner=owner, arrival=arrival
+        )
 
     def _in_parallel(self, engine: Engine) -> Engine:
         """The engine with its rows evaluated in parallel, where that pays: the same for the same engine."""
@@ -169,10 +172,12 @@ class Server:
         previews: bool = False,
         name: str | None = None,
         owner: str | None = None,
+        arrival: float | None = None,
     ) -> Ticket:
         """As `submit`, for a request that was made before.
 
         prepare: called on the encode thread in place of `Pipeline.prepare`, for noise or latents of the caller's own.
+        arrival: when it was asked for, in seconds of `time.monotonic`; now by default.
         """
         self._check_open()
         if deadline_s is not None:
@@ -184,7 +189,8 @@ class Server:
             raise
         work_s = self._estimates.work_s(request, shape, rows)
         alone_s = self._estimates.alone_s(request, shape, rows)
-        ticket = Ticket(request, deadline_s=deadline_s, previews=previews, name=name, alone_s=alone_s)
+        about: dict[str, Any] = {"previews": previews, "name": name, "alone_s": alone_s, "arrival": arrival}
+        ticket = Ticket(request, deadline_s=deadline_s, **about)
         held = Held(images=request.images, work_s=work_s, owner=owner)
         with self._lock:
             self._check_open()

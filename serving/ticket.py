@@ -35,12 +35,13 @@ class Ticket:
         previews: bool = False,
         name: str | None = None,
         alone_s: float = 0.0,
+        arrival: float | None = None,
     ) -> None:
         self.request, self.previews, self.alone_s = request, previews, alone_s
         self.short = False
         self.number = next(_numbers)
         self.name = name or f"request-{self.number}"
-        self.arrival = time.monotonic()
+        self.arrival = time.monotonic() if arrival is None else arrival
         self.deadline = None if deadline_s is None else self.arrival + deadline_s
         self._future: Future[Result] = Future()
         self._future.set_running_or_notify_cancel()  # from now on only the server settles it
