@@ -79,16 +79,19 @@ class Evaluation:
 class Recorded:
     """One evaluation as the tape saw it.
 
+    level: the state's; told: the one that the network is told, by which its output is read.
     h_x, h_out, h_clip: the kept quantity H = h_x * input + h_out * out + h_clip * (clipped x0 - x0).
-    draws: whether the sampler drew a unit noise after it.
+    draws: whether the sampler drew a unit noise after it. spread: what a network's variance does to that (`Spread`).
     after: the next network input (or the result) over this row's input, kept quantities and noises.
     """
 
     level: Level
+    told: Level
     h_x: float
     h_out: float
     h_clip: float
     draws: bool
+    spread: float
     after: Form
 
 
@@ -114,18 +117,21 @@ class Tape:
         self.space = space
         self.clips = clips
         self._levels: list[Level] = []
+        self._told: list[Level] = []
         self._kept: list[tuple[float, float, float]] = []
         self._definitions: list[Form] = []
         self._anchors: dict[Symbol, Form] = {}
-        self._draws: set[int] = set()
+        self._draws: dict[int, float] = {}
         self.anchored = False
 
     def start(self, level: Level) -> Form:
         """The state before the first evaluation, in the sampler's coordinates."""
         return Form({Symbol("state", 0): 1.0 / self._input_scale(level)})
 
-    def __call__(self, x: Form, level: Level, keep: Keep = "x0") -> Evaluation:
+    def __call__(self, x: Form, level: Level, keep: Keep = "x0", *, told: Level | None = None) -> Evaluation:
         """Evaluate the network on state `x` at `level`; `keep` names the quantity that goes into the history.
+
+        told: the level that the network is told, where that is not the state's: its output is read by that one.
 
         From here on `x` is known by the new row's state symbol (the form is renamed in place), so that what follows
         from it is said over this row, while states that the sampler kept from earlier stay said over theirs.
@@ -134,8 +140,9 @@ class Tape:
         if row:
             self._definitions.append(x * self._input_scale(level))
             x.terms = {Symbol("state", row): 1.0 / self._input_scale(level)}
-        reading = self.precondition.at(level)
-        eps_clip = -level.scale / level.noise_scale if self.clips == "eps" else 0.0
+        told = told or level
+        reading = self.precondition.at(told)
+        eps_clip = -told.scale / told.noise_scale if self.clips == "eps" else 0.0
         h_x, h_out, h_clip = (
             (*keep, 0.0)
             if isinstance(keep, tuple)
@@ -146,23 +153,24 @@ class Tape:
             }[keep]
         )
         if h_out == 0.0:
-            raise FewstepError(f"{keep} does not determine the network's output at sigma {level.sigma}")
+            raise FewstepError(f"{keep} does not determine the network's output at sigma {told.sigma}")
         clip = Form({Symbol("clip", row): 1.0} if self.clips else {})
         self._levels.append(level)
+        self._told.append(told)
         self._kept.append((h_x, h_out, h_clip if self.clips else 0.0))
         inputs, kept = Form({Symbol("state", row): 1.0}), Form({Symbol("history", row): 1.0})
         out = (kept - h_x * inputs - h_clip * clip) / h_out
         if keep == "x0":
             raw = kept if self.clips == "eps" else kept - clip
-            return Evaluation(x0=kept, eps=(inputs - level.scale * raw) / level.noise_scale, out=out)
+            return Evaluation(x0=kept, eps=(inputs - told.scale * raw) / told.noise_scale, out=out)
         x0 = reading.x0_x * inputs + reading.x0_out * out + clip
         eps = kept if keep == "eps" else reading.eps_x * inputs + reading.eps_out * out + eps_clip * clip
         return Evaluation(x0=x0, eps=eps, out=out)
 
-    def noise(self) -> Form:
-        """The unit Gaussian drawn after the latest evaluation."""
+    def noise(self, spread: float = 0.0) -> Form:
+        """The unit Gaussian drawn after the latest evaluation, times exp(spread v) of the variance that it says."""
         row = len(self._levels) - 1
-        self._draws.add(row)
+        self._draws[row] = spread
         return Form({Symbol("noise", row): 1.0})
 
     def hold(self, x: Form) -> Form:
@@ -178,10 +186,12 @@ class Tape:
         return [
             Recorded(
                 level=level,
+                told=self._told[row],
                 h_x=self._kept[row][0],
                 h_out=self._kept[row][1],
                 h_clip=self._kept[row][2],
                 draws=row in self._draws,
+                spread=self._draws.get(row, 0.0),
                 after=self._reduce(self._definitions[row], row),
             )
             for row, level in enumerate(self._levels)

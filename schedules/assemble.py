@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .algebra import Tape
+from .clip import Bound
 from .levels import Path, Preconditioning
 from .program import Program, program_from_rows
 from .solvers.registry import Sampler
@@ -19,20 +20,20 @@ def assemble(
     prediction: str,
     init: tuple[float, float],
     options: Mapping[str, Any],
-    clip_limit: float | None = None,
+    bound: Bound | None = None,
 ) -> Program:
     """Compile one sampler along one path.
 
     init: factors of latent and Gaussian in the starting network input. options: keyword arguments of the sampler.
-    clip_limit: clip x0 to this magnitude.
+    bound: clip x0 to it.
     """
     precondition = Preconditioning(prediction=prediction)
-    tape = Tape(precondition, space=sampler.space, clips=None if clip_limit is None else sampler.clips)
+    tape = Tape(precondition, space=sampler.space, clips=None if bound is None else sampler.clips)
     result = sampler.solve(tape, path, tape.start(path.first), **{**sampler.presets, **options})
     if sampler.space == "ve" and sampler.latent_space == "vp":
         result = path.last.alpha * result
     rows = tape.finish(result)
-    readings = [precondition.at(row.level) for row in rows]
+    readings = [precondition.at(row.told) for row in rows]
     scales = [1.0 / row.level.scale if sampler.latent_space == "ve" else 1.0 for row in rows]
     return program_from_rows(
         rows,
@@ -44,5 +45,5 @@ def assemble(
         state_scale=[*scales, 1.0],
         final_sigma=path.last.sigma,
         anchored=tape.anchored,
-        clip_limit=clip_limit,
+        bound=bound,
     )

@@ -9,22 +9,27 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from ..errors import ArgumentError, UnknownNameError
+from ..errors import ArgumentError, UnknownNameError, UnsupportedError
+from ..values import Reader
 from .assemble import assemble
+from .axis import Axis, edm_axis, edm_prediction, own_axis
+from .clip import Bound
+from .compat.classes import THRESHOLD, admits_thresholding, threshold
 from .compat.named import compile_compat
-from .levels import EDM_PREDICTIONS, Level, Path
-from .names import resolve_sampler, resolve_schedule
+from .keys import check_keys
+from .levels import Level, Path
+from .names import SEARCHED, resolve_sampler, resolve_schedule
 from .noise import PREDICTIONS, NoiseSchedule
 from .options import check_option, check_spacing_option
 from .program import Program
 from .refusals import finite_arithmetic, refuse_options
-from .solvers.registry import Sampler, find_sampler
-from .spacing import SPACINGS, Spacing, from_table, sigma_range
+from .solvers.registry import SAMPLERS, Sampler, find_sampler
+from .spacing import FIRST, SPACINGS, Spacing, from_table
 
 LAST_SIGMAS = ("zero", "sigma_min", "own")
 
@@ -42,6 +47,7 @@ def compile_program(
     compat: str | None = None,
     timesteps: Sequence[float] | None = None,
     sigmas: Sequence[float] | None = None,
+    fed: Sequence[float] | None = None,
     **options: Any,
 ) -> Program:
     """Compile `sampler` under `schedule` to a program of `steps` steps.
@@ -52,7 +58,10 @@ def compile_program(
     strength: of a picture, by which LCM's and TCD's steps are spaced anew, with `compat="diffusers"` alone.
     compat: None, or "diffusers" for diffusers' own conventions, quirks included.
     timesteps, sigmas: explicit levels instead of a schedule; `sigmas` includes the one where sampling ends.
-    options: of the sampler (eta, s_churn, solver_type, ...), of the spacing (rho, sigma_min, steps_offset, ...), and
+    fed: beside `sigmas`, the timestep that the network is fed at each but the last, where that is not the sigma's own.
+    options: of the sampler (eta, s_churn, solver_type, ...), thresholding, dynamic_thresholding_ratio and
+        sample_max_value (the checkpoint's if not given), of the spacing (rho, sigma_min, steps_offset, ...; of one that
+        can begin lower, first_timestep or first_sigma, from that level's noise alone), and
         last_sigma: "zero", "sigma_min", a number, or "own" for the last entry of the list or table itself.
 
     Raises UnknownNameError, ArgumentError and UnsupportedError.
@@ -60,6 +69,12 @@ def compile_program(
     spelling = resolve_sampler(sampler)
     chosen = find_sampler(spelling.name)
     schedule = resolve_schedule(schedule) if schedule is not None else None
+    if schedule == SEARCHED:
+        raise ArgumentError(
+            f"schedule {SEARCHED!r}, which no sampler has by itself",
+            expected="that of a bundle, or a file of found schedules",
+            remedy="Name it where a bundle is run; fewstep.load_schedules(FILE).program(...) compiles a file's.",
+        )
     if schedule and spelling.schedule and schedule != spelling.schedule:
         raise ArgumentError(
             f"sampler {sampler!r} carries the schedule {spelling.schedule!r}, but schedule={schedule!r} was asked for",
@@ -67,6 +82,10 @@ def compile_program(
         )
     schedule = schedule or spelling.schedule
     refuse_options(options, clips=compat == "diffusers")
+    if fed is not None and (sigmas is None or compat is not None or len(fed) != len(sigmas) - 1):
+        raise ArgumentError(
+            f"{len(fed)} timesteps to feed", expected="beside sigmas, one for each but the last, without compat"
+        )
     check_counts(steps, start, timesteps, sigmas, schedule, noise)
     if prediction is not None and prediction not in PREDICTIONS:
         raise UnknownNameError("prediction", prediction, PREDICTIONS)
@@ -87,74 +106,60 @@ def compile_program(
         raise UnknownNameError("compat", compat, ("diffusers",))
     if strength != 1.0:
         raise ArgumentError(f"strength={strength!r}", expected="compat='diffusers', or start: the steps to skip")
-    solver_options, layout = split_options(chosen, {**spelling.options, **options})
-    axis = _edm_axis(layout) if chosen.name == "edm_euler" else _axis(noise, chosen)
+    bound, options = _thresholding(chosen, noise, options)
+    solver_options, layout = split_options(chosen, {**_learned(chosen, noise), **spelling.options, **options})
+    axis = edm_axis(layout) if chosen.name == "edm_euler" else own_axis(noise, chosen)
+    lower = not layout.keys().isdisjoint(FIRST)
     if timesteps is None and sigmas is None:
-        schedule = schedule or chosen.schedule
+        schedule = schedule or _own_schedule(chosen, noise)
         levels = _spaced(SPACINGS[schedule], axis, int(steps or 0), layout)
     else:
         schedule = "timesteps" if timesteps is not None else "sigmas"
         levels = _explicit(axis, timesteps, sigmas, layout)
+        if fed is not None:
+            levels = [*(_fed(level, t, axis) for level, t in zip(levels, fed, strict=False)), levels[-1]]
     if layout:
         named = SPACINGS[schedule].options if schedule in SPACINGS else ()
         accepted = sorted({*chosen.options, *named, "last_sigma"})
         raise UnknownNameError(f"option of {chosen.name} under {schedule}", next(iter(layout)), accepted)
     kind = prediction or noise.prediction
     if chosen.name == "edm_euler":
-        kind = _edm_prediction(kind)
+        kind = edm_prediction(kind)
     return assemble(
         chosen,
         _path(levels, axis, start),
         schedule=schedule,
         prediction=kind,
-        init=(0.0, 1.0) if start == 0 else (levels[start].scale, levels[start].noise_scale),
+        init=(levels[start].scale if start else 0.0, levels[start].noise_scale if start or lower else 1.0),
         options=solver_options,
+        bound=bound,
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Axis:
-    """The noise axis of one network: the range it was trained on, and both directions between t and sigma."""
+def _thresholding(
+    sampler: Sampler, noise: NoiseSchedule, options: Mapping[str, Any]
+) -> tuple[Bound | None, dict[str, Any]]:
+    """The bound that each image's x0 has, as the options or else the checkpoint say it, and the other options.
 
-    noise: NoiseSchedule
-    sigma_min: float
-    sigma_max: float
-    edm_std: float | None
-    infinite_top: bool
-
-    def at_sigma(self, sigma: float) -> Level:
-        if self.edm_std is not None:
-            return Level(0.25 * math.log(max(sigma, 1e-10)), sigma, self.edm_std)
-        return Level(float(self.noise.timestep_at(sigma)), sigma)
-
-    def at_timestep(self, t: float) -> Level:
-        if self.infinite_top and t == len(self.noise) - 1:
-            return Level(float(t), math.inf)
-        sigma = float(self.noise.sigma_at(t))
-        if self.noise.timestep_type == "continuous":
-            return self.at_sigma(sigma)
-        return Level(float(t), sigma)
+    Raises `UnsupportedError` for a sampler that does not threshold.
+    """
+    asked = {k: options.get(k, noise.config.get(k)) for k in THRESHOLD}
+    check_keys({k: v for k, v in asked.items() if v is not None}, Reader(place="an option", error=ArgumentError))
+    bound = threshold({k: v for k, v in asked.items() if v is not None})
+    if bound is not None and not admits_thresholding(sampler):
+        source = "it was asked for" if options.get("thresholding") else "the checkpoint's scheduler says it"
+        raise UnsupportedError(
+            f"sampler {sampler.name!r} with thresholding ({source})",
+            expected=f"one of {', '.join(s.name for s in SAMPLERS.values() if admits_thresholding(s))}",
+            remedy="Choose one of these, or switch it off: thresholding=False.",
+        )
+    return bound, {k: v for k, v in options.items() if k not in THRESHOLD}
 
 
-def _axis(noise: NoiseSchedule, sampler: Sampler) -> Axis:
-    low, high = sigma_range(noise)
-    infinite = noise.zero_terminal_snr and sampler.infinite_top
-    return Axis(noise=noise, sigma_min=low, sigma_max=high, edm_std=None, infinite_top=infinite)
-
-
-def _edm_axis(layout: dict[str, Any]) -> Axis:
-    """EDM networks have no training timesteps: sigma ranges over [0.002, 80] unless told otherwise."""
-    for name in ("sigma_min", "sigma_max", "sigma_data"):
-        check_spacing_option(name, layout.get(name, 1.0))
-    low, high = float(layout.get("sigma_min", 0.002)), float(layout.get("sigma_max", 80.0))
-    std = float(layout.pop("sigma_data", 0.5))
-    return Axis(noise=NoiseSchedule.scaled_linear(), sigma_min=low, sigma_max=high, edm_std=std, infinite_top=False)
-
-
-def _edm_prediction(prediction: str) -> str:
-    if prediction not in EDM_PREDICTIONS:
-        raise ArgumentError(f"edm_euler with prediction {prediction!r}", expected=" or ".join(EDM_PREDICTIONS))
-    return EDM_PREDICTIONS[prediction]
+def _learned(sampler: Sampler, noise: NoiseSchedule) -> dict[str, Any]:
+    """A checkpoint whose network says its variance has it used, unless an option says otherwise."""
+    learned = noise.config.get("variance_type") == "learned_range" and "learned_variance" in sampler.options
+    return {"learned_variance": True} if learned else {}
 
 
 def check_counts(
@@ -192,6 +197,12 @@ def check_counts(
         )
 
 
+def _own_schedule(sampler: Sampler, noise: NoiseSchedule) -> str:
+    """The sampler's own schedule, or where it picks training timesteps of a network that has none, Karras'."""
+    without = noise.timestep_type == "continuous" and SPACINGS[sampler.schedule].timesteps is not None
+    return "karras" if without else sampler.schedule
+
+
 def split_options(sampler: Sampler, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The sampler's own options, checked, and the rest, which belong to the spacing."""
     own = {name: value for name, value in options.items() if name in sampler.options}
@@ -206,7 +217,8 @@ def _spaced(spacing: Spacing, axis: Axis, steps: int, layout: dict[str, Any]) ->
     for name, value in own.items():
         check_spacing_option(name, value)
     last = layout.pop("last_sigma", "zero")
-    if axis.edm_std is not None and spacing.sigmas is None:
+    continuous = axis.noise.timestep_type == "continuous" and spacing.timesteps is not None
+    if continuous or (axis.edm_std is not None and spacing.sigmas is None):
         raise ArgumentError(
             f"schedule {spacing.name!r} picks training timesteps, which an EDM network does not have",
             remedy="Use schedule='karras' or 'exponential', or sigmas=....",
@@ -224,13 +236,24 @@ def _spaced(spacing: Spacing, axis: Axis, steps: int, layout: dict[str, Any]) ->
                 expected=f"at most its {own.get('original_steps', 50)} steps",
                 remedy="Use fewer steps, original_steps=..., or schedule='trailing'.",
             )
-        levels = [axis.at_timestep(float(t)) for t in spacing.timesteps(len(axis.noise), steps, **own)]
-        return _ended(levels, last, axis)
+        first = _beginning(axis, own)
+        count = len(axis.noise) if first is None else axis.training_timestep(first.sigma) + 1
+        if steps > count:
+            raise ArgumentError(f"steps={steps} from timestep {count - 1:g}", expected=f"at most {int(count)}")
+        levels = [axis.at_timestep(float(t)) for t in spacing.timesteps(count, steps, **own)]
+        return _ended([first or levels[0], *levels[1:]], last, axis)
     if spacing.table is not None:
         sigmas = [float(sigma) for sigma in from_table(spacing.table, steps)]
         _check_top(sigmas[0], axis, spacing.name)
         levels = [axis.at_sigma(sigma) for sigma in sigmas[:-1]]
         return [*levels, Level(0.0, sigmas[-1])] if last == "own" else _ended(levels, last, axis)
+    first = _beginning(axis, own)
+    if first is not None:
+        if "sigma_max" in own:
+            raise ArgumentError(
+                f"sigma_max={own['sigma_max']} beside the level where sampling begins", remedy="Pass one of them."
+            )
+        own["sigma_max"] = first.sigma if math.isfinite(first.sigma) else axis.sigma_max
     low, high = float(own.pop("sigma_min", axis.sigma_min)), float(own.pop("sigma_max", axis.sigma_max))
     if not 0 < low < high:
         raise ArgumentError(f"sigma_min={low} and sigma_max={high}", expected="0 < sigma_min < sigma_max")
@@ -238,6 +261,23 @@ def _spaced(spacing: Spacing, axis: Axis, steps: int, layout: dict[str, Any]) ->
     if spacing.sigmas is None:
         raise ArgumentError(f"schedule {spacing.name!r} has no levels")
     return _ended([axis.at_sigma(float(sigma)) for sigma in spacing.sigmas(low, high, steps, **own)], last, axis)
+
+
+def _beginning(axis: Axis, own: dict[str, Any]) -> Level | None:
+    """The level that `first_timestep` or `first_sigma` names, which are taken out of `own`."""
+    asked = {name: float(own.pop(name)) for name in FIRST if name in own}
+    if len(asked) > 1:
+        raise ArgumentError(f"both {' and '.join(FIRST)}", remedy="Pass one of them.")
+    if "first_sigma" in asked:
+        _check_top(asked["first_sigma"], axis, "sampling")
+        return axis.at_sigma(asked["first_sigma"])
+    if not asked:
+        return None
+    if axis.edm_std is not None or axis.noise.timestep_type == "continuous":
+        raise ArgumentError("first_timestep for a network fed with ln(sigma) / 4", remedy="Pass first_sigma=....")
+    if asked["first_timestep"] > len(axis.noise) - 1:
+        raise ArgumentError(f"first_timestep={asked['first_timestep']:g}", expected=f"at most {len(axis.noise) - 1}")
+    return axis.at_timestep(asked["first_timestep"])
 
 
 def _explicit(
@@ -268,6 +308,14 @@ def _explicit(
     if levels[-1].sigma == 0.0:
         raise ArgumentError(f"{name} that end at 0, which the network cannot be called at", remedy="last_sigma='own'")
     return _ended(levels, last, axis)
+
+
+def _fed(level: Level, timestep: float, axis: Axis) -> Level:
+    """The level with another timestep for the network."""
+    most = math.inf if axis.noise.timestep_type == "continuous" else len(axis.noise) - 1
+    if not math.isfinite(timestep) or not (timestep <= most and (timestep >= 0 or most == math.inf)):
+        raise ArgumentError(f"timestep {timestep:g} to feed", expected=f"a number from 0 to {most:g}")
+    return replace(level, t=float(timestep))
 
 
 def _ended(levels: list[Level], last: str | float, axis: Axis) -> list[Level]:
@@ -315,4 +363,5 @@ def _path(levels: Sequence[Level], axis: Axis, start: int) -> Path:
         before=levels[:start],
         at_sigma=lambda sigma: axis.at_sigma(min(sigma, top)),
         at_timestep=axis.at_timestep,
+        trained=len(axis.noise),
     )

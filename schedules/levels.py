@@ -101,7 +101,7 @@ class Path:
     skipped: steps left out before the first pair (img2img); total: steps of the whole schedule, those included.
     before: the skipped levels. calls: where the network is called in each pair, where that is not `here`.
     at_sigma: the level of a sigma between two steps, for samplers with a middle stage.
-    at_timestep: the level of a training timestep, for samplers that walk timesteps.
+    at_timestep: the level of a training timestep, for samplers that walk timesteps. trained: how many there are.
     """
 
     pairs: Sequence[tuple[Level, Level]]
@@ -109,6 +109,7 @@ class Path:
     total: int
     at_sigma: Callable[[float], Level]
     at_timestep: Callable[[float], Level]
+    trained: int
     before: Sequence[Level] = ()
     calls: Sequence[Level] | None = None
 

@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import FewstepError
+from ..values import shown
+from .compat.classes import admits_thresholding
 from .compile import compile_program
+from .found import FoundSchedules
 from .names import sampler_aliases_of, schedule_aliases_of
 from .noise import NoiseSchedule
 from .program import Program
@@ -22,7 +25,8 @@ class SamplerInfo:
     """One sampler for people.
 
     history: ring slots of kept quantities. evaluations: of the network, as an expression in the steps n.
-    draws: when it draws noise. order: of accuracy. options: its keyword options with their defaults.
+    draws: when it draws noise. order: of accuracy. thresholds: whether it may threshold x0. options: its
+    keyword options with their defaults.
     """
 
     name: str
@@ -32,6 +36,7 @@ class SamplerInfo:
     evaluations: str
     draws: str
     order: int
+    thresholds: bool
     options: Mapping[str, Any]
     default_schedule: str
     source: str
@@ -59,6 +64,36 @@ class Suitability:
     why: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundInfo:
+    """Found schedules of one number of steps, for people. figures: on prompts and seeds held out from the search."""
+
+    sampler: str
+    digest: str
+    steps: int
+    method: str
+    guidance: float
+    size: tuple[int, int]
+    figures: Mapping[str, Any]
+
+
+def list_found(held: Sequence[FoundSchedules]) -> list[FoundInfo]:
+    """Every number of steps that was searched, by sampler."""
+    return [
+        FoundInfo(
+            sampler=found.sampler,
+            digest=found.digest,
+            steps=entry.steps,
+            method=entry.method,
+            guidance=found.guidance,
+            size=found.size,
+            figures=entry.figures,
+        )
+        for found in held
+        for entry in found.entries
+    ]
+
+
 def list_samplers() -> list[SamplerInfo]:
     """Every sampler, in the registry's order."""
     noise = NoiseSchedule.scaled_linear()
@@ -71,6 +106,7 @@ def list_samplers() -> list[SamplerInfo]:
             evaluations=_evaluations(sampler),
             draws=sampler.draws,
             order=sampler.order,
+            thresholds=admits_thresholding(sampler),
             options=sampler.options,
             default_schedule=sampler.schedule,
             source=sampler.source,
@@ -119,21 +155,29 @@ _WANTED: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 
+def why_unsuited(sampler: str, family: str | None) -> str | None:
+    """Why a sampler does not suit checkpoints of a kind of distillation (`samplers_for`), if that is known of it."""
+    if family in _WANTED:
+        suiting, why = _WANTED[family]
+        return None if sampler in suiting else f"{', '.join(suiting)} only: this checkpoint is {why}"
+    return f"for {sampler.upper()}-distilled checkpoints or LoRAs only" if sampler in ("lcm", "tcd") else None
+
+
 def _suitability(sampler: Sampler, noise: NoiseSchedule, prediction: str, family: str | None) -> Suitability:
     name = sampler.name
     if name == "edm_euler" and noise.timestep_type != "continuous":
         return Suitability(sampler=name, suits=False, why="for networks on EDM's axis, fed with ln(sigma) / 4")
+    against = why_unsuited(name, family)
+    if against is not None:
+        return Suitability(sampler=name, suits=False, why=against)
     if family in _WANTED:
-        families, why = _WANTED[family]
-        verb = "this checkpoint is " if name in families else f"{', '.join(families)} only: this checkpoint is "
-        return Suitability(sampler=name, suits=name in families, why=verb + why)
-    if name in ("lcm", "tcd"):
-        return Suitability(sampler=name, suits=False, why=f"for {name.upper()}-distilled checkpoints or LoRAs only")
+        return Suitability(sampler=name, suits=True, why=f"this checkpoint is {_WANTED[family][1]}")
     try:
         compile_program(name, steps=min(10, len(noise)), noise=noise, prediction=prediction)
     except FewstepError as error:
         return Suitability(sampler=name, suits=False, why=str(error))
     note = "; start trailing, since the last timestep is pure noise" if noise.zero_terminal_snr else ""
+    note += "; thresholds x0, as the checkpoint's scheduler says" if noise.config.get("thresholding") else ""
     return Suitability(sampler=name, suits=True, why=f"any {prediction} model{note}")
 
 
@@ -174,16 +218,42 @@ def format_program(program: Program) -> str:
 
 
 def format_samplers(infos: Sequence[SamplerInfo]) -> str:
-    columns = ["sampler", "history", "evaluations", "order", "noise", "source", "other names"]
+    columns = ["sampler", "history", "evaluations", "order", "noise", "thresholds", "source", "other names"]
     return format_table(
         columns,
-        [[i.name, str(i.history), i.evaluations, str(i.order), i.draws, i.source, ", ".join(i.aliases)] for i in infos],
+        [
+            [
+                *(i.name, str(i.history), i.evaluations, str(i.order), i.draws, "yes" if i.thresholds else ""),
+                *(i.source, ", ".join(i.aliases)),
+            ]
+            for i in infos
+        ],
     )
 
 
 def format_schedules(infos: Sequence[ScheduleInfo]) -> str:
     columns = ["schedule", "picks", "what", "source", "other names"]
     return format_table(columns, [[i.name, i.kind, i.summary, i.source, ", ".join(i.aliases)] for i in infos])
+
+
+def format_found(infos: Sequence[FoundInfo]) -> str:
+    columns = ["searched", "digest", "steps", "method", "found at", "held out"]
+    return format_table(
+        columns,
+        [
+            [
+                *(i.sampler, i.digest[:12], str(i.steps), i.method),
+                f"guidance {i.guidance:g}, {i.size[0]}x{i.size[1]}",
+                ", ".join(f"{k} {_figure(v)}" for k, v in i.figures.items()),
+            ]
+            for i in infos
+        ],
+    )
+
+
+def _figure(value: Any) -> str:
+    """A figure of whatever type, short."""
+    return _cell(value) if isinstance(value, float) else shown(value, 40)
 
 
 def format_suitability(verdicts: Sequence[Suitability]) -> str:
@@ -198,7 +268,7 @@ def format_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
-def as_data(infos: Sequence[SamplerInfo | ScheduleInfo | Suitability]) -> list[dict[str, Any]]:
+def as_data(infos: Sequence[SamplerInfo | ScheduleInfo | Suitability | FoundInfo]) -> list[dict[str, Any]]:
     """The same as dicts for JSON; infinite option defaults become the text "inf"."""
     return [_json_safe(asdict(info)) for info in infos]
 

@@ -20,6 +20,8 @@ class Resolved:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+SEARCHED = "searched"
+"""The schedule that was found for one model: what pictures record of any, and a bundle offers of its own."""
 SCHEDULE_ALIASES: dict[str, str] = {
     "normal": "linspace",
     "uniform": "linspace",
@@ -62,7 +64,7 @@ _REFUSED = {
     "DPM++ 2S a": "its ancestral two-stage steps",
     "dpmpp_2s_ancestral": "its ancestral two-stage steps",
     "DPM fast": "its fixed orders",
-    "DPM adaptive": "its step sizes depend on the image, so no table can hold them",
+    "DPM adaptive": "step sizes that depend on the image, which no table can hold",
     "Restart": "its restarts",
     "heunpp2": "its three-stage steps",
     "ipndm": "its higher orders",
@@ -74,21 +76,21 @@ _REFUSED = {
     "FlowMatchHeunDiscreteScheduler": "flow matching",
     "UnCLIPScheduler": "learned variance",
     "RePaintScheduler": "its resampling",
-    "ScoreSdeVeScheduler": "its corrector depends on the image's norm",
+    "ScoreSdeVeScheduler": "a corrector that depends on the image's norm",
     "ConsistencyDecoderScheduler": "pixel decoding",
     "CMStochasticIterativeScheduler": "consistency models trained on EDM's axis",
     "SASolverScheduler": "its stochastic Adams steps",
     "DDIMInverseScheduler": "inversion",
     "DPMSolverMultistepInverseScheduler": "inversion",
     "CosineDPMSolverMultistepScheduler": "its trigonometric axis",
-    "EDMDPMSolverMultistepScheduler": "run as a checkpoint's own scheduler alone",
+    "EDMDPMSolverMultistepScheduler": "it runs as a checkpoint's own scheduler alone",
     "DDPMParallelScheduler": "parallel sampling",
     "DDIMParallelScheduler": "parallel sampling",
     "KarrasVeScheduler": "its churned Heun steps on an axis of its own",
     "dpmsolver": "its steps without the plus signs",
     "sde-dpmsolver": "its steps without the plus signs",
     "SamplerDPMPP_2S_Ancestral": "its ancestral two-stage steps",
-    "SamplerDPMAdaptative": "its step sizes depend on the image, so no table can hold them",
+    "SamplerDPMAdaptative": "step sizes that depend on the image, which no table can hold",
     "SamplerEulerAncestralCFGPP": "its guidance inside the step",
     "SamplerEulerCFGpp": "its guidance inside the step",
     "SamplerSASolver": "its stochastic Adams steps",
@@ -99,9 +101,11 @@ _REFUSED_SCHEDULES = {
     "LaplaceScheduler": "Laplace's quantiles",
     "VPScheduler": "betas of a continuous VP process",
     "OptimalStepsScheduler": "tables of flow models",
-    "BasicScheduler": "it names no schedule, and takes the name of one",
+    "BasicScheduler": "it takes the name of another",
 }
 
+_GUIDED_INSIDE = ("_cfg_pp", "_cfgpp")
+"""How the names of samplers end that mix the two rows within a step: whatever their solver."""
 _SUFFIXES = ("karras", "exponential", "sgm_uniform", "uniform", "beta", "simple", "normal", "align_your_steps")
 
 
@@ -112,7 +116,7 @@ def fold(name: str) -> str:
 
 _FOLDED_REFUSED = {fold(k): v for k, v in _REFUSED.items()}
 _FOLDED_REFUSED_SCHEDULES = {fold(k): v for k, v in _REFUSED_SCHEDULES.items()}
-_FOLDED_SCHEDULES = {**{fold(k): v for k, v in SCHEDULE_ALIASES.items()}, **{k: k for k in SPACINGS}}
+_FOLDED_SCHEDULES = {**{fold(k): v for k, v in SCHEDULE_ALIASES.items()}, **{k: k for k in (*SPACINGS, SEARCHED)}}
 
 
 def resolve_sampler(name: str) -> Resolved:
@@ -128,8 +132,13 @@ def resolve_sampler(name: str) -> Resolved:
         base = _lookup(key.removesuffix(f"_{suffix}")) if key.endswith(f"_{suffix}") else None
         if base:
             return Resolved(name=base.name, schedule=_FOLDED_SCHEDULES[suffix], options=base.options)
-    if key in _FOLDED_REFUSED:
-        raise UnsupportedError(f"sampler {name!r} ({_FOLDED_REFUSED[key]})", remedy="See: fewstep samplers.")
+    why = _why_refused(key)
+    if why is not None:
+        raise UnsupportedError(
+            f"the sampler {name!r} is known and not done, for {why}",
+            expected="one that is",
+            remedy="See: fewstep samplers.",
+        )
     raise UnknownNameError("sampler", name, [*SAMPLERS, *sampler_aliases()], remedy="See: fewstep samplers.")
 
 
@@ -137,9 +146,14 @@ def resolve_schedule(name: str) -> str:
     """The canonical name of a schedule; raises UnknownNameError with the nearest."""
     key = fold(str(name))
     if key in _FOLDED_REFUSED_SCHEDULES:
-        raise UnsupportedError(f"schedule {name!r} ({_FOLDED_REFUSED_SCHEDULES[key]})", remedy="See: fewstep samplers.")
+        raise UnsupportedError(
+            f"the schedule {name!r} is known and not done, for {_FOLDED_REFUSED_SCHEDULES[key]}",
+            expected="one that is",
+            remedy="See: fewstep samplers.",
+        )
     if key not in _FOLDED_SCHEDULES:
-        raise UnknownNameError("schedule", name, [*SPACINGS, *SCHEDULE_ALIASES], remedy="See: fewstep samplers.")
+        known = [*SPACINGS, SEARCHED, *SCHEDULE_ALIASES]
+        raise UnknownNameError("schedule", name, known, remedy="See: fewstep samplers.")
     return _FOLDED_SCHEDULES[key]
 
 
@@ -165,6 +179,14 @@ def sampler_aliases_of(sampler: str) -> tuple[str, ...]:
 
 def schedule_aliases_of(schedule: str) -> tuple[str, ...]:
     return tuple(alias for alias, name in SCHEDULE_ALIASES.items() if name == schedule)
+
+
+def _why_refused(key: str) -> str | None:
+    """Why a known sampler is not done, with a schedule behind its name too ("DPM++ 2S a Karras")."""
+    bases = [key, *(key.removesuffix(f"_{s}") for s in _SUFFIXES if key.endswith(f"_{s}"))]
+    if any(base.endswith(_GUIDED_INSIDE) for base in bases):
+        return _FOLDED_REFUSED["euler_cfg_pp"]
+    return next((_FOLDED_REFUSED[base] for base in bases if base in _FOLDED_REFUSED), None)
 
 
 def _lookup(key: str) -> Resolved | None:

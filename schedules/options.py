@@ -22,7 +22,7 @@ def check_option(name: str, value: Any, default: Any = None) -> None:
         choices = next((types for types in _SOLVER_TYPES if default in types), ())
         if value not in choices:
             raise UnknownNameError(name, str(value), choices)
-    elif name in ("lower_order_final", "euler_at_final", "large_variance"):
+    elif name in ("lower_order_final", "euler_at_final", "large_variance", "learned_variance"):
         if not isinstance(value, bool):
             raise ArgumentError(f"{name}={shown(value)}", expected="True or False")
     elif name == "disable_corrector":
@@ -31,6 +31,9 @@ def check_option(name: str, value: Any, default: Any = None) -> None:
     elif name == "order":
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 4:
             raise ArgumentError(f"order={shown(value)}", expected="an integer from 1 to 4")
+    elif name == "shifted_timestep":
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 1000:
+            raise ArgumentError(f"shifted_timestep={shown(value)}", expected="an integer from 0 to 1000")
     elif isinstance(value, bool) or not isinstance(value, int | float) or not _is_level(value):
         raise ArgumentError(f"{name}={shown(value)}", expected="a number of at least 0")
     elif name in _UNIT_RANGE and value > 1:

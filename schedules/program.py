@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +14,18 @@ import numpy.typing as npt
 from ..errors import ArgumentError, CorruptError, FewstepError
 from ..values import Reader, parse_json
 from .algebra import Recorded, Symbol, assign_ring
-from .clip import Clip
+from .clip import Bound, Clip
 from .noise import ZERO_SNR_FLOOR
+from .spread import Spread
 
 Array = npt.NDArray[np.float64]
 Floats = npt.NDArray[np.floating[Any]]
+Output = Floats | tuple[Floats, Floats]
+"""What a network gives: out, or out and the variance that it says."""
 
-FORMAT, CLIPPED_FORMAT = 1, 2
-"""A program that clips is of a format of its own, so that no reader of the other leaves the clipping out."""
+FORMAT, CLIPPED_FORMAT, LEARNED_FORMAT = 1, 2, 3
+"""A program that clips, and one that thresholds or whose noise a network spreads, are of formats of their own, so that
+no reader of another leaves that out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
@@ -49,6 +53,7 @@ class Program:
     anchored: whether a row steps from an earlier state, which it recovers from the present one: then nothing may
         change the state between two rows but where the outcome is overwritten too.
     clip: what clipping x0 adds to the rows, or `None`.
+    spread: what a network that says its variance makes of their noise, or `None`.
     """
 
     sampler: str
@@ -74,6 +79,7 @@ class Program:
     init_noise: float
     anchored: bool = False
     clip: Clip | None = None
+    spread: Spread | None = None
 
     def __post_init__(self) -> None:
         n = len(self.timesteps)
@@ -86,8 +92,9 @@ class Program:
             if not np.all(np.isfinite(value)):
                 raise CorruptError(f"program field {name!r} is not finite ({self.sampler}, {self.schedule})")
             value.setflags(write=False)
-        if self.clip is not None:
-            self.clip.check(n)
+        for addition in (self.clip, self.spread):
+            if addition is not None:
+                addition.check(n)
         if not ((self.write >= 0) & (self.write < self.history)).all():
             raise CorruptError("program field 'write' names a slot that does not exist")
 
@@ -110,17 +117,30 @@ class Program:
 
     def run(
         self,
-        model: Callable[[Floats, float], Floats],
+        model: Callable[[Floats, float], Output],
         gaussian: Floats,
         draw: Callable[[], Floats],
         latent: Floats | None = None,
     ) -> Floats:
         """The reference loop: what every runtime has to reproduce.
 
-        model(x, t) -> out, all of gaussian's shape and float type; draw() gives the next unit noise and is called
-        exactly where the reference would draw. `latent` is needed, and used, when `start` > 0. Returns the latent in
-        diffusers' coordinates.
+        model(x, t) -> out, or for a program with a spread (out, v), all of gaussian's shape and float type, which are
+        one image's where x0 is thresholded; draw() gives the next unit noise and is called exactly where the reference
+        would draw. `latent` is needed, and used, when `start` > 0. Returns the latent in diffusers' coordinates.
         """
+        walk = self.walk(gaussian, draw, latent)
+        asked = next(walk)
+        while True:
+            try:
+                asked = walk.send(model(*asked))
+            except StopIteration as end:
+                result: Floats = end.value
+                return result
+
+    def walk(
+        self, gaussian: Floats, draw: Callable[[], Floats], latent: Floats | None = None
+    ) -> Generator[tuple[Floats, float], Output, Floats]:
+        """The same loop as a generator, so that several share evaluations: yields (x, t), is sent what it gives."""
         if self.init_latent and latent is None:
             raise ArgumentError(
                 f"this program starts after {self.start} steps from a latent", remedy="Pass latent=..., or start=0."
@@ -131,7 +151,8 @@ class Program:
         history: list[Floats] = [np.zeros_like(gaussian)] * self.history
         noise = previous = np.zeros_like(gaussian)
         for i in range(self.evaluations):
-            out = model(float(self.input_scale[i]) * x, float(self.timesteps[i]))
+            output = yield float(self.input_scale[i]) * x, float(self.timesteps[i])
+            out, variance = output if isinstance(output, tuple) else (output, None)
             history[self.write[i]] = float(self.h_x[i]) * x + float(self.h_out[i]) * out
             change = None
             if self.clip is not None:
@@ -139,6 +160,8 @@ class Program:
                 history[self.write[i]] = history[self.write[i]] + float(self.clip.h[i]) * change
             if self.draws[i]:
                 previous, noise = noise, draw()
+                if self.spread is not None and self.spread.log[i]:
+                    noise = noise * self.spread.factor(i, _given(variance))
             x = float(self.a[i]) * x
             if self.clip is not None and change is not None:
                 x = x + float(self.clip.x[i]) * change
@@ -152,15 +175,17 @@ class Program:
 
     def to_json(self) -> str:
         """JSON text; `from_json` gives the same program back, bit for bit."""
-        data: dict[str, Any] = {"format": FORMAT if self.clip is None else CLIPPED_FORMAT}
+        data: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name == "clip":
-                if self.clip is not None:
-                    data["clip"] = self.clip.to_json()
+            if field.name in ("clip", "spread"):
                 continue
             data[field.name] = value.tolist() if isinstance(value, np.ndarray) else value
-        return json.dumps(data)
+        if self.clip is not None:
+            data["clip"] = self.clip.to_json()
+        if self.spread is not None:
+            data["spread"] = self.spread.log.tolist()
+        return json.dumps({"format": _format(data), **data})
 
     @classmethod
     def from_json(cls, text: str) -> Program:
@@ -168,14 +193,17 @@ class Program:
         reading = Reader(place="the text of a program")
         try:
             data = dict(reading.mapping("itself", parse_json(text, reading.place, finite=True)))
-            if data.pop("format") != (CLIPPED_FORMAT if "clip" in data else FORMAT):
+            if data.pop("format") != _format(data):
                 raise CorruptError(
-                    "a program of another format version", expected=f"format {FORMAT}, or {CLIPPED_FORMAT} with clip"
+                    "a program of another format version",
+                    expected=f"format {FORMAT}, {CLIPPED_FORMAT} with clip, or {LEARNED_FORMAT} with ratio or spread",
                 )
             kinds = {"write": np.int64, "draws": np.bool_}
             clip = Clip.from_json(data.pop("clip")) if "clip" in data else None
+            spread = Spread(log=np.array(data.pop("spread"), np.float64)) if "spread" in data else None
             return cls(
                 clip=clip,
+                spread=spread,
                 **{
                     name: np.array(value, kinds.get(name, np.float64)) if isinstance(value, list) else value
                     for name, value in data.items()
@@ -189,6 +217,19 @@ class Program:
         return [(name, value) for name, value in pairs if isinstance(value, np.ndarray)]
 
 
+def _format(data: Mapping[str, Any]) -> int:
+    """The format of a program's JSON."""
+    if "spread" in data or "ratio" in data.get("clip", ()):
+        return LEARNED_FORMAT
+    return CLIPPED_FORMAT if "clip" in data else FORMAT
+
+
+def _given(variance: Floats | None) -> Floats:
+    if variance is None:
+        raise ArgumentError("this program's noise is spread by the network's variance, and none was given")
+    return variance
+
+
 def program_from_rows(
     rows: Sequence[Recorded],
     *,
@@ -200,12 +241,12 @@ def program_from_rows(
     state_scale: Sequence[float],
     final_sigma: float,
     anchored: bool = False,
-    clip_limit: float | None = None,
+    bound: Bound | None = None,
 ) -> Program:
     """Lay recorded rows out as a program: kept quantities get ring slots, and what nobody remembers is kept raw.
 
     names: sampler, schedule, prediction. init: factors of latent and Gaussian. previews: (x0_x, x0_out) a row.
-    clip_limit: of x0's magnitude, where the rows were recorded with clipping.
+    bound: of x0, where the rows were recorded with clipping.
     """
     count = len(rows)
     last_use = list(range(count))
@@ -239,7 +280,7 @@ def program_from_rows(
         prediction=prediction,
         steps=steps,
         start=start,
-        timesteps=np.array([row.level.t for row in rows]),
+        timesteps=np.array([row.told.t for row in rows]),
         sigmas=np.minimum([row.level.sigma for row in rows] + [final_sigma], ZERO_SNR_FLOOR**-0.5),
         input_scale=np.ones(count),
         h_x=h_x,
@@ -256,7 +297,8 @@ def program_from_rows(
         init_latent=init[0],
         init_noise=init[1],
         anchored=anchored,
-        clip=None if clip_limit is None else Clip(limit=clip_limit, h=h_clip, x=x_clip),
+        clip=None if bound is None else Clip(bound=bound, h=h_clip, x=x_clip),
+        spread=Spread(log=np.array([row.spread for row in rows])) if any(row.spread for row in rows) else None,
     )
 
 

@@ -12,8 +12,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 NOT_LINEAR = {
-    "thresholding": "clamps x0 by a quantile of the image",
-    "dynamic_thresholding": "clamps x0 by a quantile of the image",
     "use_clipped_model_output": "recomputes eps from a clamped x0",
     "guidance_rescale": "divides by standard deviations of the image",
 }

@@ -19,6 +19,8 @@ from .noise import NoiseSchedule
 from .tables import load_table
 
 Array = npt.NDArray[np.float64]
+FIRST = ("first_timestep", "first_sigma")
+"""Options that name the level where sampling begins, in one way or the other."""
 TimestepSpacing = Callable[..., Array]
 SigmaSpacing = Callable[..., Array]
 
@@ -29,22 +31,22 @@ def leading(count: int, steps: int, *, steps_offset: int = 1) -> Array:
     return np.asarray(t + min(steps_offset, count - 1 - t[0]))
 
 
-def linspace(count: int, steps: int) -> Array:
+def linspace(count: float, steps: int) -> Array:
     """n timesteps from T - 1 down to 0, both included, not rounded."""
     return np.linspace(count - 1, 0, steps)
 
 
-def trailing(count: int, steps: int) -> Array:
+def trailing(count: float, steps: int) -> Array:
     """Rounded multiples of T / n counted back from T - 1 (Lin et al. 2023, arXiv 2305.08891, Table 2)."""
     return np.asarray(np.round(count - np.arange(steps) * (count / steps)) - 1)
 
 
-def sgm_uniform(count: int, steps: int) -> Array:
+def sgm_uniform(count: float, steps: int) -> Array:
     """The first n of n + 1 equally spaced timesteps from T - 1 to 0 (the spacing of Stability's generative-models)."""
     return np.linspace(count - 1, 0, steps + 1)[:-1]
 
 
-def simple(count: int, steps: int) -> Array:
+def simple(count: float, steps: int) -> Array:
     """Every (T / n)-th training timestep from T - 1 down (ComfyUI's "simple")."""
     return np.asarray(count - 1 - np.floor(np.arange(steps) * (count / steps)))
 
@@ -98,7 +100,10 @@ def from_table(name: str, steps: int) -> Array:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spacing:
-    """A spacing as the compiler sees it: exactly one of the three ways to make levels, and how many it has."""
+    """A spacing as the compiler sees it: exactly one of the three ways to make levels, and how many it has.
+
+    begins: whether it can begin below the greatest level, its n levels being spread from there on.
+    """
 
     name: str
     summary: str
@@ -107,6 +112,7 @@ class Spacing:
     sigmas: SigmaSpacing | None = None
     table: str | None = None
     most_steps: int | None = None
+    begins: bool = False
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -115,7 +121,7 @@ class Spacing:
         if function is None:
             return ()
         own = tuple(p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY)
-        return own + (("sigma_min", "sigma_max") if self.sigmas else ())
+        return own + (("sigma_min", "sigma_max") if self.sigmas else ()) + (FIRST if self.begins else ())
 
 
 def _summary(function: Callable[..., Array]) -> str:
@@ -132,6 +138,7 @@ _BY_TIMESTEP: dict[str, tuple[TimestepSpacing, str]] = {
     "turbo_tenths": (turbo_tenths, "ComfyUI"),
 }
 _MOST_STEPS = {"turbo_tenths": 10}
+_BEGINNING = ("linspace", "trailing", "sgm_uniform", "simple")
 _BY_SIGMA: dict[str, tuple[SigmaSpacing, str]] = {
     "karras": (karras, "arXiv 2206.00364"),
     "exponential": (exponential, "k-diffusion"),
@@ -143,16 +150,23 @@ _TABLES = ("ays_sd", "ays_sdxl", "ays_deepfloyd", "ays_svd", "gits")
 
 SPACINGS: dict[str, Spacing] = {
     **{
-        k: Spacing(name=k, summary=_summary(f), source=s, timesteps=f, most_steps=_MOST_STEPS.get(k))
+        k: Spacing(
+            name=k, summary=_summary(f), source=s, timesteps=f, most_steps=_MOST_STEPS.get(k), begins=k in _BEGINNING
+        )
         for k, (f, s) in _BY_TIMESTEP.items()
     },
-    **{k: Spacing(name=k, summary=_summary(f), source=s, sigmas=f) for k, (f, s) in _BY_SIGMA.items()},
+    **{k: Spacing(name=k, summary=_summary(f), source=s, sigmas=f, begins=True) for k, (f, s) in _BY_SIGMA.items()},
     **{k: Spacing(name=k, summary=load_table(k).title, source=load_table(k).source, table=k) for k in _TABLES},
 }
 """Every spacing by its name. Alias "ays" means the table of the checkpoint's own family, "ays_sd" where unknown."""
 
 
 def sigma_range(noise: NoiseSchedule) -> tuple[float, float]:
-    """The least and greatest sigma a network was trained at."""
+    """The least and greatest sigma a network was trained at.
+
+    Of one that is fed ln(sigma) / 4 the scheduler's configuration states them, and its betas mean nothing.
+    """
     s = noise.sigmas
-    return float(s[0]), float(s[-1])
+    own = noise.config if noise.timestep_type == "continuous" else {}
+    low, high = own.get("sigma_min"), own.get("sigma_max")
+    return float(s[0] if low is None else low), float(s[-1] if high is None else high)

@@ -11,6 +11,7 @@ from typing import Any
 from ...errors import ArgumentError, UnknownNameError, UnsupportedError
 from ...values import Reader
 from ..assemble import assemble
+from ..clip import Bound
 from ..keys import check_keys
 from ..levels import EDM_PREDICTIONS
 from ..names import resolve_sampler, scheduler_class
@@ -18,6 +19,7 @@ from ..noise import PREDICTIONS
 from ..options import check_option
 from ..program import Program
 from ..refusals import finite_arithmetic, refuse_options
+from ..solvers.registry import Sampler
 from . import layouts as grids
 from . import meanings
 from .layouts import Grid, GridRequest
@@ -30,10 +32,11 @@ RESPACED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 SOLVER = ("solver_order", "solver_type", "lower_order_final")
 FLOW = ("use_flow_sigmas", "use_dynamic_shifting")
 CLIP = ("clip_sample", "clip_sample_range")
-CLIPPED = (*CLIP, "thresholding")
+THRESHOLD = ("thresholding", "dynamic_thresholding_ratio", "sample_max_value")
+CLIPPED = (*CLIP, *THRESHOLD)
 ZERO_SNR = ("rescale_betas_zero_snr",)
 RANGE = ("sigma_min", "sigma_max", "final_sigmas_type")
-DPM = (*SOLVER, "algorithm_type", "final_sigmas_type", "lambda_min_clipped", "variance_type", "thresholding", *FLOW)
+DPM = (*SOLVER, "algorithm_type", "final_sigmas_type", "lambda_min_clipped", "variance_type", *THRESHOLD, *FLOW)
 CHURN = ("s_churn", "s_tmin", "s_tmax", "s_noise")
 
 Solver = Callable[[str, Config, Config], Solved]
@@ -125,6 +128,7 @@ CLASSES: dict[str, SchedulerClass] = {
     ),
     "DPMSolverSinglestepScheduler": SchedulerClass(
         solver=meanings.singlestep,
+        spacing="sgm_uniform",
         sets=_DPM_SETS,
         takes=("timesteps",),
         layout=grids.multistep_family,
@@ -133,7 +137,7 @@ CLASSES: dict[str, SchedulerClass] = {
     "DEISMultistepScheduler": SchedulerClass(
         solver=meanings.deis,
         layout=grids.multistep_family,
-        reads=(*SPACED, *RESPACED, *SOLVER, *FLOW, "algorithm_type", "thresholding"),
+        reads=(*SPACED, *RESPACED, *SOLVER, *FLOW, "algorithm_type", *THRESHOLD),
     ),
     "UniPCMultistepScheduler": SchedulerClass(
         solver=meanings.unipc,
@@ -141,7 +145,7 @@ CLASSES: dict[str, SchedulerClass] = {
         layout=grids.multistep_family,
         reads=(
             *(*SPACED, *RESPACED, *ZERO_SNR, *SOLVER, *RANGE, *FLOW),
-            *("predict_x0", "disable_corrector", "solver_p", "thresholding"),
+            *("predict_x0", "disable_corrector", "solver_p", *THRESHOLD),
         ),
     ),
     "LCMScheduler": SchedulerClass(
@@ -163,13 +167,14 @@ CLASSES: dict[str, SchedulerClass] = {
     "EDMDPMSolverMultistepScheduler": SchedulerClass(
         solver=meanings.edm_multistep,
         axis=EDM_PREDICTIONS,
+        spacing="karras",
         layout=grids.edm_family,
         reads=(
             *RANGE,
             *SOLVER,
             "algorithm_type",
             "euler_at_final",
-            "thresholding",
+            *THRESHOLD,
             "sigma_data",
             "sigma_schedule",
             "rho",
@@ -179,6 +184,7 @@ CLASSES: dict[str, SchedulerClass] = {
     "EDMEulerScheduler": SchedulerClass(
         solver=meanings.churned_late,
         axis=EDM_PREDICTIONS,
+        spacing="karras",
         layout=grids.edm_family,
         reads=(*RANGE, "sigma_data", "sigma_schedule", "rho"),
         step_options=CHURN,
@@ -282,18 +288,35 @@ def program_from_diffusers(
         prediction=kind.axis.get(prediction, prediction),
         init=init,
         options=arguments,
-        clip_limit=_clip_limit(config),
+        bound=threshold(config) or _clip_limit(config),
     )
 
 
-def _clip_limit(config: Config) -> float | None:
+def admits_thresholding(sampler: Sampler) -> bool:
+    """Whether x0 may be thresholded: in the samplers whose class in diffusers does so where its config says it."""
+    return sampler.diffusers is not None and "thresholding" in CLASSES[sampler.diffusers].reads
+
+
+def threshold(config: Config) -> Bound | None:
+    """The bound that each image has of its own, of a config that says `thresholding`."""
+    if not config.get("thresholding"):
+        return None
+    ratio, most = config.get("dynamic_thresholding_ratio", 0.995), config.get("sample_max_value", 1.0)
+    if not 0 <= ratio <= 1:
+        raise ArgumentError(f"dynamic_thresholding_ratio={ratio!r}", expected="a number from 0 to 1")
+    if not 0 < most < math.inf:
+        raise ArgumentError(f"sample_max_value={most!r}", expected="a finite number above 0")
+    return Bound(limit=float(most), ratio=float(ratio))
+
+
+def _clip_limit(config: Config) -> Bound | None:
     """The magnitude to which x0 is clipped, of a config that says so."""
     if not config.get("clip_sample"):
         return None
     limit = config.get("clip_sample_range", 1.0)
     if not 0 < limit < math.inf:
         raise ArgumentError(f"clip_sample_range={limit!r}", expected="a finite number above 0")
-    return float(limit)
+    return Bound(limit=float(limit))
 
 
 def _check_steps(

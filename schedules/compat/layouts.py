@@ -80,6 +80,7 @@ def chain(levels: Sequence[Level], start: int, tables: Tables) -> Path:
         before=levels[:start],
         at_sigma=tables.at_sigma,
         at_timestep=tables.at_timestep,
+        trained=tables.count,
     )
 
 
@@ -324,6 +325,7 @@ def _called(request: GridRequest, pairs: list[tuple[Level, Level]], calls: list[
         calls=[tables.at_timestep(ti) for ti in calls],
         at_sigma=tables.at_sigma,
         at_timestep=tables.at_timestep,
+        trained=tables.count,
     )
     return Grid(path=path, init_noise=1.0)
 
@@ -382,5 +384,6 @@ def vp_grid(request: GridRequest, pairs: list[tuple[Level, Level]]) -> Grid:
         total=len(pairs),
         at_sigma=request.tables.at_sigma,
         at_timestep=request.tables.at_timestep,
+        trained=request.tables.count,
     )
     return Grid(path=path, init_noise=1.0)

@@ -14,6 +14,9 @@ from ..solvers.registry import Sampler, find_sampler
 
 Config = Mapping[str, Any]
 Solved = tuple[Sampler, dict[str, Any]]
+VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "learned_range")
+LEARNED = ("learned", "learned_range")
+"""Networks that say their variance too: samplers with one of their own take the mean alone."""
 
 
 def plain(name: str) -> Sampler:
@@ -33,9 +36,10 @@ def pndm(name: str, config: Config, options: Config) -> Solved:
 
 def ddpm(name: str, config: Config, options: Config) -> Solved:
     kind = str(config.get("variance_type") or "fixed_small")
-    if kind not in ("fixed_small", "fixed_small_log", "fixed_large"):
-        raise UnsupportedError(f"variance_type {kind!r}", expected="fixed_small, fixed_small_log or fixed_large")
-    return plain(name), {**options, "large_variance": kind == "fixed_large", "variance_floor": 1e-20}
+    if kind not in VARIANCES:
+        raise UnsupportedError(f"variance_type {kind!r}", expected=f"one of {', '.join(VARIANCES)}")
+    own = {"large_variance": kind == "fixed_large", "learned_variance": kind == "learned_range"}
+    return plain(name), {**options, **own, "variance_floor": 1e-20}
 
 
 def lcm(name: str, config: Config, options: Config) -> Solved:
@@ -78,8 +82,8 @@ def _dpm(form: str, config: Config, *, lower_order_final: bool) -> Solved:
     algorithm = "dpmsolver++" if algorithm == "deis" else algorithm
     if algorithm not in ("dpmsolver++", "sde-dpmsolver++"):
         raise UnsupportedError(f"algorithm_type {algorithm!r}", expected="'dpmsolver++' or 'sde-dpmsolver++'")
-    if config.get("variance_type"):
-        raise UnsupportedError(f"variance_type {config['variance_type']!r}", expected="none")
+    if config.get("variance_type") not in (None, *LEARNED):
+        raise UnsupportedError(f"variance_type {config['variance_type']!r}", expected=f"none, {' or '.join(LEARNED)}")
     solver_type = config.get("solver_type", "midpoint")
     if solver_type in ("logrho", "bh1", "bh2"):
         solver_type = "midpoint"

@@ -11,7 +11,6 @@ from ..noise import NoiseSchedule
 from ..program import Program
 from ..solvers.registry import Sampler, find_sampler
 from ..tables import load_table
-from . import layouts as grids
 from .classes import CLASSES, COMMON, SchedulerClass, pipelines_step, program_from_diffusers
 
 _RESPACED_BY = {
@@ -133,7 +132,7 @@ def _schedule_keys(kind: SchedulerClass, schedule: str) -> dict[str, Any] | None
         return {_RESPACED_BY[schedule]: True}
     if "sigma_schedule" in kind.reads and schedule in ("karras", "exponential"):
         return {"sigma_schedule": schedule}
-    return {} if schedule == "lcm" and kind.layout is grids.lcm_family else None
+    return {} if schedule == kind.spacing and "timestep_spacing" not in kind.reads else None
 
 
 def spacing_keys(sampler: str, schedule: str) -> dict[str, Any]:

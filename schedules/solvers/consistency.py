@@ -22,16 +22,22 @@ from .sampler import sampler
     schedule="lcm",
     diffusers="LCMScheduler",
 )
-def lcm(model: Tape, path: Path, x: Form, *, timestep_scaling: float = 10.0) -> Form:
+def lcm(model: Tape, path: Path, x: Form, *, timestep_scaling: float = 10.0, shifted_timestep: int = 0) -> Form:
     """Latent consistency models (Luo et al. 2023, arXiv 2310.04378), multistep sampling with the boundary scalings.
 
     The result of the last evaluation is the network's own estimate, at whatever level the schedule ends.
+    shifted_timestep: what the network is told in the place of the number of training timesteps T, and of lower ones in
+    proportion; its output is read at the level that it is told, while states stay at their own (NitroFusion, Chen et
+    al. 2024, arXiv 2412.02030: tau = floor(t shifted / T)). 0: the timesteps themselves.
     """
     for i, (here, there) in enumerate(path.pairs):
-        scaled = timestep_scaling * here.t
+        told = here
+        if shifted_timestep:
+            told = path.at_timestep(math.floor(here.t * shifted_timestep / path.trained))
+        scaled = timestep_scaling * told.t
         c_skip = 0.25 / (scaled**2 + 0.25)
         c_out = scaled / math.sqrt(scaled**2 + 0.25)
-        x = c_out * model(x, here).x0 + c_skip * x
+        x = c_out * model(x, here, told=told).x0 + c_skip * x
         if i < len(path) - 1:
             x = there.alpha * x + there.s * model.noise()
     return x

@@ -43,10 +43,19 @@ def ddim(model: Tape, path: Path, x: Form, *, eta: float = 0.0) -> Form:
     infinite_top=True,
     diffusers="DDPMScheduler",
 )
-def ddpm(model: Tape, path: Path, x: Form, *, large_variance: bool = False, variance_floor: float = 0.0) -> Form:
+def ddpm(
+    model: Tape,
+    path: Path,
+    x: Form,
+    *,
+    large_variance: bool = False,
+    learned_variance: bool = False,
+    variance_floor: float = 0.0,
+) -> Form:
     """Ho et al. 2020 (arXiv 2006.11239), eq. 7, on a subset of the timesteps; the last step adds no noise.
 
-    large_variance: beta_t rather than the posterior's variance. variance_floor: diffusers has 1e-20 here, and draws
+    large_variance: beta_t rather than the posterior's variance. learned_variance: what the network says between these
+    two (Nichol and Dhariwal 2021, arXiv 2102.09672, eq. 15). variance_floor: diffusers has 1e-20 here, and draws
     noise wherever t > 0, the last step included.
     """
     for here, there in path.pairs:
@@ -55,7 +64,11 @@ def ddpm(model: Tape, path: Path, x: Form, *, large_variance: bool = False, vari
         a = math.sqrt(ratio) * (there.s / here.s) ** 2
         b = there.alpha * (1 - ratio) / here.s**2
         variance = 1 - ratio if large_variance else posterior_variance(here, there)
+        variance, spread = max(variance, variance_floor), 0.0
+        if learned_variance and variance > 0.0:
+            # exp(((1 + v) log beta + (1 - v) log beta~) / 4) = (beta beta~)^(1/4) exp(v log(beta / beta~) / 4)
+            variance, spread = math.sqrt((1 - ratio) * variance), math.log((1 - ratio) / variance) / 4
         x = a * x + b * x0
         if (here.t if variance_floor else there.sigma) > 0:
-            x = x + math.sqrt(max(variance, variance_floor)) * model.noise()
+            x = x + math.sqrt(variance) * model.noise(spread)
     return x

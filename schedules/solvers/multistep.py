@@ -50,6 +50,7 @@ _deis = partial(
     group="lambda",
     source="Zhang & Chen 2022, arXiv 2204.13902",
     diffusers="DEISMultistepScheduler",
+    clips="eps",
 )
 
 

@@ -32,7 +32,8 @@ class Sampler:
     that ends at sigma 0, it ends on it.
     infinite_top: whether it can start where no signal is left at all (zero terminal SNR), rather than just below.
     schedule: the spacing it takes if none is asked for.
-    clips: where x0 is clipped, whether eps stays the network's own ("x0") or becomes the clipped x0's ("eps").
+    clips: where x0 is clipped or thresholded, whether eps stays the network's own ("x0") or becomes that of the clipped
+    x0 ("eps").
     diffusers: its scheduler class there. aliases: its other names, with the options that each implies.
     """
 
