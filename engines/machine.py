@@ -57,14 +57,19 @@ def _windows_driver() -> bool:
     return sys.platform == "win32" and Path("C:/Windows/System32/nvcuda.dll").exists()
 
 
-def gpu(index: int = 0) -> Gpu:
-    """The CUDA device with this index; `MissingError` when there is none, `MissingExtraError` without nvidia-ml-py."""
+def check_driver() -> None:
+    """Raise `MissingError` where no NVIDIA driver is loaded."""
     if not has_gpu_driver():
         raise MissingError(
             "no NVIDIA driver is loaded", expected="a CUDA device", remedy="Use a backend for the CPU on this machine."
         )
+
+
+def gpu(index: int = 0) -> Gpu:
+    """The CUDA device with this index; `MissingError` when there is none, `MissingExtraError` without nvidia-ml-py."""
+    check_driver()
     try:
-        import pynvml  # type: ignore[import-not-found,unused-ignore]
+        import pynvml
     except ImportError as error:
         raise MissingExtraError("pynvml", "cuda", purpose="asking for the GPU's name") from error
     try:
@@ -80,6 +85,16 @@ def gpu(index: int = 0) -> Gpu:
         )
     except pynvml.NVMLError as error:
         raise MissingError(f"the NVIDIA driver gives no device {index}: {error}", expected="a CUDA device") from error
+
+
+def peak_memory() -> int | None:
+    """The most memory that this process has held so far, in bytes; `None` where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def available_memory() -> int | None:

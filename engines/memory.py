@@ -16,8 +16,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..bundle import Bundle, Component
+from ..bundle import LOWERED, Bundle, Component
 from ..families.control import controls_of
+from ..families.image_prompt import IMAGE_ENCODER
 from .base import TensorSpec
 from .graph.low_rank import RANK
 from .graph.rewrite import FEW_SCORES
@@ -73,13 +74,16 @@ def dims_for(bundle: Bundle, size: tuple[int, int], batch: int) -> dict[str, int
     """The dimensions of an evaluation for so many images of (width, height) pixels, with guidance if it is usual."""
     factor = bundle.latent.factor
     rows = 2 * batch if bundle.defaults.guidance > 1 else batch
-    dims = {"rows": rows, "prompts": rows, "batch": batch, "tokens": bundle.tokenizers[0].length}
-    return dims | {"height": size[1] // factor, "width": size[0] // factor}
+    dims = {"rows": rows, "prompts": rows, "batch": batch, "tokens": bundle.tokens}
+    dims |= {"height": size[1] // factor, "width": size[0] // factor}
+    frames = bundle.latent.frames
+    return dims | ({"frames": frames, "chunk": frames} if frames else {})
 
 
 def stages_of(bundle: Bundle) -> list[str]:
     """The components that every request runs, in their order."""
-    return [n for n in bundle.model.components if n in bundle.components and n != "vae_encoder"]
+    optional = () if bundle.model.clips else ("vae_encoder",)
+    return [n for n in bundle.model.components if n in bundle.components and n not in optional]
 
 
 def predict_stage(bundle: Bundle, name: str, dims: Mapping[str, int], *, on_cpu: bool = True) -> StageMemory:
@@ -92,7 +96,7 @@ def predict_stage(bundle: Bundle, name: str, dims: Mapping[str, int], *, on_cpu:
         component=name,
         weights=stored * (HELD if on_cpu else 1),
         buffers=sum(_bytes(s, dims) for s in (*part.inputs, *part.outputs)),
-        activations=elements * BYTES[part.dtype],
+        activations=elements * BYTES["float32" if part.dtype in LOWERED else part.dtype],
         opening=stored * OPENING if on_cpu else 0,
         library=LIBRARY if on_cpu else 0,
     )
@@ -167,35 +171,47 @@ def _activations(name: str, part: Component, dims: Mapping[str, int]) -> int:
         inner = int(config.get("intermediate_size", 4 * width))
         heads = int(config.get("num_attention_heads", 1))
         return dims["prompts"] * (length * (inner + WORKING_COPIES * width) + heads * length * length)
+    if name == IMAGE_ENCODER:
+        length, width = 1 + (int(config["image_size"]) // int(config["patch_size"])) ** 2, int(config["hidden_size"])
+        inner, heads = int(config.get("intermediate_size", 4 * width)), int(config.get("num_attention_heads", 1))
+        return dims["batch"] * (length * (inner + WORKING_COPIES * width) + heads * length * length)
     channels = _channels(config)
     levels = _levels(channels, dims)
     if name != "unet":
         pixels = levels[0] << 2 * (len(channels) - 1)
         widest = pixels * channels[min(1, len(channels) - 1)]  # the last level but one is upsampled before it narrows
-        return dims["batch"] * WORKING_COPIES * widest
+        return _pictures(name, dims) * WORKING_COPIES * widest
     layers = int(config.get("layers_per_block", 1))
     skips = sum((layers + 1) * c * levels[i] for i, c in enumerate(channels))
     # what controls add is as large as what is skipped; of several, the sum so far and one more are alive
     skips *= 1 + min(2, len(controls_of(config)))
     widest = max((c + channels[max(i - 1, 0)]) * levels[i] for i, c in enumerate(channels))
     states = max((channels[i] * levels[i] for i in _attending(config)), default=0)
-    return dims["rows"] * (skips + max(WORKING_COPIES * widest, BLOCK_COPIES * states))
+    return _pictures(name, dims) * (skips + max(WORKING_COPIES * widest, BLOCK_COPIES * states))
+
+
+def _pictures(name: str, dims: Mapping[str, int]) -> int:
+    """How many pictures, or frames, a network works on at once."""
+    if name == "unet":
+        return dims["rows"] * dims.get("frames", 1)
+    return dims["chunk"] if name == "vae_decoder" and "chunk" in dims else dims["batch"]
 
 
 def _written_scores(bundle: Bundle, name: str, dims: Mapping[str, int]) -> int:
     """Elements of the largest matrix of scores, of all rows and heads, that attention writes to memory whole."""
     config: Mapping[str, Any] = bundle.component(name).config
-    if name.startswith("text_encoder"):
+    if name.startswith("text_encoder") or name == IMAGE_ENCODER:
         return 0  # a part of its activations
     channels, usual = _channels(config), profiles_for(bundle)[name][0].optimum
     asked, default = _levels(channels, dims), _levels(channels, usual)
     if name != "unet":
-        return _written(usual["batch"] * default[0] ** 2, dims["batch"] * asked[0] ** 2)
+        return _written(_pictures(name, usual) * default[0] ** 2, _pictures(name, dims) * asked[0] ** 2)
     heads = config.get("num_attention_heads") or config.get("attention_head_dim") or 1
+    of_usual, of_asked = _pictures(name, usual), _pictures(name, dims)
     by_level = [int(h) for h in heads] if isinstance(heads, (list, tuple)) else [int(heads)] * len(channels)
     return max(
         (
-            _written(usual["rows"] * by_level[i] * default[i] ** 2, dims["rows"] * by_level[i] * asked[i] ** 2)
+            _written(of_usual * by_level[i] * default[i] ** 2, of_asked * by_level[i] * asked[i] ** 2)
             for i in _attending(config)
         ),
         default=0,

@@ -136,7 +136,8 @@ def profiles_for(
 
     Exact by default: one profile for each size, batch and prompt length. `guidance` says whether the UNet gets two rows
     an image (`True`), one (`False`) or a profile for each (`None`). `dynamic` gives spans to dimensions by name
-    (`rows`, `height` and `width` in latent cells, `tokens`, `prompts`, `batch`); every profile takes them.
+    (`rows`, `height` and `width` in latent cells, `tokens`, `prompts`, `batch`; of clips `frames`, and `chunk`: those
+    that are decoded together); every profile takes them.
     """
     known = dimension_names(s for c in bundle.components.values() for s in (*c.inputs, *c.outputs))
     for name in dynamic or {}:
@@ -147,9 +148,12 @@ def profiles_for(
         if batch < 1:
             raise ArgumentError(f"batch is {batch}", expected="an integer above 0")
     factors = {None: (1, 2), True: (2,), False: (1,)}[guidance]
-    rows = sorted({b * f for b in batches for f in factors})
+    rows, frames = sorted({b * f for b in batches for f in factors}), max(1, bundle.latent.frames)
     sizings = [
-        {"rows": r, "prompts": r, "batch": b, "height": h, "width": w, "tokens": t, "rank": 16, "words": 4}
+        {
+            **{"rows": r, "prompts": r, "batch": b, "height": h, "width": w, "tokens": t, "rank": 16, "words": 4},
+            **{"frames": frames, "chunk": frames},
+        }
         for h, w in cells
         for t in tokens
         for b in sorted(set(batches))

@@ -12,10 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...bundle import LOWERED
 from ...errors import CancelledError, CorruptError, FewstepError, MismatchError, UnsupportedError
 from .. import machine
 from ..base import Engine, TensorSpec
 from ..graph.accounting import check_fusion
+from ..graph.onnx_bytes import read_graph
+from ..graph.symmetric import make_symmetric
 from ..key import ANY_DEVICE
 from ..options import BuildOptions
 from ..profile import Profile
@@ -30,7 +33,8 @@ if TYPE_CHECKING:
 
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 _COMPUTE = ("CONVOLUTION", "MATRIX_MULTIPLY", "ATTENTION_INPUT", "DECONVOLUTION")
-_DTYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
+_DTYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", **dict.fromkeys(LOWERED, "FLOAT")}
+"""What a network states of computing layers; those in integers read what comes back from their grid."""
 
 
 class TensorRT(Backend):
@@ -60,6 +64,12 @@ class TensorRT(Backend):
         """Parse, check and build. Raises `CorruptError`, `MismatchError`, `CancelledError`, `FewstepError`."""
         graph, options = checked_graph(job.bundle, job.component), job.options
         check_weights(job.bundle, job.component, job.store)
+        if job.component.dtype == "int4-weights":
+            raise UnsupportedError(
+                f"the {job.name} has weights in four bits, which TensorRT takes of products of matrices alone",
+                remedy="Quantize it with --precision int8-weights, and name that in the budget.",
+            )
+        graph, pairs = about_zero(graph) if job.component.dtype in LOWERED else (graph, 0)
         module = import_tensorrt(self.name)
         check_operators(module, job.name, job.component.operators)
         errors_said()
@@ -73,9 +83,11 @@ class TensorRT(Backend):
         check_io(network, job.component.inputs, job.component.outputs)
         types = check_types(module, network, job.component.dtype)
         layers = Counter(network.get_layer(i).type.name for i in range(network.num_layers))
+        if layers["QUANTIZE"] < pairs:
+            raise MismatchError(f"{layers['QUANTIZE']} of {pairs} tensors are rounded", expected="all of them")
         fused_layers = {"Attention": layers["ATTENTION_INPUT"]}
         fused = check_fusion(job.name, job.component.operators, fused_layers, strict=True)
-        attentions = decompose_attention(module, network) if job.component.dtype == "float32" else 0
+        attentions = decompose_attention(module, network) if job.component.dtype in ("float32", *LOWERED) else 0
         self._configure(module, builder, config, job)
         marked = mark_refittable(network, graph, beside.with_name(job.component.weights)) if options.refittable else []
         add_profiles(builder, config, job.component.inputs, job.profiles)
@@ -104,6 +116,7 @@ class TensorRT(Backend):
             "decomposed_attentions": attentions,
             "profiles": len(job.profiles),
             "refittable_weights": len(marked),
+            "quantized": layers["QUANTIZE"],
         }
 
     def open(self, job: OpenJob) -> Engine:
@@ -199,6 +212,13 @@ class TensorRTRtx(TensorRT):
 
 register(TensorRT())
 register(TensorRTRtx())
+
+
+def about_zero(graph: bytes) -> tuple[bytes, int]:
+    """A graph with layers in integers as the library reads it, and how many tensors are rounded in it."""
+    read = read_graph(graph)
+    pairs = make_symmetric(read)
+    return read.to_bytes(), pairs
 
 
 def parse(module: Any, network: trt.INetworkDefinition, graph: bytes, place: Path, log: trt.ILogger) -> trt.OnnxParser:

@@ -15,7 +15,7 @@ from typing import Any
 from ...errors import MismatchError
 
 UNKNOWN = "unknown"
-_PRECISIONS = {"float32": r"fp32|float", "float16": r"fp16|half", "bfloat16": r"bf16|bfloat16"}
+_PRECISIONS = {"float32": r"fp32|float", "float16": r"fp16|half", "bfloat16": r"bf16|bfloat16", "int8": r"int8"}
 _FUSED = re.compile(r"f?mha|flash|attention", re.IGNORECASE)
 
 
@@ -30,7 +30,7 @@ def read_layers(information: str) -> list[Mapping[str, Any]]:
 
 
 def count_precisions(layers: list[Mapping[str, Any]]) -> dict[str, int]:
-    """How many outputs of layers are of each floating precision."""
+    """How many outputs of layers are of each precision."""
     counts = dict.fromkeys(_PRECISIONS, 0)
     for layer in layers:
         for tensor in layer.get("Outputs", ()):

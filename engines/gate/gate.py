@@ -134,6 +134,15 @@ def limit_for(dtype: str, torch_error: Mapping[str, float]) -> float:
     return max(FACTOR * own, FLOAT32_FLOOR)
 
 
+def worst_error(evaluate: Evaluate, cases: Iterable[Case]) -> float:
+    """The largest relative L2 error of any output of these cases, flags apart."""
+    errors = [0.0]
+    for case in cases:
+        outputs = evaluate(case.inputs, case.dims)
+        errors += [compare(outputs[n], e).rel_l2 for n, e in case.outputs.items() if e.dtype != np.bool_]
+    return max(errors)
+
+
 def judge(case: Case, tensor: str, output: NDArray[Any], dtype: str) -> Verdict:
     """Compare one output with torch's and say, in words, what is wrong with it.
 

@@ -15,8 +15,8 @@ from .onnx_bytes import fields_of, integer
 
 REMEDY = "Export the checkpoint again."
 MOST_DEPTH = 32
-_ELEMENT_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
-"""By TensorProto.DataType; those of less than a byte, and strings, never lie outside of a graph."""
+_ELEMENT_BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 16: 16, 22: 4}
+"""By TensorProto.DataType; strings never lie outside of a graph. Of four bits there are two elements a byte."""
 _EXTERNAL = 1
 
 # The fields that lead to tensors, as ONNX numbers them, and what each holds.
@@ -59,14 +59,14 @@ def _check(tensor: _Tensor, weights: str, length: int) -> None:
         raise UnsafeFileError(
             f"{what} lies in the file {str(stated.get('location'))[:80]!r}", expected=repr(weights), remedy=REMEDY
         )
-    size = _ELEMENT_BYTES.get(tensor.element)
-    if size is None or any(d < 0 for d in tensor.dims):
+    bits = _ELEMENT_BITS.get(tensor.element)
+    if bits is None or any(d < 0 for d in tensor.dims):
         raise CorruptError(
             f"{what} has shape {tensor.dims[:8]} and element type {tensor.element}",
             expected="one that can lie outside of a graph",
             remedy=REMEDY,
         )
-    needed = math.prod(tensor.dims) * size
+    needed = -(-math.prod(tensor.dims) * bits // 8)
     if stated.get("length") != str(needed):
         raise CorruptError(
             f"{what} has {str(stated.get('length'))[:40]} bytes", expected=f"{needed}, as its shape says", remedy=REMEDY

@@ -8,10 +8,14 @@ from __future__ import annotations
 import struct
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from ...errors import CorruptError
 
-FLOAT, INT64, BOOL, FLOAT16, BFLOAT16 = 1, 7, 9, 10, 16
+FLOAT, UINT8, INT8, INT64, BOOL, FLOAT16, BFLOAT16, INT4 = 1, 2, 3, 7, 9, 10, 16, 22
 _MODEL_OPSET, _MODEL_GRAPH, _MODEL_METADATA = 8, 7, 14
 _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_OUTPUT, _GRAPH_VALUE = 1, 5, 11, 12, 13
 _REMEDY = "Export the checkpoint again."
@@ -62,12 +66,24 @@ class OnnxGraph:
     def add_constant(self, name: str, data_type: int, dims: Sequence[int], raw: bytes) -> str:
         """Add an initializer, unless one of this name is there; returns its name."""
         if name not in self.constants:
-            self.constants[name] = tuple(dims)
+            self.constants[name], self.types[name] = tuple(dims), data_type
             self._graph.append((_GRAPH_INITIALIZER, 2, _tensor_bytes(name, data_type, dims, raw)))
         return name
 
+    def add_outside(self, name: str, data_type: int, dims: Sequence[int], file: str, offset: int, length: int) -> None:
+        """Add an initializer whose bytes lie in a file beside the model."""
+        self.constants[name], self.types[name] = tuple(dims), data_type
+        entries = {"location": file, "offset": str(offset), "length": str(length)}
+        message = b"".join(number(1, d) for d in dims) + number(2, data_type) + string(8, name)
+        message += b"".join(block(13, string(1, k) + string(2, v)) for k, v in entries.items()) + number(14, 1)
+        self._graph.append((_GRAPH_INITIALIZER, 2, message))
+
     def add_integers(self, name: str, values: Sequence[int]) -> str:
         return self.add_constant(name, INT64, [len(values)], struct.pack(f"<{len(values)}q", *values))
+
+    def add_floats(self, name: str, values: npt.NDArray[Any]) -> str:
+        """A vector of float32."""
+        return self.add_constant(name, FLOAT, [len(values)], np.asarray(values, "<f4").tobytes())
 
     def add_input(self, name: str, shape: Sequence[int | str]) -> None:
         """Make a float32 tensor of this shape, in numbers and symbols, an input of the model."""

@@ -27,6 +27,7 @@ SMALL = 1 << 18
 """Elements of an activation up to which one pass on one thread is faster than two passes on all."""
 FEW_SCORES = 1 << 15
 """Of one attention: up to so many, writing them all to memory is faster than working by blocks."""
+SHARED_NORMS = "shared normalisations"
 _WITH_GRAPHS = ("If", "Loop", "Scan")
 _HEADS_FIRST = [0, 2, 1, 3]
 
@@ -42,6 +43,7 @@ def rewrite_for_cpu(model: bytes, dims: Mapping[str, int] | None = None) -> tupl
     counts = {
         "Attention": fuse_attention(graph, dims),
         "InstanceNormalization": replace_group_norms(graph, dims),
+        SHARED_NORMS: share_normals(graph),
         "Reshape": fix_reshapes(graph),
         "gated units": split_gates(graph),
         "merged": merge_products(graph) + merge_projections(graph),
@@ -59,6 +61,7 @@ def rewrite_with_weights(model: bytes, dims: Mapping[str, int] | None = None) ->
     counts = {
         "Attention": fuse_attention(graph, dims),
         "InstanceNormalization": replace_group_norms(graph, dims),
+        SHARED_NORMS: share_normals(graph),
         "Reshape": fix_reshapes(graph),
         "products": read_weights_turned(graph),
         "unused": drop_unused(graph),
@@ -171,6 +174,22 @@ def replace_group_norms(graph: OnnxGraph, dims: Mapping[str, int] | None = None)
         count += bool(replacement)
     graph.nodes = nodes
     return count
+
+
+def share_normals(graph: OnnxGraph) -> int:
+    """Normalise what several of them normalise once: they differ in scale and bias behind it. Returns how many less."""
+    known: dict[tuple[object, ...], str] = {}
+    renamed: dict[str, str] = {}
+    for node in graph.nodes:
+        if renamed.keys() & set(node.inputs):
+            node.inputs, node.raw = [renamed.get(i, i) for i in node.inputs], None
+        if node.operator in ("InstanceNormalization", "Reshape") and node.outputs[0].startswith("groupnorm_"):
+            first = known.setdefault((node.operator, *node.inputs, str(node.attributes)), node.outputs[0])
+            if first != node.outputs[0]:
+                renamed[node.outputs[0]] = first
+    shared = [n for n in graph.nodes if n.operator == "InstanceNormalization" and n.outputs[0] in renamed]
+    graph.nodes = [n for n in graph.nodes if n.outputs[0] not in renamed]
+    return len(shared)
 
 
 def _group_norm(node: Node, graph: OnnxGraph, prefix: str, *, small: bool) -> list[Node]:
