@@ -3,7 +3,7 @@
 A new family is its file, and an import here.
 """
 
-from . import sd, sdxl  # noqa: F401
+from . import deepfloyd, sd, sdxl, svd  # noqa: F401
 from .base import Condition, Family, all_families, find_family, known_models
 
 __all__ = ["Condition", "Family", "all_families", "find_family", "known_models"]

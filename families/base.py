@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ from ..errors import UnknownNameError
 from .conditions import Condition as Condition
 from .conditions import Config as Config
 from .control import control_conditions
-from .image_prompt import image_prompt_conditions
+from .image_prompt import IMAGE_ENCODER, image_prompt_conditions
 
 Float32 = npt.NDArray[np.float32]
 Pair = tuple[int, int]
@@ -25,8 +25,10 @@ TINY_KEYS = ("encoder_block_out_channels", "decoder_block_out_channels", "latent
 LATENT_STATISTICS = ("latents_mean", "latents_std")
 VAE_SCALING = 0.18215
 """What a VAE's latents are multiplied by where its configuration does not say."""
-SIZED_UP_BLOCKS = frozenset({"UpBlock2D", "CrossAttnUpBlock2D"})
-"""Blocks that interpolate to a given size (`upsample_size` in diffusers' `UNet2DConditionModel.forward`)."""
+SIZED_UP_BLOCKS = frozenset(
+    f"{kind}{of}" for kind in ("UpBlock", "CrossAttnUpBlock") for of in ("2D", "SpatioTemporal")
+)
+"""Blocks that interpolate to a given size (`upsample_size` in the forward of diffusers' UNets)."""
 TEXT_KEYS = ("hidden_size", "max_position_embeddings", "vocab_size")
 
 
@@ -43,7 +45,7 @@ class TextEncoder:
 
     layer: which hidden states the UNet attends to: 0 the last through the final norm, n > 0 the n-th last as it is.
     prefixes: what its tensors' names begin with in single files. lora: what its modules' names begin with in LoRAs of
-    kohya's trainer.
+    kohya's trainer. one_pass: whether longer texts are cut, since states of several passes are none of its own.
     """
 
     name: str
@@ -52,6 +54,7 @@ class TextEncoder:
     layer: int = 0
     prefixes: tuple[str, ...] = ()
     lora: tuple[str, ...] = ()
+    one_pass: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,9 +64,14 @@ class Family:
     name: in manifests; title: for people. pipelines: diffusers' classes in `model_index.json`, the first the plain one.
     respacing: those of them that space the steps from a picture anew by its strength, the one for text first; the
     others leave out the first steps.
-    unet, vae: their classes and keys. unet_options: keys of the UNet's configuration that other families have not.
-    addition_types: values of the UNet's `addition_embed_type` that its pipelines feed. vae_statistics: whether its
-    pipelines normalise latents by `latents_mean` and `latents_std` of the VAE's configuration.
+    unet, vae: their classes and keys; without a VAE it samples pixels. unet_options: keys of the UNet's configuration
+    that other families have not. addition_types: values of the UNet's `addition_embed_type` that its pipelines feed.
+    learned_variance: whether its UNets may say their variance, in as many channels again. pictures: what a request's
+    picture is: what sampling starts from (`"start"`), what the UNet is told of (`"told"`), noised to `noise_level`, or
+    nothing (`"none"`). vae_statistics: whether its pipelines normalise latents by `latents_mean` and `latents_std` of
+    the VAE's configuration.
+    clips: whether its UNets make the frames of a clip together. image_encoder: what encodes the picture that a clip
+    begins with, for the UNet to attend to.
     text_width: of the vectors that published UNets of it attend to, to tell files of several families apart.
     schedule: the published Align Your Steps table for it. steps, guidance, force_zeros: what a checkpoint that says
     nothing gets. size_arguments: those of a call that say sizes and corners, with the least and largest number in each.
@@ -73,11 +81,16 @@ class Family:
     title: str
     pipelines: tuple[str, ...]
     respacing: tuple[str, ...] = ()
-    text_encoders: tuple[TextEncoder, ...]
+    text_encoders: tuple[TextEncoder, ...] = ()
+    clips: bool = False
+    image_encoder: FamilyPart | None = None
     unet: FamilyPart = FamilyPart(classes={"UNet2DConditionModel": UNET_KEYS})
-    vae: FamilyPart = FamilyPart(classes={"AutoencoderKL": VAE_KEYS, "AutoencoderTiny": TINY_KEYS})
+    vae: FamilyPart | None = FamilyPart(classes={"AutoencoderKL": VAE_KEYS, "AutoencoderTiny": TINY_KEYS})
     unet_options: tuple[str, ...] = ()
     addition_types: tuple[str, ...] = ()
+    learned_variance: bool = False
+    pictures: Literal["start", "told", "none"] = "start"
+    noise_level: int | None = None
     vae_statistics: bool = False
     text_width: int | None = None
     schedule: str = "ays"
@@ -89,12 +102,16 @@ class Family:
     @property
     def parts(self) -> dict[str, FamilyPart]:
         """Its parts in a diffusers folder, by name."""
-        return {"unet": self.unet, "vae": self.vae, **{e.name: e.part for e in self.text_encoders}}
+        vae = {} if self.vae is None else {"vae": self.vae}
+        pictured = {} if self.image_encoder is None else {IMAGE_ENCODER: self.image_encoder}
+        return {"unet": self.unet, **vae, **{e.name: e.part for e in self.text_encoders}, **pictured}
 
     @property
     def components(self) -> tuple[str, ...]:
         """What a bundle of it holds, in the order of an export."""
-        return (*(e.name for e in self.text_encoders), "unet", "vae_decoder", "vae_encoder")
+        encoder = () if self.vae is None else ("vae_encoder",)
+        pictured = () if self.image_encoder is None else (IMAGE_ENCODER,)
+        return (*(e.name for e in self.text_encoders), *pictured, "unet", "vae_decoder", *encoder)
 
     def encoder(self, name: str) -> TextEncoder:
         return next(e for e in self.text_encoders if e.name == name)
@@ -121,6 +138,10 @@ class Family:
 
     def loaded_unet(self, pipeline: str, config: Config) -> dict[str, Any]:
         """A UNet's configuration as diffusers' pipeline of that name leaves it."""
+        return dict(config)
+
+    def loaded_text(self, config: Config) -> dict[str, Any]:
+        """A text encoder's configuration with what its graph and the runtime read under CLIP's names."""
         return dict(config)
 
     def loaded_vae(self, config: Config) -> dict[str, Any]:
@@ -170,6 +191,57 @@ class Family:
         asked: `size_arguments` as the call has them, sizes (width, height) and corners (top, left).
         """
         return {}, {}
+
+    def latent_channels(self, unet: Config) -> int:
+        """Channels of what a UNet of this configuration takes noise out of."""
+        return int(unet["in_channels"])
+
+    def says_variance(self, unet: Config) -> bool:
+        """Whether a UNet of this configuration says its variance too."""
+        return self.learned_variance and unet.get("out_channels") == 2 * self.latent_channels(unet)
+
+    def clean(self, text: str) -> str:
+        """A prompt's text as its tokenizers read it."""
+        return text
+
+    def tell_picture(
+        self, unet: Config, picture: Float32, noise: Float32, level: int, alpha_bar: float
+    ) -> dict[str, Float32]:
+        """What the UNet is told of a picture, float32 [3, H, W] in [-1, 1] at the size of the request, in both rows.
+
+        noise: unit noise of its shape. level, alpha_bar: how much of it, as a timestep and as what is left of signal.
+        """
+        return {}
+
+    def clip_conditions(
+        self, hidden: Mapping[str, Float32], latents: Float32, numbers: Mapping[str, float], vae: Config
+    ) -> tuple[dict[str, Float32], dict[str, Float32]]:
+        """What the UNet is told of a clip in the row of its picture and in the row that guidance leads away from.
+
+        hidden: what `join` made of the image encoder's output. latents: of the picture, float32 [C, h, w] from its
+        VAE's graph. numbers: `fps`, `motion_bucket` and `noise_augmentation`.
+        """
+        return {}, {}
+
+    def frames(self, unet: Config) -> int:
+        """How many frames a clip has at most, and by default; 0 where pictures are made."""
+        return int(unet["num_frames"]) if self.clips else 0
+
+    def sample_shape(self, unet: Config) -> tuple[int | str, ...]:
+        """The shape of the UNet's `sample` and `out`."""
+        frames = ("frames",) if self.clips else ()
+        return ("rows", *frames, self.latent_channels(unet), "height", "width")
+
+    @property
+    def decoder_rows(self) -> str:
+        """The decoder's first dimension: pictures, or the frames of one clip that are decoded together."""
+        return "chunk" if self.clips else "batch"
+
+    def default_size(self, unet: Config, factor: int) -> tuple[int, int]:
+        """(width, height) in pixels of a request that says none; factor: pixels per latent cell."""
+        size = unet.get("sample_size") or 64
+        height, width = (size, size) if isinstance(size, int) else size
+        return width * factor, height * factor
 
     def geometry(self, unet: Config, vae: Config) -> tuple[int, int, int]:
         """The latent's channels, its pixels per cell, and the multiple that the UNet asks of its height and width."""

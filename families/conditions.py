@@ -16,7 +16,8 @@ class Condition:
     group: the dictionary in which diffusers' UNet takes it, where it is not an argument of its own. argument: that of a
     call which gives its value beside prompts' own (`prompt_embeds`), if there is one. example: a row's values for
     comparing engines, where unit noise would not do. adapter: the name of the network beside the UNet that takes it; a
-    row that is told nothing of it has zeros, with which the network changes nothing.
+    row that is told nothing of it has zeros, with which the network changes nothing. joined: it is more channels of the
+    sample, behind the latent's own and the same in every frame, which the graph puts there.
     """
 
     name: str
@@ -25,3 +26,4 @@ class Condition:
     argument: str | None = None
     example: tuple[float, ...] | None = None
     adapter: str | None = None
+    joined: bool = False

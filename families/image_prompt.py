@@ -15,6 +15,9 @@ IMAGE_ENCODER = "image_encoder"
 """The component that turns a picture into tokens."""
 TOKENS_INPUT, SCALE_INPUT = "ip_tokens", "ip_scale"
 ADAPTER_KEYS = ("tokens", "width", "layers")
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+"""Of CLIP's training pictures, by channel (Radford et al. 2021)."""
 VISION_KEYS = ("hidden_size", "image_size", "patch_size", "projection_dim")
 PLAIN, PLUS = "plain", "plus"
 """Kinds of projections: of the image's embedding, and resampled from the last hidden states but one."""
