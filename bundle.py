@@ -2,155 +2,55 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from .agreement import check_graphs, check_tokenizers
-from .errors import CorruptError, FewstepError, MissingError, UnknownNameError, UnsafeFileError
+from .errors import ArgumentError, CorruptError, FewstepError, MissingError, UnknownNameError, UnsafeFileError
 from .families import Condition, Family, all_families, find_family
 from .families.configs import check_config
 from .families.image_prompt import IMAGE_ENCODER
-from .places import put_back
+from .manifest import LOWERED as LOWERED
+from .manifest import MANIFEST as MANIFEST
+from .manifest import READING, SHA256, StoredSchedules, component_json, precision_json, read_component, read_precision
+from .manifest import Component as Component
+from .manifest import Defaults as Defaults
+from .manifest import Latent as Latent
+from .manifest import StoredPrecision as StoredPrecision
+from .manifest import Tokenizer as Tokenizer
+from .manifest import read_defaults as read_defaults
+from .places import alone_with, put_back, write_whole, writing
+from .precision import read_budget, split_budget
+from .schedules.found import FoundSchedules, parse_schedules
 from .schedules.keys import check_keys
 from .schedules.noise import NoiseSchedule
 from .tensors import TensorSpec as TensorSpec
 from .tensors import resolve_dimension as resolve_dimension
-from .values import Reader, read_json
+from .values import MOST_BYTES, read_json
 
 FORMAT = 1
-MANIFEST = "bundle.json"
+USUAL_TOKENS = 77
 OPTIONAL = "vae_encoder"
-PRECISIONS = ("float32", "float16", "bfloat16")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+"""The component that a bundle can do without, where its family makes pictures."""
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,255}")
 
 
-READING = Reader(place=MANIFEST, remedy="Export the checkpoint again.")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Component:
-    """One exported part: its graph and weights (file names in the bundle), their SHA-256, its tensors.
-
-    `graph_key` names the traced graph (a hash of the configuration), `dtype` is the precision it computes in;
-    inputs and outputs are float32 whatever that is. `operators` counts the nodes of the graph by operator.
-    """
-
-    graph: str
-    weights: str
-    graph_sha256: str
-    weights_sha256: str
-    graph_key: str
-    dtype: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    config: Mapping[str, Any] = field(default_factory=dict)
-    operators: Mapping[str, int] = field(default_factory=dict)
-    source: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in ("graph", "weights", "graph_key"):
-            READING.text(f"a component's {name}", getattr(self, name))
-        READING.choice("a component's dtype", self.dtype, PRECISIONS)
-        for name in ("graph_sha256", "weights_sha256"):
-            READING.text(f"a component's {name}", getattr(self, name), _SHA256)
-        for name in ("config", "operators", "source"):
-            READING.mapping(f"a component's {name}", getattr(self, name))
-        for name, count in self.operators.items():
-            READING.integer(f"a component's operators of kind {name}", count)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tokenizer:
-    """A `tokenizer.json` in the bundle, the length its encoder takes, and the token that fills the rest.
-
-    Bundles of older exports do not state its SHA-256.
-    """
-
-    file: str
-    length: int
-    pad_id: int
-    bos_id: int
-    eos_id: int
-    sha256: str | None = None
-
-    def __post_init__(self) -> None:
-        READING.text("a tokenizer's file", self.file)
-        READING.integer("a tokenizer's length", self.length, 3, 2**16)
-        for name in ("pad_id", "bos_id", "eos_id"):
-            READING.integer(f"a tokenizer's {name}", getattr(self, name))
-        if self.sha256 is not None:
-            READING.text("a tokenizer's sha256", self.sha256, _SHA256)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Latent:
-    """The latent's geometry: channels, pixels per cell, and the multiple that the UNet asks of height and width.
-
-    The multiple is 1 where the UNet's graph interpolates to whatever size its skip connections have.
-    """
-
-    channels: int
-    factor: int
-    multiple: int
-
-    @property
-    def unit(self) -> int:
-        """Pixels of which a picture's width and height are multiples."""
-        return self.factor * self.multiple
-
-    def __post_init__(self) -> None:
-        for name in ("channels", "factor", "multiple"):
-            READING.integer(f"the latent's {name}", getattr(self, name), 1, 2**16)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Defaults:
-    """What a request without options gets; `None` for sampler and schedule means the checkpoint's own scheduler.
-
-    `timesteps` are fed for as many steps where no others are asked for; `prediction`, if given, replaces what the
-    scheduler's configuration says the network returns. `options` are the sampler's, like `{"eta": 1.0}` for TCD; what
-    a request asks for goes before them.
-    """
-
-    width: int
-    height: int
-    steps: int
-    guidance: float
-    sampler: str | None = None
-    schedule: str | None = None
-    preset: str | None = None
-    timesteps: tuple[int, ...] | None = None
-    prediction: str | None = None
-    options: Mapping[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in ("width", "height", "steps"):
-            READING.integer(f"the default {name}", getattr(self, name), 1)
-        READING.number("the default guidance", self.guidance)
-        for name in ("sampler", "schedule", "preset"):
-            if getattr(self, name) is not None:
-                READING.text(f"the default {name}", getattr(self, name), most=256)
-        if self.prediction is not None:
-            READING.choice("the default prediction", self.prediction, ("epsilon", "v_prediction", "sample"))
-        if self.timesteps is not None:
-            for timestep in READING.array("the default timesteps", self.timesteps, 1, 1000):
-                READING.integer("a default timestep", timestep)
-        for name, value in READING.mapping("the default options", self.options).items():
-            READING.number(f"the sampler's default {name}", value)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Bundle:
     """A bundle on disk. `scheduler` is the checkpoint's diffusers scheduler configuration, word for word.
 
-    `pipeline` is diffusers' class that the checkpoint names; bundles of older exports do not state it.
+    `pipeline` is diffusers' class that the checkpoint names; bundles of older exports do not state it. `noising` is the
+    configuration of the scheduler that noises pictures which the UNet is told of. All text encoders may be absent.
+    `precisions` are lowered components that it holds, and `lowered` those of them that `within` put in place.
     """
 
     folder: Path
@@ -164,16 +64,27 @@ class Bundle:
     force_zeros: bool = False
     guidance_embedding: int = 0
     pipeline: str | None = None
+    noising: Mapping[str, Any] = field(default_factory=dict)
     licence: str | None = None
     source: Mapping[str, Any] = field(default_factory=dict)
     gate: Mapping[str, Any] = field(default_factory=dict)
+    schedules: tuple[StoredSchedules, ...] = ()
+    precisions: tuple[StoredPrecision, ...] = ()
+    lowered: StoredPrecision | None = None
+
+    def __repr__(self) -> str:
+        size = f"{self.defaults.width}x{self.defaults.height}"
+        return f"<Bundle {self.name!r}: {self.model.title}, {size}, in {str(self.folder)!r}>"
 
     def __post_init__(self) -> None:
         families = [f.name for f in all_families()]
         if self.family not in families:
             raise CorruptError(f"{MANIFEST} names the family {self.family!r}", expected=f"one of {', '.join(families)}")
+        encoders = {e.name for e in self.model.text_encoders}
         for required in self.model.components:
-            if required not in self.components and required != OPTIONAL:
+            if required in encoders and not encoders & self.components.keys():
+                continue
+            if required not in self.components and (required != OPTIONAL or self.model.clips):
                 raise CorruptError(f"{MANIFEST} has no component {required!r}", remedy="Export the checkpoint again.")
         check_keys(READING.mapping("the scheduler", self.scheduler), READING)
         READING.text("the scheduler's _class_name", self.scheduler.get("_class_name"), most=64)
@@ -186,19 +97,33 @@ class Bundle:
             READING.text("the licence", self.licence)
         READING.mapping("the source", self.source)
         _check_gate(self.gate)
-        tokenizers = [(t.length, {k: getattr(t, k) for k in ("pad_id", "bos_id", "eos_id")}) for t in self.tokenizers]
+        samplers = [s.sampler for s in self.schedules]
+        if len(set(samplers)) != len(samplers):
+            raise READING.wrong("the schedules", samplers, "one for each sampler")
+        for stored in self.precisions:
+            for name in stored.components.keys() - self.components.keys():
+                raise READING.wrong("a lowered component", name, f"of {', '.join(self.components)}")
+        check_keys(READING.mapping("the noising", self.noising), READING)
+        if self.model.noise_level is not None and not self.noising:
+            raise READING.wrong("the noising", {}, f"a scheduler's configuration, which {self.model.title} has")
+        tokenizers = [(t.length, t.ids) for t in self.tokenizers]
         check_tokenizers(self.components, self.text_encoders, tokenizers, READING)
 
     def check_agreement(self) -> None:
         """Raise `CorruptError` where configurations or graphs are not what the rest of the manifest says they are."""
-        for name, component in self.components.items():
+        lowered = [item for stored in self.precisions for item in stored.components.items()]
+        for name, component in (*self.components.items(), *lowered):
             check_config(name, component.config, READING)
         try:
             NoiseSchedule.from_diffusers(self.noise_config)
+            if self.noising:
+                NoiseSchedule.from_diffusers(self.noising)
         except FewstepError as error:
             raise CorruptError(f"the scheduler in {MANIFEST} is none: {error}", remedy=READING.remedy) from error
-        latent = self.latent.channels, self.latent.factor
-        check_graphs(self.components, self.model, latent, self.guidance_embedding, READING)
+        latent = self.latent.channels, self.latent.factor, self.latent.frames
+        for replaced in ({}, *(stored.components for stored in self.precisions)):
+            components = {**self.components, **replaced}
+            check_graphs(components, self.model, latent, self.guidance_embedding, READING)
 
     def path(self, name: str) -> Path:
         """The path of a file that the manifest names; `UnsafeFileError` if it leaves the folder or is a link."""
@@ -230,6 +155,48 @@ class Bundle:
             )
         return self.components[name]
 
+    def within(self, budget: str) -> Bundle:
+        """The bundle with the lowered components whose pictures are within a budget like `psnr>=30`.
+
+        Of several those with the least PSNR within it, or of the precision that is named: `int8-weights psnr>=30`.
+        `ArgumentError` for other words, `MissingError` where there are none, with what those that it has reached.
+        """
+        precision, words = split_budget(budget, LOWERED)
+        least = read_budget(words)
+        fitting = [s for s in self.precisions if s.psnr >= least and precision in (None, s.precision)]
+        if not fitting:
+            had = ", ".join(f"{s.precision} at {s.psnr:.1f} dB" for s in self.precisions) or "none"
+            raise MissingError(
+                f"the bundle {self.name!r} has no components within {budget}",
+                expected=f"some; it has {had}",
+                remedy=f'Find {precision or "some"} with: fewstep quantize {self.folder.name} --budget "{words}"',
+            )
+        stored = min(fitting, key=lambda s: s.psnr)
+        return replace(self, components={**self.components, **stored.components}, lowered=stored)
+
+    def searched(self, sampler: str) -> FoundSchedules:
+        """The schedules that were found for it with a sampler (its canonical name), which it holds.
+
+        Raises `ArgumentError` where it holds none, or none for that sampler, `CorruptError` for a file that is not
+        the one that the manifest states.
+        """
+        stored = next((s for s in self.schedules if s.sampler == sampler), None)
+        if stored is None:
+            held = [s.sampler for s in self.schedules]
+            raise ArgumentError(
+                f"the bundle {self.name!r} holds no searched schedule{f' for {sampler}' if held else ''}",
+                expected=f"sampler {' or '.join(held)}" if held else "another schedule",
+                remedy="Pass the file of one (--schedule FILE.json), or store it: fewstep schedule store BUNDLE FILE",
+            )
+        return _read_stored(self.path(stored.file), stored)
+
+    @property
+    def unet_digest(self) -> str:
+        """The SHA-256 of its UNet, by which found schedules know it: of the two texts `graph_sha256` and
+        `weights_sha256`, one after the other."""
+        unet = self.component("unet")
+        return hashlib.sha256((unet.graph_sha256 + unet.weights_sha256).encode()).hexdigest()
+
     @property
     def model(self) -> Family:
         """What its family says of itself."""
@@ -247,8 +214,13 @@ class Bundle:
 
     @property
     def text_encoders(self) -> tuple[str, ...]:
-        """The names of its text encoders, in the order in which their outputs are joined."""
-        return tuple(e.name for e in self.model.text_encoders)
+        """The names of its text encoders, in the order in which their outputs are joined; none where it has none."""
+        return tuple(e.name for e in self.model.text_encoders if e.name in self.components)
+
+    @property
+    def tokens(self) -> int:
+        """Of a prompt that one pass of its text encoders takes, or that its embeddings usually have."""
+        return self.tokenizers[0].length if self.tokenizers else USUAL_TOKENS
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
@@ -263,13 +235,14 @@ class Bundle:
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as JSON data; the folder is left out."""
+        held = {"schedules": [{k: getattr(s, k) for k in StoredSchedules.__slots__} for s in self.schedules]}
         return {
             "format": FORMAT,
             "name": self.name,
             "family": self.family,
-            "components": {n: _component_json(c) for n, c in self.components.items()},
+            "components": {n: component_json(c) for n, c in self.components.items()},
             "tokenizers": [{k: getattr(t, k) for k in Tokenizer.__slots__} for t in self.tokenizers],
-            "latent": {k: getattr(self.latent, k) for k in Latent.__slots__},
+            "latent": self.latent.to_json(),
             "scheduler": {k: v for k, v in self.scheduler.items() if not _is_infinite(v)},
             "defaults": {k: getattr(self.defaults, k) for k in Defaults.__slots__},
             "force_zeros": self.force_zeros,
@@ -278,6 +251,9 @@ class Bundle:
             "licence": self.licence,
             "source": dict(self.source),
             "gate": dict(self.gate),
+            **({"noising": dict(self.noising)} if self.noising else {}),
+            **(held if self.schedules else {}),
+            **({"precisions": [precision_json(s) for s in self.precisions]} if self.precisions else {}),
         }
 
 
@@ -286,7 +262,7 @@ def _check_gate(gate: object) -> None:
     stated = READING.mapping("the gate", gate)
     READING.text("the gate's status", stated.get("status", "unknown"))
     if "reference_sha256" in stated:
-        READING.text("the gate's reference_sha256", stated["reference_sha256"], _SHA256)
+        READING.text("the gate's reference_sha256", stated["reference_sha256"], SHA256)
     for name, found in READING.mapping("the gate's components", stated.get("components", {})).items():
         error = READING.mapping(f"the gate's {name}", found).get("worst_relative_l2")
         if error is not None:
@@ -296,33 +272,6 @@ def _check_gate(gate: object) -> None:
 def _is_infinite(value: object) -> bool:
     """diffusers writes "no clipping" as -Infinity, which is not JSON; left out, it is the default it stands for."""
     return isinstance(value, float) and not math.isfinite(value)
-
-
-def _component_json(component: Component) -> dict[str, Any]:
-    data = {k: getattr(component, k) for k in Component.__slots__}
-    data["inputs"] = [s.to_json() for s in component.inputs]
-    data["outputs"] = [s.to_json() for s in component.outputs]
-    return data
-
-
-def _component(data: Any) -> Component:
-    data = READING.mapping("a component", data)
-    fields = {k: data[k] for k in Component.__slots__ if k in data}
-    for side in ("inputs", "outputs"):
-        stated = READING.array(f"a component's {side}", data.get(side), 1, 64)
-        fields[side] = tuple(TensorSpec.from_json(s, READING) for s in stated)
-    return Component(**fields)
-
-
-def read_defaults(data: Mapping[str, Any]) -> Defaults:
-    """Defaults from JSON, where timesteps are a list of whole numbers."""
-    unknown = sorted(set(READING.mapping("the defaults", data)) - set(Defaults.__slots__))
-    if unknown:
-        raise READING.wrong("the defaults", unknown, f"only {', '.join(Defaults.__slots__)}")
-    timesteps = data.get("timesteps")
-    if timesteps is not None:
-        timesteps = tuple(READING.array("the default timesteps", timesteps, 1, 1000))
-    return Defaults(**{**data, "timesteps": timesteps})
 
 
 def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
@@ -348,7 +297,7 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
             folder=root,
             name=data["name"],
             family=READING.text("the family", data["family"], most=64),
-            components={n: _component(c) for n, c in READING.mapping("the components", data["components"]).items()},
+            components={n: read_component(c) for n, c in READING.mapping("the components", data["components"]).items()},
             tokenizers=tuple(
                 Tokenizer(**READING.mapping("a tokenizer", t))
                 for t in READING.array("the tokenizers", data["tokenizers"], 0, 8)
@@ -359,9 +308,17 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
             force_zeros=data["force_zeros"],
             guidance_embedding=data["guidance_embedding"],
             pipeline=data.get("pipeline"),
+            noising=data.get("noising", {}),
             licence=data["licence"],
             source=data["source"],
             gate=data["gate"],
+            schedules=tuple(
+                StoredSchedules(**READING.mapping("a schedule", s))
+                for s in READING.array("the schedules", data.get("schedules", ()), 0, 256)
+            ),
+            precisions=tuple(
+                read_precision(s) for s in READING.array("the precisions", data.get("precisions", ()), 0, 64)
+            ),
         )
         bundle.check_agreement()
     except (KeyError, TypeError) as error:
@@ -381,3 +338,60 @@ def write_manifest(bundle: Bundle) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def add_schedules(folder: str | os.PathLike[str], found: FoundSchedules) -> Bundle:
+    """Store found schedules in a bundle, instead of those of the same sampler that it holds; the bundle then.
+
+    Killed at any moment it leaves the bundle with the old ones, with none for that sampler, or with the new ones; an
+    error leaves it as it was. Raises `MismatchError` for those of another model, forced or not, what compiling them
+    raises, and `WriteError`.
+    """
+    found = replace(found, forced=False)
+    with alone_with(Path(folder)):
+        bundle = read_bundle(folder)
+        found.check(model=bundle.unet_digest, sampler=None)
+        noise = NoiseSchedule.from_diffusers(bundle.noise_config)
+        for steps in found.steps:
+            found.program(steps, noise=noise)
+        text = found.to_text()
+        name = f"searched_{found.sampler}.json"
+        stated = StoredSchedules(sampler=found.sampler, file=name, sha256=hashlib.sha256(text.encode()).hexdigest())
+        others = tuple(s for s in bundle.schedules if s.sampler != found.sampler)
+        made = replace(bundle, schedules=tuple(sorted((*others, stated), key=lambda s: s.sampler)))
+        file = bundle.folder / name
+        before = file.read_bytes() if file.is_file() and not file.is_symlink() else None
+        changed = False
+        try:
+            with writing("the bundle's schedules", bundle.folder):
+                if len(others) < len(bundle.schedules):
+                    write_manifest(replace(bundle, schedules=others))
+                write_whole(file, text)
+                changed = True
+                write_manifest(made)
+        except BaseException:
+            with contextlib.suppress(OSError, FewstepError):
+                if changed:
+                    file.unlink() if before is None else write_whole(file, before)
+                write_manifest(bundle)
+            raise
+    return made
+
+
+@lru_cache(maxsize=64)
+def _read_stored(path: Path, stored: StoredSchedules) -> FoundSchedules:
+    """The schedules in a file of a bundle, whose digest is compared; read once."""
+    remedy = "Store them again: fewstep schedule store BUNDLE FILE"
+    try:
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise CorruptError(f"{stored.file} cannot be read ({type(error).__name__})", remedy=remedy) from error
+    if hashlib.sha256(data).hexdigest() != stored.sha256:
+        raise CorruptError(f"{stored.file} is not the file that {MANIFEST} states", remedy=remedy)
+    found = parse_schedules(data, stored.file)
+    if found.sampler != stored.sampler:
+        raise CorruptError(
+            f"{stored.file} holds schedules for {found.sampler}", expected=f"for {stored.sampler}", remedy=remedy
+        )
+    return found

@@ -6,27 +6,29 @@ import hashlib
 import importlib.util
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..bundle import MANIFEST, Bundle, Component, Defaults, Latent, read_defaults, write_manifest
+from ..bundle import MANIFEST, Bundle, Component, Defaults, Latent, Tokenizer, read_defaults, write_manifest
 from ..errors import ArgumentError, CorruptError, MissingExtraError
+from ..families.t5 import T5
 from ..places import put_back, put_in_place, room_for, staging_folder, writing
 from ..presets import Preset, find_preset, preset_defaults, recognise_preset
 from ..values import Reader, read_json
 from ..version import __version__
+from ..weights.layout import SIZES
 from ..weights.lora import Fusion, match_loras
 from .checkpoint.compose import compose_checkpoint, describe_part, names_of
 from .checkpoint.folder import Checkpoint
 from .checkpoint.weights import write_weights
 from .gate.gating import SWITCHED_OFF, run_gate
+from .pieces import export_pieces
 from .plan import ComponentPlan, check_scheduler, choose_precisions, plan_components
 from .tokenizers import export_tokenizer
 from .trace.graphs import TracedGraph, find_graph, keep_graph
-from .trace.layout import SIZES
 
 log = logging.getLogger("fewstep.export")
 
@@ -57,6 +59,7 @@ def export_bundle(
     revision: str | None = None,
     variant: str | None = None,
     offline: bool = False,
+    without: Sequence[str] = (),
     gate: bool = True,
     quick_gate: bool = False,
     reference: Path | None = None,
@@ -71,6 +74,7 @@ def export_bundle(
     controlnets: folders or hub ids of ControlNets, traced with the UNet, by the names that requests know them by.
     ip_adapter: an IP-Adapter's file, and image_encoder the folder of its image encoder where that is not beside it.
     dtype: a precision for all components, or one by component, like "fp16,text_encoder=fp32" (`plan.py`).
+    without: the text encoders, to leave them out: requests then give embeddings of their prompts.
     preset: a name of `presets.py`, if it is not told by the checkpoint's own names.
     reference: torch's float32 outputs for this very checkpoint, written before; without it torch computes them now.
 
@@ -99,11 +103,14 @@ def export_bundle(
         revision=revision,
         variant=variant,
         offline=offline,
+        without=without,
     )
     chosen = (
         find_preset(preset, checkpoint.family) if preset else recognise_preset(names_of(checkpoint), checkpoint.family)
     )
-    check_scheduler(checkpoint.scheduler, replaced=chosen is not None)
+    says_variance = checkpoint.model.says_variance(checkpoint.parts["unet"].config)
+    replaced = chosen is not None and chosen.sampler is not None
+    check_scheduler(checkpoint.scheduler, replaced=replaced, says_variance=says_variance)
     precisions = choose_precisions(checkpoint, dtype, vae_dtype)
     dtypes = {kind: p.dtype for kind, p in precisions.items()}
     with writing("the bundle", target.parent), staging_folder(target) as staging:
@@ -201,33 +208,23 @@ def _assemble(
     checkpoint: Checkpoint, folder: Path, components: Mapping[str, Component], name: str, preset: Preset | None
 ) -> Bundle:
     model = checkpoint.model
-    longest = int(checkpoint.parts[model.text_encoders[0].name].config["max_position_embeddings"])
-    if len(checkpoint.tokenizers) != len(model.text_encoders):
-        raise CorruptError(
-            f"the checkpoint has {len(checkpoint.tokenizers)} tokenizers",
-            expected=f"{len(model.text_encoders)}, one a text encoder",
-        )
-    words = [[t for w in checkpoint.parts[e.name].words for t in w.tokens] for e in model.text_encoders]
-    tokenizers = tuple(
-        export_tokenizer(t, folder / f"{t.name}.json", longest, w)
-        for t, w in zip(checkpoint.tokenizers, words, strict=True)
-    )
+    tokenizers = _tokenizers(checkpoint, folder)
     unet, vae = checkpoint.parts["unet"].config, checkpoint.parts["vae"].config
     channels, factor, multiple = model.geometry(unet, vae)
-    size = unet.get("sample_size") or 64
-    height, width = (size, size) if isinstance(size, int) else size
+    width, height = model.default_size(unet, factor)
     return Bundle(
         folder=folder,
         name=name,
         family=checkpoint.family,
         components=components,
         tokenizers=tokenizers,
-        latent=Latent(channels=channels, factor=factor, multiple=multiple),
+        latent=Latent(channels=channels, factor=factor, multiple=multiple, frames=model.frames(unet)),
         scheduler=checkpoint.scheduler,
-        defaults=_defaults(checkpoint, width * factor, height * factor, preset),
+        defaults=_defaults(checkpoint, width, height, preset),
         force_zeros=checkpoint.force_zeros,
         guidance_embedding=int(unet.get("time_cond_proj_dim") or 0),
         pipeline=checkpoint.pipeline,
+        noising=checkpoint.noising,
         licence=checkpoint.licence,
         source={
             "checkpoint": Path(checkpoint.source).name,
@@ -236,6 +233,25 @@ def _assemble(
             "exported_by": f"fewstep {__version__}",
         },
     )
+
+
+def _tokenizers(checkpoint: Checkpoint, folder: Path) -> tuple[Tokenizer, ...]:
+    """The tokenizers of the text encoders that it has, written into the folder."""
+    encoders = checkpoint.text_encoders
+    if len(checkpoint.tokenizers) != len(encoders):
+        raise CorruptError(
+            f"the checkpoint has {len(checkpoint.tokenizers)} tokenizers",
+            expected=f"{len(encoders)}, one a text encoder",
+        )
+    written = []
+    for encoder, source in zip(encoders, checkpoint.tokenizers, strict=True):
+        part, target = checkpoint.parts[encoder.name], folder / f"{source.name}.json"
+        if part.class_name == T5:
+            written.append(export_pieces(source, target, int(part.config["max_position_embeddings"])))
+            continue
+        longest = int(checkpoint.parts[encoders[0].name].config["max_position_embeddings"])
+        written.append(export_tokenizer(source, target, longest, [t for w in part.words for t in w.tokens]))
+    return tuple(written)
 
 
 def _defaults(checkpoint: Checkpoint, width: int, height: int, preset: Preset | None) -> Defaults:

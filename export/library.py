@@ -17,10 +17,14 @@ from ..errors import MissingExtraError, UnknownNameError, UnsupportedError
 from ..families.control import CONTROL_CLASSES
 from ..places import staging_folder, writing
 from ..version import __version__
+from .embedded import embedded_bundle
 
 
 class DiffusersLibrary:
     """The `Library` of `runtime/library.py`; whatever is heavy is loaded when it is needed."""
+
+    def embedded(self, name: str) -> Bundle:
+        return embedded_bundle(name)[0]
 
     def named(self, name: str) -> Any:
         """diffusers' own object of a name; `AttributeError` where it has none."""

@@ -12,6 +12,7 @@ from ..families import Family
 from ..families.image_prompt import IMAGE_ENCODER, IP_ADAPTER, PROJECTION
 from ..schedules import NoiseSchedule, program_from_diffusers
 from ..schedules.compat.classes import CLASSES
+from ..schedules.compat.meanings import LEARNED
 from ..weights.stored import Stored, open_tensors
 from .checkpoint.compose import read_tensors
 from .checkpoint.controls import control_tensors, controlled_config
@@ -146,11 +147,18 @@ def _plan(checkpoint: Checkpoint, kind: str, dtype: str, family: Family) -> Comp
     return ComponentPlan(kind=kind, part=part, config=config, dtype=dtype, family=family, **beside)
 
 
-def check_scheduler(config: Mapping[str, Any], *, replaced: bool) -> None:
+def check_scheduler(config: Mapping[str, Any], *, replaced: bool, says_variance: bool = False) -> None:
     """Refuse what no request could be run with: the noise schedule, and the scheduler as diffusers runs it.
 
     replaced: whether a preset names another sampler, so that the checkpoint's own is not a request's default.
+    says_variance: whether its UNet says its variance.
     """
+    if config.get("variance_type") in LEARNED and not says_variance:
+        raise UnsupportedError(
+            f"the checkpoint's scheduler takes a variance that its UNet does not say ({config['variance_type']})",
+            expected="a UNet with twice as many channels out as its latent has",
+            remedy="Set variance_type to fixed_small in scheduler/scheduler_config.json.",
+        )
     try:
         NoiseSchedule.from_diffusers(config)
         if not replaced:

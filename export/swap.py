@@ -108,6 +108,11 @@ def _make(bundle: Bundle, parts: Mapping[str, Any], places: Mapping[str, Path], 
             guidance_embedding=int(unet.get("time_cond_proj_dim") or 0),
             source={**bundle.source, "replaced": sorted(parts)},
         )
+        if made.unet_digest == bundle.unet_digest:
+            for stored in bundle.schedules:
+                _share(bundle, stored.file, staging)
+        else:
+            made = replace(made, schedules=())
         made = replace(made, gate=_gate(bundle, made, plans))
         write_manifest(made)
         staging.chmod(0o755)

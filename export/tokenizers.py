@@ -54,7 +54,7 @@ def export_tokenizer(folder: Path, target: Path, longest: int, words: Sequence[s
     stated = settings.get("model_max_length")
     reading = Reader(place=f"the tokenizer in {folder.name!r}", remedy="Take the whole checkpoint.")
     length = longest if stated is None else int(min(reading.number("model_max_length", stated, 3), longest))
-    return _written(tokenizer, target, length, ids)
+    return write_record(tokenizer, target, length, ids)
 
 
 def write_tokenizer(opened: Any, target: Path, longest: int) -> TokenizerRecord:
@@ -66,10 +66,11 @@ def write_tokenizer(opened: Any, target: Path, longest: int) -> TokenizerRecord:
     if opened.padding_side != "right":
         raise UnsupportedError("a tokenizer that pads on the left", expected="one that pads on the right, as CLIP's do")
     inner = Tokenizer.from_str(opened.backend_tokenizer.to_str())
-    return _written(inner, target, int(min(opened.model_max_length, longest)), ids)
+    return write_record(inner, target, int(min(opened.model_max_length, longest)), ids)
 
 
-def _written(tokenizer: Tokenizer, target: Path, length: int, ids: Mapping[str, int]) -> TokenizerRecord:
+def write_record(tokenizer: Tokenizer, target: Path, length: int, ids: Mapping[str, Any]) -> TokenizerRecord:
+    """Write a `tokenizer.json`, and say how prompts are padded; ids by kind, `None` for a beginning that it has not."""
     data = tokenizer.to_str().encode()
     target.write_bytes(data)
     return TokenizerRecord(

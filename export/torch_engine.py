@@ -25,6 +25,7 @@ from ..engines.profile import check_dims
 from ..engines.store import default_store
 from ..engines.weights import check_weights
 from ..errors import ArgumentError, CorruptError, MismatchError, MissingError
+from .trace.clip_blocks import plain_clip_blocks
 from .trace.modules import Traceable, build_model, wrap
 
 OWN_GRAPHS = ("max-autotune", "reduce-overhead")
@@ -158,6 +159,8 @@ def open_torch_engine(bundle: Bundle, name: str, run: RunOptions) -> TorchEngine
         dtype = "bfloat16"
     model = build_model(name, component.config, dtype)
     traceable = wrap(name, model, component.config, dtype, bundle.model, exact_scores=on_cuda)
+    if bundle.model.clips:
+        plain_clip_blocks(traceable.module)
     check_weights(bundle, component, default_store())
     # What the bundle lacks its graph does not use: the last layer of a text encoder that is read before it, for one.
     held, stored = traceable.module, load_file(bundle.path(component.weights))

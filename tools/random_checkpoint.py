@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from architectures import CLASSES, family_of, standard_configs
-from fewstep.export.trace.layout import plan_layout
+from fewstep.weights.layout import plan_layout
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 SCHEDULERS: dict[str, dict[str, Any]] = {

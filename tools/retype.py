@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from fewstep.export.trace.graphs import TracedGraph
-from fewstep.export.trace.layout import plan_layout
+from fewstep.weights.layout import plan_layout
 
 TYPES = {"float32": ir.DataType.FLOAT, "bfloat16": ir.DataType.BFLOAT16}
 

@@ -60,6 +60,7 @@ def compose_checkpoint(
     revision: str | None = None,
     variant: str | None = None,
     offline: bool = False,
+    without: Sequence[str] = (),
 ) -> Checkpoint:
     """Understand a checkpoint and what replaces its parts; only the headers of weight files are read.
 
@@ -67,7 +68,8 @@ def compose_checkpoint(
     a diffusers folder or hub id of its family. unet, vae: a safetensors file in either layout, or a folder with
     config.json. loras: files with the factors they are fused with. embeddings: files of textual inversion, with the
     words that prompts name them by, or `None` for the files' own. controlnets: folders or hub ids by name. ip_adapter:
-    a file, with its image encoder's folder where that is not beside it. Raises the errors of `open_checkpoint`, and
+    a file, with its image encoder's folder where that is not beside it. without: text encoders that are left out, all
+    of them, since texts may be given as their embeddings. Raises the errors of `open_checkpoint`, and
     `ArgumentError` for parts that do not belong together.
     """
     file = Path(source)
@@ -86,10 +88,13 @@ def compose_checkpoint(
         parts |= _single_file_parts(opened, file, skip={"vae"} if vae is not None else set())
     if unet is not None:
         parts["unet"] = _replaced(opened, parts["unet"], Path(unet))
+    if vae is not None and opened.model.vae is None:
+        raise ArgumentError(f"a VAE for {opened.model.title}, which samples pixels", remedy="Leave --vae out.")
     if vae is not None:
         parts["vae"] = _replaced(opened, parts["vae"], Path(vae))
     check_parts(parts, opened.model)
-    _check_vae(parts["vae"], parts["unet"])
+    _check_vae(parts["vae"], opened.model.latent_channels(parts["unet"].config))
+    parts = {n: p for n, p in parts.items() if n not in _left_out(opened, without)}
     fused = tuple(_lora_file(path, scale) for path, scale in loras)
     learned = [embedding_file(name, path) for name, path in embeddings]
     parts |= _with_words(opened, parts, learned)
@@ -108,18 +113,32 @@ def compose_checkpoint(
         "ip_adapter": pictured and str(pictured.file),
         "image_encoder": pictured and str(pictured.encoder.place),
         "controlnets": {name: str(part.place) for name, part in controls.items()},
+        "without": list(without),
     }
     return replace(
         opened,
         source=str(source),
         file=file if single else None,
         parts=parts,
+        tokenizers=opened.tokenizers if any(e.name in parts for e in opened.model.text_encoders) else (),
         scheduler=scheduler,
         loras=fused,
         controls=controls,
         adapter=pictured,
         options={k: v for k, v in given.items() if v},
     )
+
+
+def _left_out(checkpoint: Checkpoint, without: Sequence[str]) -> set[str]:
+    """The text encoders that are asked to be left out: all or none."""
+    encoders = {e.name for e in checkpoint.model.text_encoders}
+    if without and set(without) != encoders:
+        raise ArgumentError(
+            f"without {', '.join(without)}",
+            expected=" and ".join(sorted(encoders)) or "nothing",
+            remedy="Text encoders are left out together; nothing else can be.",
+        )
+    return set(without)
 
 
 def read_tensors(part: Part, tensors: Mapping[str, Stored], keys: Iterable[str]) -> Mapping[str, Stored]:
@@ -199,9 +218,9 @@ def _replaced(base: Checkpoint, part: Part, path: Path) -> Part:
     return replacement
 
 
-def _check_vae(vae: Part, unet: Part) -> None:
-    """Refuse a VAE whose latents are not the UNet's."""
-    theirs, ours = vae.config.get("latent_channels"), unet.config.get("in_channels")
+def _check_vae(vae: Part, ours: int) -> None:
+    """Refuse a VAE whose latents are not the UNet's, of so many channels."""
+    theirs = vae.config.get("latent_channels")
     if theirs != ours:
         raise ArgumentError(
             f"the VAE makes latents of {theirs} channels",

@@ -13,6 +13,8 @@ from typing import Any
 from ...families.base import VAE_SCALING
 from ...families.control import CONTROLS
 from ...families.image_prompt import IMAGE_ENCODER, PROJECTION
+from ...families.pixels import PIXELS
+from ...families.t5 import T5
 
 UNET_DEFAULTS: dict[str, Any] = {
     "act_fn": "silu",
@@ -80,6 +82,29 @@ VAE_DEFAULTS: dict[str, Any] = {
     "use_post_quant_conv": True,
     "use_quant_conv": True,
 }
+SPATIO_TEMPORAL, TEMPORAL_DECODER = "UNetSpatioTemporalConditionModel", "AutoencoderKLTemporalDecoder"
+CLIP_UNET_DEFAULTS: dict[str, Any] = {
+    "addition_time_embed_dim": 256,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "cross_attention_dim": 1024,
+    "down_block_types": [*["CrossAttnDownBlockSpatioTemporal"] * 3, "DownBlockSpatioTemporal"],
+    "in_channels": 8,
+    "layers_per_block": 2,
+    "num_attention_heads": [5, 10, 20, 20],
+    "out_channels": 4,
+    "projection_class_embeddings_input_dim": 768,
+    "transformer_layers_per_block": 1,
+    "up_block_types": ["UpBlockSpatioTemporal", *["CrossAttnUpBlockSpatioTemporal"] * 3],
+}
+CLIP_VAE_DEFAULTS: dict[str, Any] = {
+    "block_out_channels": [64],
+    "down_block_types": ["DownEncoderBlock2D"],
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 1,
+    "out_channels": 3,
+    "scaling_factor": VAE_SCALING,
+}
 TINY_DEFAULTS: dict[str, Any] = {
     "act_fn": "relu",
     "decoder_block_out_channels": [64, 64, 64, 64],
@@ -109,6 +134,18 @@ TEXT_DEFAULTS: dict[str, Any] = {
     "projection_dim": 512,
     "vocab_size": 49408,
 }
+T5_DEFAULTS: dict[str, Any] = {
+    "d_ff": 2048,
+    "d_kv": 64,
+    "d_model": 512,
+    "feed_forward_proj": "relu",
+    "layer_norm_epsilon": 1e-6,
+    "num_heads": 8,
+    "num_layers": 6,
+    "relative_attention_max_distance": 128,
+    "relative_attention_num_buckets": 32,
+    "vocab_size": 32128,
+}
 VISION_DEFAULTS: dict[str, Any] = {
     "hidden_act": "quick_gelu",
     "hidden_size": 768,
@@ -129,18 +166,29 @@ IGNORED = {
     "_use_default_values",
     "dropout",
     "force_upcast",
+    "num_frames",
     "sample_size",
 }
 """Keys of diffusers' configurations that leave a graph as it is."""
+_OF_CLASSES = {
+    "AutoencoderTiny": TINY_DEFAULTS,
+    SPATIO_TEMPORAL: CLIP_UNET_DEFAULTS,
+    TEMPORAL_DECODER: CLIP_VAE_DEFAULTS,
+}
+"""Classes whose defaults are not those of UNets and VAEs of pictures; they are named in a graph's key."""
 _POOLED_ONLY = {"eos_token_id", "projection_dim"}
 
 
 def canonical_config(kind: str, config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """What of a configuration decides the graph of a component in a precision: no defaults, no remarks.
 
-    A text encoder's configuration is cut down to the keys of `TEXT_DEFAULTS`, because transformers writes many that
-    have no meaning for CLIP, and to `_class` and `_layer` of ours. Unknown keys of the other kinds are kept.
+    A text encoder's configuration is cut down to the keys of `TEXT_DEFAULTS` or `T5_DEFAULTS`, because transformers
+    writes many that have no meaning for it, and to `_class` and `_layer` of ours. Unknown keys of the other kinds are
+    kept.
     """
+    if kind.startswith("text_encoder") and config.get("_class") == T5:
+        stated = {k: config.get(k, v) for k, v in T5_DEFAULTS.items()}
+        return {**stated, "_class": T5, "_length": config["max_position_embeddings"]}
     if kind.startswith("text_encoder"):
         named = {k: config.get(k, v) for k, v in TEXT_DEFAULTS.items()}
         if config.get("_class") != "CLIPTextModelWithProjection":
@@ -148,9 +196,9 @@ def canonical_config(kind: str, config: Mapping[str, Any], dtype: str) -> dict[s
         return named | {k: config[k] for k in ("_class", "_layer") if k in config}
     if kind == IMAGE_ENCODER:
         stated = {k: config.get(k, v) for k, v in VISION_DEFAULTS.items()}
-        return {**stated, PROJECTION: config[PROJECTION]}
-    tiny = is_tiny(config)
-    defaults = UNET_DEFAULTS if kind == "unet" else TINY_DEFAULTS if tiny else VAE_DEFAULTS
+        return stated | ({PROJECTION: config[PROJECTION]} if PROJECTION in config else {})
+    named_class = str(config.get("_class_name"))
+    defaults = _OF_CLASSES.get(named_class, UNET_DEFAULTS if kind == "unet" else VAE_DEFAULTS)
     kept: dict[str, Any] = {
         k: list(v) if isinstance(v, tuple) else v
         for k, v in config.items()
@@ -161,7 +209,7 @@ def canonical_config(kind: str, config: Mapping[str, Any], dtype: str) -> dict[s
     if CONTROLS in kept:
         kept[CONTROLS] = {name: _canonical_control(own, dtype) for name, own in kept[CONTROLS].items()}
     named = {k: v for k, v in kept.items() if k not in defaults or v != defaults[k]}
-    return named | ({"_class": "AutoencoderTiny"} if tiny else {})
+    return named | ({"_class": named_class} if named_class in {*_OF_CLASSES, PIXELS} else {})
 
 
 def _canonical_control(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

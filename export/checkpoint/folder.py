@@ -6,7 +6,7 @@ Class names in `model_index.json` are data and go through an allow-list; weights
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -17,6 +17,8 @@ from ... import values
 from ...errors import CorruptError, MissingError, MissingExtraError, UnsafeFileError, UnsupportedError
 from ...families import Family, all_families, known_models
 from ...families.configs import check_config
+from ...families.image_prompt import CLIP_DEVIATION, CLIP_MEAN, IMAGE_ENCODER
+from ...families.pixels import PIXEL_CONFIG, PIXELS
 from ...schedules.keys import check_keys
 from ...values import Reader
 from ...weights.stored import PICKLES
@@ -24,8 +26,7 @@ from .parts import Checkpoint as Checkpoint
 from .parts import Part as Part
 
 NOT_EXPORTED = {
-    "StableVideoDiffusion": "Stable Video Diffusion",
-    "IF": "DeepFloyd-IF",
+    "IF": "a DeepFloyd-IF pipeline that starts from pictures",
     "StableDiffusion3": "Stable Diffusion 3",
     "Flux": "Flux",
     "StableDiffusionControlNet": "a pipeline around a ControlNet",
@@ -38,8 +39,9 @@ NOT_EXPORTED = {
     "StableDiffusionDepth2Img": "SD 2's depth-to-image model",
 }
 """Beginnings of class names (before `Pipeline`, `Model`, `Img2Img` ...) of models that are known and not exported."""
-TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
-UNUSED = {"safety_checker", "feature_extractor", "image_encoder", "watermark"}
+TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast")
+NOISING = "image_noising_scheduler"
+UNUSED = {"safety_checker", "feature_extractor", "image_encoder", "watermark", "watermarker"}
 HUB_INDEX = ("model_index.json", "fewstep.json", "README.md")
 UNET_OPTIONS = ("class_embed_type", "encoder_hid_dim", "encoder_hid_dim_type", "num_class_embeds")
 """Keys of a UNet's configuration that make it one of another kind, unless its family has them."""
@@ -117,14 +119,21 @@ def _fetching(name: str, *, revision: str | None, offline: bool) -> Iterator[Cal
         ) from error
 
 
+def _families_of(index: Mapping[str, Any]) -> Sequence[Family]:
+    """The families that have the index's pipeline; all of them where none has."""
+    return [f for f in all_families() if index.get("_class_name") in f.pipelines] or all_families()
+
+
 def hub_files(index: Mapping[str, Any], variant: str | None) -> list[str]:
     """Patterns of the files an export reads, and no others: a repository may hold every weight several times over."""
-    patterns = [*HUB_INDEX, "scheduler/*.json"]
-    named = {n for f in all_families() for n in (*f.parts, *(e.tokenizer for e in f.text_encoders))}
+    patterns = [*HUB_INDEX, "scheduler/*.json", f"{NOISING}/*.json"]
+    named = {n for f in _families_of(index) for n in (*f.parts, *(e.tokenizer for e in f.text_encoders))}
     for name in sorted(named & index.keys()):
-        patterns += [f"{name}/*.json", f"{name}/*.txt"]
+        patterns += [f"{name}/*.json", f"{name}/*.txt", f"{name}/spiece.model"]
         if not name.startswith("tokenizer"):
             patterns += _weight_patterns(name, variant)
+        if name == IMAGE_ENCODER:
+            patterns.append("feature_extractor/*.json")
     return patterns
 
 
@@ -135,7 +144,7 @@ def _weight_patterns(name: str, variant: str | None) -> list[str]:
 
 def plain_files(folder: Path, index: Mapping[str, Any], variant: str) -> list[str]:
     """Patterns of the weights without a variant's name, for the parts of a fetched folder that lack the variant."""
-    parts = sorted({n for f in all_families() for n in f.parts} & index.keys())
+    parts = sorted({n for f in _families_of(index) for n in f.parts} & index.keys())
     return [p for n in parts if not has_variant(folder / n, variant) for p in _weight_patterns(n, None)]
 
 
@@ -159,27 +168,43 @@ def _from_folder(folder: Path, source: str, *, variant: str | None, revision: st
             f"the checkpoint is {refused}", expected=known_models(), remedy="Export the base of its family."
         )
     parts, tokenizers = _read_parts(folder, index, families[0], variant)
-    names = families[0].parts
+    names, encoders = families[0].parts, {e.name for e in families[0].text_encoders}
+    left_out = families[0].vae is None and not encoders & parts.keys()  # as the later of several stages are saved
     for name in names:
-        if name not in parts:
+        if name not in parts and not (left_out and name in encoders):
             raise UnsupportedError(f"the checkpoint has no {name}", expected=f"a {pipeline} with {', '.join(names)}")
+    if families[0].vae is None:
+        parts["vae"] = Part(name="vae", class_name=PIXELS, config=PIXEL_CONFIG, place=folder, files=())
     configs = {n: p.config for n, p in parts.items()}
     model = next(f for f in families if f.recognises(configs))
     check_unet(parts["unet"].config, model)
     check_parts(parts, model)
+    if model.image_encoder is not None:
+        _check_normalisation(folder)
     parts["unet"] = replace(parts["unet"], config=model.loaded_unet(pipeline, parts["unet"].config))
+    parts |= {n: replace(parts[n], config=model.loaded_text(parts[n].config)) for n in encoders & parts.keys()}
     return Checkpoint(
         folder=folder,
         source=source,
         model=model,
         pipeline=pipeline,
         parts=parts,
-        tokenizers=tokenizers,
-        scheduler=model.loaded_scheduler(pipeline, _read_scheduler(folder, index)),
+        tokenizers=() if left_out else tokenizers,
+        scheduler=model.loaded_scheduler(pipeline, _read_scheduler(folder, index, "scheduler")),
+        noising={} if model.noise_level is None else _read_scheduler(folder, index, NOISING),
         force_zeros=_force_zeros(index, model),
         licence=licence_of(folder),
         revision=revision,
     )
+
+
+def _check_normalisation(folder: Path) -> None:
+    """Refuse a folder whose image encoder takes pictures by other numbers than CLIP's."""
+    place = folder / "feature_extractor" / "preprocessor_config.json"
+    stated = read_json(place) if place.is_file() else {}
+    for key, usual in (("image_mean", CLIP_MEAN), ("image_std", CLIP_DEVIATION)):
+        if (found := stated.get(key, usual)) not in (list(usual), usual):
+            raise UnsupportedError(f"the feature extractor normalises pictures by {key} {found}", expected=f"{usual}")
 
 
 def _force_zeros(index: Mapping[str, Any], model: Family) -> bool:
@@ -188,11 +213,11 @@ def _force_zeros(index: Mapping[str, Any], model: Family) -> bool:
     return False if stated is None else reading.flag("force_zeros_for_empty_prompt", stated)  # as diffusers reads null
 
 
-def _read_scheduler(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
-    """The scheduler's configuration, of the class that `model_index.json` names, whatever its own file says."""
-    config = read_json(folder / "scheduler" / "scheduler_config.json")
-    check_keys(config, Reader(place="scheduler/scheduler_config.json", remedy="Take the whole checkpoint."))
-    stated = index.get("scheduler")
+def _read_scheduler(folder: Path, index: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A scheduler's configuration, of the class that `model_index.json` names, whatever its own file says."""
+    config = read_json(folder / name / "scheduler_config.json")
+    check_keys(config, Reader(place=f"{name}/scheduler_config.json", remedy="Take the whole checkpoint."))
+    stated = index.get(name)
     named = isinstance(stated, list) and len(stated) == 2 and isinstance(stated[1], str)
     return {**config, "_class_name": stated[1]} if named and isinstance(stated, list) else config
 
@@ -215,7 +240,7 @@ def _read_parts(
     for name, value in index.items():
         if name.startswith("_") or not isinstance(value, list) or len(value) != 2 or value[1] is None:
             continue
-        if name in UNUSED or name == "scheduler":
+        if name in ("scheduler", NOISING) or (name in UNUSED and name not in admitted):
             continue
         if name not in admitted:
             raise UnsupportedError(
@@ -243,11 +268,14 @@ def _refuse_class(name: str) -> None:
 
 def check_unet(config: Mapping[str, Any], family: Family) -> None:
     """`UnsupportedError` for a UNet whose configuration says that it is of another kind."""
-    if config.get("in_channels") != config.get("out_channels"):
+    latent = family.latent_channels(config)
+    if config.get("out_channels") != latent and not family.says_variance(config):
         raise UnsupportedError(
             f"the UNet takes {config.get('in_channels')} channels and gives {config.get('out_channels')}",
-            expected="as many in as out; inpainting UNets with mask channels are not exported",
-            remedy="Use the base checkpoint: inpainting with it blends latents.",
+            expected="as many in as out; inpainting UNets with mask channels are not exported"
+            if not family.clips
+            else "twice as many in as out, a picture's latents beside those of each frame",
+            remedy="" if family.clips else "Use the base checkpoint: inpainting with it blends latents.",
         )
     for name in UNET_OPTIONS:
         if config.get(name) is not None and name not in family.unet_options:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...families import Family
+from ...families.base import TextEncoder
 from ...families.image_prompt import IMAGE_ENCODER
 from ...weights.delta import LoraFile
 from ...weights.embeddings import Word
@@ -55,7 +56,8 @@ class Checkpoint:
 
     `scheduler` and the parts' configurations are as diffusers' pipeline leaves them once it is made.
     `controls` are the networks that look at a picture beside its UNet, by the names that requests know them by;
-    `adapter` is what takes pictures as prompts.
+    `adapter` is what takes pictures as prompts. `noising` is the configuration of the scheduler that noises pictures
+    which the UNet is told of.
     `options` are the arguments that, given to `compose_checkpoint` with `path`, make the same checkpoint again.
     """
 
@@ -74,6 +76,7 @@ class Checkpoint:
     loras: tuple[LoraFile, ...] = ()
     controls: Mapping[str, Part] = field(default_factory=dict)
     adapter: IpAdapter | None = None
+    noising: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def family(self) -> str:
@@ -82,7 +85,13 @@ class Checkpoint:
     @property
     def components(self) -> tuple[str, ...]:
         """What its bundle holds, in the order of an export."""
-        return (*self.model.components, *((IMAGE_ENCODER,) if self.adapter else ()))
+        absent = {e.name for e in self.model.text_encoders} - self.parts.keys()
+        return (*(c for c in self.model.components if c not in absent), *((IMAGE_ENCODER,) if self.adapter else ()))
+
+    @property
+    def text_encoders(self) -> tuple[TextEncoder, ...]:
+        """Those that it has: none where they are left out."""
+        return tuple(e for e in self.model.text_encoders if e.name in self.parts)
 
     @property
     def path(self) -> Path:

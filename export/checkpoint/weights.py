@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import CorruptError
+from ...weights.layout import plan_layout
 from ...weights.stored import Stored, convert
 from ..trace.graphs import Parameter, TracedGraph
-from ..trace.layout import plan_layout
 
 _VAE_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
@@ -24,6 +24,8 @@ def find_tensor(parameter: Parameter, tensors: Mapping[str, Stored]) -> Stored |
     """The checkpoint's tensor for a parameter, under the names that checkpoints of different ages give it."""
     key = parameter.key
     candidates = [key, f"text_model.{key}", key.removeprefix("text_model.")]
+    if key == "encoder.embed_tokens.weight":  # as T5's decoder, which is left out, would have it too
+        candidates.append("shared.weight")
     for new, old in _VAE_ATTENTION.items():
         if f".attentions.0.{new}." in key:
             candidates.append(key.replace(f".{new}.", f".{old}."))

@@ -13,30 +13,45 @@ import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLTemporalDecoder,
     AutoencoderTiny,
     ControlNetModel,
     DDIMScheduler,
     T2IAdapter,
     UNet2DConditionModel,
+    UNetSpatioTemporalConditionModel,
 )
 from diffusers.loaders import TextualInversionLoaderMixin, UNet2DConditionLoadersMixin
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
 from safetensors.torch import load_file
 from torch import nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+    T5EncoderModel,
+)
 
 from ...errors import CorruptError
 from ...families.image_prompt import IMAGE_ENCODER
+from ...families.pixels import PIXELS
+from ...families.t5 import T5
 from ...weights.lora import kinds_of, match_loras
 from ..checkpoint.folder import Checkpoint, Part, has_variant
 from ..checkpoint.parts import IpAdapter
 from ..plan import ComponentPlan
 from ..trace.control import ControlledUNet
 from ..trace.ip_adapter import IpLayer, PromptingEncoder
+from ..trace.pixels import Pixels
 
 LOADERS = {
     c.__name__: c
-    for c in (UNet2DConditionModel, AutoencoderKL, AutoencoderTiny, CLIPTextModel, CLIPTextModelWithProjection)
+    for c in (
+        *(UNet2DConditionModel, UNetSpatioTemporalConditionModel),
+        *(AutoencoderKL, AutoencoderTiny, AutoencoderKLTemporalDecoder),
+        *(CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection, T5EncoderModel),
+    )
 }
 CONTROLS: dict[str, Any] = {c.__name__: c for c in (ControlNetModel, T2IAdapter)}
 
@@ -146,11 +161,15 @@ def _plain(checkpoint: Checkpoint, part: Part) -> nn.Module:
 
 
 def _bare(checkpoint: Checkpoint, part: Part) -> nn.Module:
+    if part.class_name == PIXELS:
+        return Pixels().eval()
     cls: Any = LOADERS[part.class_name]
     text = part.name.startswith("text_encoder")
     if part.layout == "folder":
         options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
-        options |= {"dtype": torch.float32, "attn_implementation": "sdpa"} if text else {"torch_dtype": torch.float32}
+        transformers = text or part.name == IMAGE_ENCODER
+        options |= {"dtype": torch.float32} if transformers else {"torch_dtype": torch.float32}
+        options |= {"attn_implementation": "sdpa"} if transformers and part.class_name != T5 else {}
         variant = checkpoint.options.get("variant")
         if variant and part.place.parent == checkpoint.folder and has_variant(part.place, variant):
             options["variant"] = variant

@@ -30,6 +30,10 @@ LEAST_STEPS = {"PNDMScheduler": 4}
 """Steps without which a class cannot be run in one of its forms."""
 NOISE_DIFFERS = {"DPMSolverSDEScheduler": "its noise comes from a Brownian tree there, and from a stream here"}
 TASKS = ("text_to_image", "image_to_image")
+OTHER_TASKS = {"none": TASKS[:1], "told": ("upscaled",)}
+"""Of families whose pictures are not what sampling starts from."""
+ENLARGED = 4
+"""How many times smaller the picture is that is made larger."""
 CONTROLLED = "controlled"
 """The task of a checkpoint with ControlNets: a picture for each of them, all at once where diffusers takes them so."""
 PROMPTED = "prompted_by_a_picture"
@@ -41,28 +45,31 @@ def make_pictures(checkpoint: Checkpoint) -> tuple[dict[str, np.ndarray], dict[s
 
     Where diffusers cannot make a picture that can be compared, `not_run` says why instead.
     """
-    tasks = (*TASKS, *((CONTROLLED,) if checkpoint.controls else ()), *((PROMPTED,) if checkpoint.adapter else ()))
+    tasks = OTHER_TASKS.get(checkpoint.model.pictures, TASKS)
+    tasks = (*tasks, *((CONTROLLED,) if checkpoint.controls else ()), *((PROMPTED,) if checkpoint.adapter else ()))
     why = NOISE_DIFFERS.get(str(checkpoint.scheduler["_class_name"]))
     if why is not None:
         return {}, {task: {"not_run": why} for task in tasks}
+    if checkpoint.model.text_encoders and not checkpoint.text_encoders:
+        return {}, {task: {"not_run": "there is no text encoder"} for task in tasks}
     try:
         embeddings = _encode(checkpoint)
         pipe = _load(checkpoint, without=[n for n in checkpoint.parts if n.startswith("text_encoder")])
     except Exception as error:  # whatever the library says of a checkpoint is recorded, and said
-        return {}, {task: {"not_run": _words(error)} for task in tasks}
+        return {}, {task: {"not_run": words_of(error)} for task in tasks}
     tensors: dict[str, np.ndarray] = {}
     asked: dict[str, Any] = {}
     for task in tasks:
         try:
             tensors_of_task, asked[task] = _picture(checkpoint, pipe, task, embeddings)
         except Exception as error:
-            asked[task] = {"not_run": _words(error)}
+            asked[task] = {"not_run": words_of(error)}
             continue
         tensors |= {f"picture/{task}/{name}": value for name, value in tensors_of_task.items()}
     return tensors, asked
 
 
-def _words(error: Exception) -> str:
+def words_of(error: Exception) -> str:
     text = " ".join(str(error).split())
     return f"diffusers {diffusers.__version__} says {type(error).__name__}: {text[:300]}"
 
@@ -81,7 +88,8 @@ def _load(checkpoint: Checkpoint, *, without: list[str]) -> Any:
     """The pipeline in float32 but for some parts, with the tokenizers of those that it has."""
     tokenizers = {e.tokenizer for e in checkpoint.model.text_encoders if e.name in without}
     given: dict[str, Any] = dict.fromkeys([*without, *tokenizers])
-    wanted = [n for n in checkpoint.parts if n not in without]
+    wanted = [n for n, p in checkpoint.parts.items() if n not in without and p.files]
+    given = {n: None for n in given if n not in checkpoint.parts or checkpoint.parts[n].files}
     if checkpoint.loras:
         given |= {n: m for n, m in load_fused(checkpoint).items() if n in wanted}
     for name in wanted:
@@ -119,7 +127,8 @@ def _is_marked(file: Path) -> bool:
 def _unchecked(cls: Any) -> dict[str, Any]:
     """No safety checker, where the class would take one, and no watermark."""
     expected, optional = cls._get_signature_keys(cls)
-    absent = {n: None for n in ("safety_checker", "feature_extractor", "image_encoder") if n in expected}
+    optional_parts = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
+    absent = {n: None for n in optional_parts if n in expected}
     said = {"requires_safety_checker": False, "add_watermarker": False}
     return {**absent, **{k: v for k, v in said.items() if k in optional}}
 
@@ -163,20 +172,23 @@ def _picture(
     if image:
         pipe = _for_pictures(checkpoint, pipe)
         asked["strength"] = STRENGTH
-        tensors["in/image"] = _drawing(side)
+        tensors["in/image"] = drawing(side)
         call |= {"image": Image.fromarray(tensors["in/image"]), "strength": STRENGTH}
     else:
         call |= {"width": side, "height": side}
+    if checkpoint.model.pictures == "told":
+        tensors["in/image"] = drawing(side // ENLARGED)
+        call |= {"image": Image.fromarray(tensors["in/image"])}
     if task == CONTROLLED:
         names = _alike_controls(checkpoint)
         pipe = _with_controls(checkpoint, pipe, names)
-        drawings = {n: _drawing(side)[:: (-1) ** i] for i, n in enumerate(names)}
+        drawings = {n: drawing(side)[:: (-1) ** i] for i, n in enumerate(names)}
         tensors |= {f"in/{picture_input(n)}": np.ascontiguousarray(d) for n, d in drawings.items()}
         shown = [Image.fromarray(d) for d in drawings.values()]
         call |= {"image": shown if len(shown) > 1 else shown[0]}
     if task == PROMPTED and checkpoint.adapter is not None:
         pipe = _with_adapter(pipe, checkpoint.adapter)
-        tensors["in/ip_adapter_image"] = _drawing(side)
+        tensors["in/ip_adapter_image"] = drawing(side)
         call |= {"ip_adapter_image": Image.fromarray(tensors["in/ip_adapter_image"])}
     with torch.no_grad():
         made = np.asarray(pipe(**call).images)[0]
@@ -229,7 +241,7 @@ def _with_adapter(pipe: Any, adapter: IpAdapter) -> Any:
     return pipe
 
 
-def _drawing(side: int) -> np.ndarray:
+def drawing(side: int) -> np.ndarray:
     """A gradient with a disc on it, uint8 [side, side, 3]."""
     y, x = np.mgrid[0:side, 0:side] / side
     disc = (x - 0.5) ** 2 + (y - 0.4) ** 2 < 0.06

@@ -19,17 +19,23 @@ import torch
 from safetensors.numpy import save_file
 from torch import nn
 
-from ...families.base import halvings, latent_multiple
+from ...agreement import ATTENTION_MASK
+from ...families.base import Family, halvings, latent_multiple
+from ...families.image_prompt import IMAGE_ENCODER
+from ...families.t5 import T5
 from ..checkpoint.compose import compose_checkpoint
 from ..checkpoint.folder import Checkpoint
 from ..plan import ComponentPlan, plan_components
 from ..trace.modules import DTYPES, Traceable, wrap
+from .clips import make_clips
 from .loading import load_adapted, lora_method
 from .pictures import make_pictures
 
 TIMESTEPS = (999.0, 749.0, 499.0, 249.0, 24.0, 1.0)
 LARGEST_SIDE, QUICK_SIDE = 32, 16
 DOUBLE_LIMIT = 40_000_000
+MOST_FRAMES = 6
+"""Of a clip: what a frame has of others shows in few."""
 
 
 def make_reference(
@@ -58,7 +64,7 @@ def make_reference(
         fewer = 2 if plan.kind.startswith("text_encoder") else 1  # an encoder's second case skips a layer
         inputs = list(_cases(plan, traceable, known, quick=quick))[: fewer if quick else None]
         outputs = [_run(traceable, case) for case in inputs]
-        if plan.kind.startswith("text_encoder"):
+        if plan.kind in _encoders(plan.family):
             known[plan.kind] = outputs[0]
         errors = _own_errors(checkpoint, plan, traceable, inputs, outputs)
         if plan.dtype == "float32":
@@ -68,7 +74,7 @@ def make_reference(
             tensors |= {f"{plan.kind}/{i}/out/{k}": v for k, v in output.items()}
             cases[f"{plan.kind}/{i}"] = {"dims": _dims(traceable, given), "torch_error": errors[i]}
         del model, traceable  # before the next model is loaded
-    pictures, asked = make_pictures(checkpoint)
+    pictures, asked = (make_clips if checkpoint.model.clips else make_pictures)(checkpoint)
     part = path.with_suffix(".part")
     save_file(
         {k: np.ascontiguousarray(v) for k, v in (tensors | pictures).items()},
@@ -81,6 +87,12 @@ def make_reference(
         },
     )
     part.replace(path)
+
+
+def _encoders(family: Family) -> tuple[str, ...]:
+    """The components whose outputs its UNet attends to."""
+    names = tuple(e.name for e in family.text_encoders)
+    return names if family.image_encoder is None else (*names, IMAGE_ENCODER)
 
 
 def _load(checkpoint: Checkpoint, plan: ComponentPlan, dtype: str) -> Traceable:
@@ -173,7 +185,7 @@ def _cases(
         name = traceable.inputs[0].name
         channels = int(traceable.inputs[0].shape[1])
         for batch, height, width in ((1, 8, 8),) if quick else ((1, 16, 16), (2, 8, 12)):
-            dims = {"batch": batch, "height": height, "width": width}
+            dims = {str(traceable.inputs[0].shape[0]): batch, "height": height, "width": width}
             shape = traceable.inputs[0].resolve(dims)
             base = _pattern(shape)
             value = base + (0.02 if name == "image" else 0.3) * rng.standard_normal(shape)
@@ -182,6 +194,10 @@ def _cases(
 
 def _token_case(plan: ComponentPlan, rng: np.random.Generator, prompts: int, skip: int) -> dict[str, np.ndarray]:
     length, size = plan.config["max_position_embeddings"], plan.config["vocab_size"]
+    if plan.config["_class"] == T5:
+        counts = rng.integers(1, length + 1, prompts)
+        mask = (np.arange(length) < counts[:, None]).astype(np.int64)
+        return {"input_ids": mask * rng.integers(0, size, (prompts, length)), ATTENTION_MASK: mask}
     begin, end = size - 2, size - 1
     ids = np.full((prompts, length), end, np.int64)
     ids[:, 0] = begin
@@ -204,17 +220,25 @@ def _unet_cases(
     largest = QUICK_SIDE if quick else LARGEST_SIDE
     size = plan.config.get("sample_size") or largest
     side = max(whole, min(size if isinstance(size, int) else size[0], largest) // whole * whole)
-    hidden = plan.family.join([context[e.name] for e in plan.family.text_encoders])["encoder_hidden_states"][:1]
+    encoders = [context[n] for n in _encoders(plan.family) if n in context]
+    spec = next(s for s in traceable.inputs if s.name == "encoder_hidden_states")
+    if encoders:
+        hidden = plan.family.join(encoders)["encoder_hidden_states"][:1]
+    else:  # of a checkpoint that is exported without them
+        hidden = rng.standard_normal(spec.resolve({"rows": 1, "tokens": 77})).astype(np.float32)
+    frames = min(plan.family.frames(plan.config), MOST_FRAMES)
     at = 0
     sizes = ((1, side, side), (2, side, side + whole), (3, 2 * whole + odd, 2 * whole - odd))
     for rows, height, width in ((1, side + odd, side),) if quick else sizes:
         t = np.array([TIMESTEPS[(at + i) % len(TIMESTEPS)] for i in range(rows)], np.float32)
         at += rows
         shapes = {
-            s.name: s.resolve({"rows": rows, "height": height, "width": width, "tokens": hidden.shape[1]})
+            s.name: s.resolve(
+                {"rows": rows, "height": height, "width": width, "tokens": hidden.shape[1], "frames": frames - at % 2}
+            )
             for s in traceable.inputs
         }
-        noise = (t / 1000.0).reshape(-1, 1, 1, 1)
+        noise = (t / 1000.0).reshape(-1, *(1,) * (len(shapes["sample"]) - 1))
         case = {
             "sample": (
                 np.sqrt(1 - noise**2) * _pattern(shapes["sample"]) + noise * rng.standard_normal(shapes["sample"])
@@ -227,7 +251,7 @@ def _unet_cases(
             if condition.adapter is not None:
                 case[condition.name] = _of_adapter(shapes[condition.name], rng)
             elif condition.example is not None:
-                case[condition.name] = np.tile(np.array(condition.example, np.float32), (rows, 1))
+                case[condition.name] = np.resize(np.array(condition.example, np.float32), shapes[condition.name])
             elif condition.name not in case:
                 case[condition.name] = rng.standard_normal(shapes[condition.name]).astype(np.float32)
         yield {k: np.ascontiguousarray(v, np.float32) for k, v in case.items()}
@@ -243,12 +267,14 @@ def _of_adapter(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
 
 
 def _pattern(shape: tuple[int, ...]) -> np.ndarray:
-    """A gradient, a disc and a checkerboard, by channel: [B, C, h, w] in [-1, 1]."""
+    """A gradient, a disc and a checkerboard, by channel: [B, C, h, w] in [-1, 1]; of frames each a little fainter."""
+    if len(shape) == 5:
+        return _pattern((shape[0] * shape[1], *shape[2:])).reshape(shape)
     batch, channels, height, width = shape
     y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
     kinds = [x, np.where(x**2 + y**2 < 0.4, 1.0, -1.0), np.sign(np.sin(9 * x) * np.sin(9 * y) + 1e-9) * 0.8, y]
     image = np.stack([kinds[c % len(kinds)] for c in range(channels)])
-    return np.stack([image * (1 - 0.2 * b) for b in range(batch)])
+    return np.stack([image * 0.8**b for b in range(batch)])
 
 
 def main(argv: list[str] | None = None) -> int:

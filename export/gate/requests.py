@@ -23,10 +23,12 @@ from ...errors import GateError, NonFiniteError
 from ...families.control import controls_of, picture_input
 from ...families.image_prompt import IMAGE_ENCODER
 from ...runtime.arrays import Float32, UInt8
+from ...runtime.clip_prepare import prepare_clips
+from ...runtime.clip_request import make_clip_request
 from ...runtime.device.numpy_slots import NumpySlots
 from ...runtime.pictures.image_prompt import ImagePrompts
 from ...runtime.pictures.vae import Vae
-from ...runtime.prepare import prepare
+from ...runtime.prepare import Prepared, prepare
 from ...runtime.prompts.encoders import TextEncoders
 from ...runtime.request import make_request
 from ...values import parse_json
@@ -60,14 +62,16 @@ def _judge(bundle: Bundle, task: str, stated: Mapping[str, Any], pictures: Mappi
     if "not_run" in stated:
         return {"status": f"not run: {stated['not_run']}"}
     image = pictures.get(f"picture/{task}/in/image")
-    if image is not None and "vae_encoder" not in bundle.components:
+    clip = bundle.model.clips
+    if image is not None and bundle.model.pictures == "start" and "vae_encoder" not in bundle.components:
         return {"status": "not run: the bundle has no encoder"}
-    expected = pictures[f"picture/{task}/out/image"]
+    expected = pictures[f"picture/{task}/out/{'frames' if clip else 'image'}"]
     limit = least_psnr(bundle)
     try:
         controls = {n: pictures.get(f"picture/{task}/in/{picture_input(n)}") for n in _controls(bundle)}
         prompting = pictures.get(f"picture/{task}/in/ip_adapter_image")
-        report = compare(make_picture(bundle, stated, image, controls, prompting), expected)
+        made = make_clip(bundle, stated, image) if clip else make_picture(bundle, stated, image, controls, prompting)
+        report = compare(made, expected)
     except NonFiniteError as error:
         raise _failure(task, error.found, limit) from error
     if report.psnr < limit:
@@ -108,15 +112,12 @@ def make_picture(
     prompting: UInt8 | None = None,
 ) -> UInt8:
     """The picture of one request under the checkpoint's own scheduler, uint8 [H, W, 3]."""
-    own = replace(
-        bundle.defaults, sampler=None, schedule=None, preset=None, timesteps=None, prediction=None, options={}
-    )
-    plain = replace(bundle, defaults=own)
+    plain = _with_own_scheduler(bundle)
     text = TextEncoders(plain, lambda: {n: _open(plain, n) for n in plain.text_encoders}, keep_engines=False)
     vae = Vae(plain, _open(plain, "vae_decoder"), lambda: _open(plain, "vae_encoder"))
     call = {k: stated[k] for k in ("steps", "guidance", "seed")} | {"size": (stated["width"], stated["height"])}
     if image is not None:
-        call |= {"image": image, "strength": stated["strength"]}
+        call |= {"image": image} | ({"strength": stated["strength"]} if "strength" in stated else {})
     shown = {name: picture for name, picture in (controls or {}).items() if picture is not None}
     if shown:
         call |= {"control": shown}
@@ -124,7 +125,29 @@ def make_picture(
         call |= {"ip_adapter_image": prompting}
     prompts = ImagePrompts(lambda: _open(plain, IMAGE_ENCODER))
     prepared = prepare(plain, text, vae, prompts, make_request(plain, stated["prompt"], **call))
-    slots = NumpySlots(_open(plain, "unet"), slots=1, shape=prepared.shape)
+    return vae.decode_unguarded(_sampled(plain, prepared))[0]
+
+
+def make_clip(bundle: Bundle, stated: Mapping[str, Any], image: UInt8 | None) -> UInt8:
+    """The clip of one request under the checkpoint's own scheduler, uint8 [F, H, W, 3]."""
+    plain = _with_own_scheduler(bundle)
+    vae = Vae(plain, _open(plain, "vae_decoder"), lambda: _open(plain, "vae_encoder"))
+    call = {k: stated[k] for k in ("steps", "guidance", "seed", "frames", "decode_chunk")}
+    request = make_clip_request(plain, image=image, size=(stated["width"], stated["height"]), **call)
+    prepared = prepare_clips(plain, vae, ImagePrompts(lambda: _open(plain, IMAGE_ENCODER)), request)
+    return vae.decode_unguarded(_sampled(plain, prepared), stated["decode_chunk"])[0]
+
+
+def _with_own_scheduler(bundle: Bundle) -> Bundle:
+    own = replace(
+        bundle.defaults, sampler=None, schedule=None, preset=None, timesteps=None, prediction=None, options={}
+    )
+    return replace(bundle, defaults=own)
+
+
+def _sampled(bundle: Bundle, prepared: Prepared) -> Float32:
+    """The latent of a request's only image, or clip, behind an axis of one."""
+    slots = NumpySlots(_open(bundle, "unet"), slots=1, shape=prepared.shape)
     slot = slots.admit(
         prepared.samplings[0], prepared.gaussians[0], None if prepared.latents is None else prepared.latents[0]
     )
@@ -132,7 +155,7 @@ def make_picture(
         slots.tick([slot])
     latent: Float32 = np.empty((1, *prepared.shape), np.float32)
     slots.result(slot, latent[0])
-    return vae.decode_unguarded(latent)[0]
+    return latent
 
 
 def _open(bundle: Bundle, name: str) -> Engine:

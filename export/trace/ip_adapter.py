@@ -82,13 +82,18 @@ class PromptingEncoder(nn.Module):
         self.model, self.image_proj = model, image_proj
 
 
-def build_encoder(config: Mapping[str, Any]) -> PromptingEncoder:
+def build_vision(config: Mapping[str, Any]) -> CLIPVisionModelWithProjection:
     ignored = {"architectures", "torch_dtype", "dtype", "transformers_version", "model_type"}
     plain = CLIPVisionConfig(**{k: v for k, v in config.items() if not k.startswith("_") and k not in ignored})
-    model = CLIPVisionModelWithProjection._from_config(
+    cls: Any = CLIPVisionModelWithProjection
+    model: CLIPVisionModelWithProjection = cls._from_config(
         plain, dtype=torch.get_default_dtype(), attn_implementation="sdpa"
     )
-    stated = config[PROJECTION]
+    return model.eval()
+
+
+def build_encoder(config: Mapping[str, Any]) -> PromptingEncoder:
+    model, stated = build_vision(config), config[PROJECTION]
     return PromptingEncoder(model, (PlainProjection if stated["kind"] == PLAIN else Resampler)(stated)).eval()
 
 

@@ -8,64 +8,92 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLTemporalDecoder,
+    AutoencoderTiny,
+    UNet2DConditionModel,
+    UNetSpatioTemporalConditionModel,
+)
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from ...agreement import VARIANCE
 from ...engines.base import TensorSpec
 from ...families.base import LATENT_STATISTICS, Condition, Family, halvings, latent_multiple, vae_factor
 from ...families.control import controls_of
 from ...families.image_prompt import IMAGE_ENCODER, IP_ADAPTER, PLAIN, PROJECTION, SCALE_INPUT, TOKENS_INPUT
+from ...families.pixels import PIXELS
 from ..checkpoint.configs import TINY_DEFAULTS, VAE_DEFAULTS, is_tiny
+from .clip import PictureStates, joined_sample
 from .control import ControlledUNet, build_controls, control_arguments
-from .ip_adapter import ImageTokens, attend_to_pictures, build_encoder, ip_layers
+from .ip_adapter import ImageTokens, attend_to_pictures, build_encoder, build_vision, ip_layers
+from .pixels import Pixels, finite_pixels, to_image
+from .text import build_text_encoder, wrap_text_encoder
+from .traceable import Traceable as Traceable
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+UNET_CLASSES: dict[str, Any] = {c.__name__: c for c in (UNet2DConditionModel, UNetSpatioTemporalConditionModel)}
+VAE_CLASSES: dict[str, Any] = {c.__name__: c for c in (AutoencoderKL, AutoencoderTiny, AutoencoderKLTemporalDecoder)}
+"""By name; the first is that of a configuration that names none."""
 _default_dtype = threading.Lock()
 """torch's default dtype is the whole process's, and a bundle's components are opened side by side."""
 SCALING = {False: VAE_DEFAULTS["scaling_factor"], True: TINY_DEFAULTS["scaling_factor"]}
 LARGEST = {"float32": 3.0e38, "float16": 65504.0, "bfloat16": 3.0e38}
 
 
-class UNet(nn.Module):
-    """`sample [R, C, h, w]`, `timestep [R]` and what the family's conditions name -> `out [R, C, h, w]`."""
+UNets: TypeAlias = UNet2DConditionModel | UNetSpatioTemporalConditionModel | ControlledUNet
 
-    def __init__(self, model: UNet2DConditionModel | ControlledUNet, conditions: Sequence[Condition]) -> None:
+
+class UNet(nn.Module):
+    """`sample [R, C, h, w]`, `timestep [R]` and what the family's conditions name -> `out [R, C, h, w]`.
+
+    Of clips the sample has frames, [R, F, C, h, w]; what is joined to it, [R, C', h, w], is joined to every frame. Of a
+    model that gives twice as many channels, the others are `variance [R, C, h, w]`.
+    """
+
+    def __init__(self, model: UNets, conditions: Sequence[Condition], *, says_variance: bool) -> None:
         super().__init__()
         adapted = isinstance(model, ControlledUNet)
         self.model = model.model if adapted else model
         if adapted:
             self.controls, self.ip_adapter = model.controls, model.ip_adapter
-        self.groups = {c.name: c.group for c in conditions if c.adapter is None}
+        self.says_variance = says_variance
+        self.joined = [c.name for c in conditions if c.joined]
+        self.numbers = {c.name for c in conditions if not c.shape}
+        self.groups = {c.name: c.group for c in conditions if c.adapter is None and not c.joined}
         self.forward = _with_arguments(self._forward, ("sample", "timestep", *(c.name for c in conditions)))
 
-    def _forward(self, sample: torch.Tensor, timestep: torch.Tensor, **conditions: torch.Tensor) -> torch.Tensor:
+    def _forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor, **conditions: torch.Tensor
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         dtype = self.model.conv_in.weight.dtype
         sample = sample.to(dtype)
+        for name in self.joined:
+            sample = joined_sample(sample, conditions[name].to(dtype))
         arguments: dict[str, Any] = {}
         for name, group in self.groups.items():
             value = conditions[name]
-            if group is None:
-                arguments[name] = value.to(dtype)
+            if group is None:  # numbers stay as they are: the model makes embeddings of them and casts these
+                arguments[name] = value if name in self.numbers else value.to(dtype)
             else:  # in float32: torch's `concat` promotes, ONNX's takes one type; the model casts what comes of it
                 arguments.setdefault(group, {})[name] = value
         arguments |= control_arguments(getattr(self, "controls", {}), sample, timestep, arguments, conditions)
         if TOKENS_INPUT in conditions:  # through the UNet as it is, to its attentions
             more = (conditions[TOKENS_INPUT].to(dtype), conditions[SCALE_INPUT].to(dtype))
             arguments["encoder_hidden_states"] = (arguments["encoder_hidden_states"], *more)
-        return self.model(sample, timestep, **arguments, return_dict=False)[0].float()
+        out = self.model(sample, timestep, **arguments, return_dict=False)[0].float()
+        return tuple(out.chunk(2, dim=1)) if self.says_variance else out
 
 
-def _with_arguments(function: Callable[..., torch.Tensor], names: Sequence[str]) -> Callable[..., torch.Tensor]:
+def _with_arguments(function: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
     """The function with arguments of these names: torch's tracer takes inputs by the names that it can see."""
 
-    def forward(*values: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
+    def forward(*values: torch.Tensor, **named: torch.Tensor) -> Any:
         return function(**dict(zip(names, values, strict=False)), **named)
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -105,39 +133,15 @@ def plain_upsamplers(module: nn.Module) -> None:
     questions take as long as all the rest of a trace, and no answer changes a value.
     """
     for upsampler in module.modules():
-        if isinstance(upsampler, Upsample2D) and upsampler.norm is None and isinstance(upsampler.conv, nn.Conv2d):
+        plain = isinstance(upsampler, Upsample2D) and upsampler.norm is None and upsampler.interpolate
+        if plain and (upsampler.conv is None or isinstance(upsampler.conv, nn.Conv2d)):
             upsampler.forward = partial(_interpolate, upsampler.conv)
 
 
-def _interpolate(conv: nn.Conv2d, hidden_states: torch.Tensor, output_size: Sequence[int] | None = None) -> Any:
+def _interpolate(conv: nn.Conv2d | None, hidden_states: torch.Tensor, output_size: Sequence[int] | None = None) -> Any:
     scale = 2.0 if output_size is None else None
-    return conv(nn.functional.interpolate(hidden_states, size=output_size, scale_factor=scale, mode="nearest"))
-
-
-class TextStates(nn.Module):
-    """`input_ids [P, L]` -> the hidden states the UNet attends to, and the pooled vector where the family uses one.
-
-    `clip_skip int64 [1]` counts layers back from the family's own, as diffusers' argument of that name does: 0 is the
-    last layer through the final norm (`layer` 0), or an earlier one as it is (`layer` 2: the second last).
-    The pooled vector does not depend on it.
-    """
-
-    def __init__(self, model: CLIPTextModel | CLIPTextModelWithProjection, *, layer: int, pooled: bool) -> None:
-        super().__init__()
-        self.model = model
-        self.layer = layer
-        self.pooled = pooled
-
-    def forward(self, input_ids: torch.Tensor, clip_skip: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        out = self.model(input_ids, output_hidden_states=True)
-        last = len(out.hidden_states) - max(self.layer, 1)
-        states = torch.stack([out.hidden_states[i] for i in range(last, -1, -1)])
-        hidden = states.index_select(0, clip_skip)[0]
-        if not self.layer:
-            hidden = getattr(self.model, "text_model", self.model).final_layer_norm(hidden)
-        if self.pooled:
-            return hidden.float(), out.text_embeds.float()
-        return (hidden.float(),)
+    larger = nn.functional.interpolate(hidden_states, size=output_size, scale_factor=scale, mode="nearest")
+    return larger if conv is None else conv(larger)
 
 
 class LatentScaling:
@@ -187,10 +191,20 @@ class VaeDecoder(nn.Module):
         z = self.scaling.to_vae(latent).to(self.dtype)
         if self.post_quant_conv is not None:
             z = self.post_quant_conv(z)
-        pixels = self.decoder(z).float()
-        finite = torch.where(pixels.abs() <= self.largest, 1.0, 0.0).amin((1, 2, 3)) > 0.5
-        image = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1)
-        return image.to(torch.uint8), finite  # last: TensorRT admits uint8 at a network's edge only
+        pixels = self._decoded(z).float()
+        return to_image(pixels), finite_pixels(pixels, self.largest)
+
+    def _decoded(self, z: torch.Tensor) -> torch.Tensor:
+        return self.decoder(z)
+
+
+class ClipDecoder(VaeDecoder):
+    """The same of frames [F, C, h, w] of one clip, which the decoder sees together."""
+
+    def _decoded(self, z: torch.Tensor) -> torch.Tensor:
+        frames = z.shape[0]
+        videos = torch.zeros(1, frames, dtype=z.dtype, device=z.device)
+        return self.decoder(z, image_only_indicator=videos, num_frames=frames)
 
 
 class VaeEncoder(nn.Module):
@@ -226,16 +240,6 @@ class TinyEncoder(nn.Module):
         return mean, torch.zeros_like(mean)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Traceable:
-    """A module with example inputs (batch 2) and the names of its tensors and of their dimensions."""
-
-    module: nn.Module
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    example: dict[str, int]
-
-
 def build_model(kind: str, config: Mapping[str, Any], dtype: str = "float32") -> nn.Module:
     """The diffusers or transformers model of a component, with whatever parameters its constructor gives it."""
     with _default_dtype:
@@ -247,25 +251,27 @@ def build_model(kind: str, config: Mapping[str, Any], dtype: str = "float32") ->
             torch.set_default_dtype(before)
 
 
+def _class_of(config: Mapping[str, Any], classes: Mapping[str, Any]) -> str:
+    named = str(config.get("_class_name"))
+    return named if named in classes else next(iter(classes))
+
+
 def _construct(kind: str, config: Mapping[str, Any]) -> nn.Module:
     plain = {k: v for k, v in config.items() if not k.startswith("_")}
     if kind == "unet":
-        unet = UNet2DConditionModel.from_config(plain).eval()
+        unet: UNets = UNET_CLASSES[_class_of(config, UNET_CLASSES)].from_config(plain).eval()
         adapter = config.get(IP_ADAPTER)
-        if not adapter and not controls_of(config):
+        if not isinstance(unet, UNet2DConditionModel) or not (adapter or controls_of(config)):
             return unet
         return ControlledUNet(unet, build_controls(config), ip_layers(unet, adapter["width"]) if adapter else {}).eval()
     if kind == IMAGE_ENCODER:
-        return build_encoder(config)
+        return build_encoder(config) if PROJECTION in config else build_vision(config)
+    if kind == "vae_decoder" and config.get("_class_name") == PIXELS:
+        return Pixels()
     if kind in {"vae_decoder", "vae_encoder"}:
-        cls: Any = AutoencoderTiny if is_tiny(config) else AutoencoderKL
+        cls: Any = VAE_CLASSES[_class_of(config, VAE_CLASSES)]
         return cls.from_config(plain).eval()
-    config_object = CLIPTextConfig(
-        **{k: v for k, v in plain.items() if k not in {"architectures", "torch_dtype", "dtype", "transformers_version"}}
-    )
-    projected = config["_class"] == "CLIPTextModelWithProjection"
-    cls = CLIPTextModelWithProjection if projected else CLIPTextModel
-    return cls._from_config(config_object, dtype=torch.get_default_dtype(), attn_implementation="sdpa").eval()
+    return build_text_encoder(config)
 
 
 def wrap(
@@ -288,17 +294,19 @@ def wrap(
     if kind == IMAGE_ENCODER:
         return _wrap_image_encoder(model, config, dtype)
     if kind == "vae_decoder":
-        c, f = config["latent_channels"], vae_factor(config)
+        c, f, rows = config["latent_channels"], vae_factor(config), family.decoder_rows
+        temporal = isinstance(model, AutoencoderKLTemporalDecoder)
+        decoder = ClipDecoder if temporal else VaeDecoder
         return Traceable(
-            module=VaeDecoder(model, config, dtype=dtype).eval(),
-            inputs=(TensorSpec(name="latent", dtype="float32", shape=("batch", c, "height", "width")),),
+            module=(model if isinstance(model, Pixels) else decoder(model, config, dtype=dtype)).eval(),
+            inputs=(TensorSpec(name="latent", dtype="float32", shape=(rows, c, "height", "width")),),
             outputs=(
                 TensorSpec(
-                    name="image", dtype="uint8", shape=("batch", f"height*{f}", f"width*{f}", config["out_channels"])
+                    name="image", dtype="uint8", shape=(rows, f"height*{f}", f"width*{f}", config["out_channels"])
                 ),
-                TensorSpec(name="finite", dtype="bool", shape=("batch",)),
+                TensorSpec(name="finite", dtype="bool", shape=(rows,)),
             ),
-            example={"batch": 2, "height": 8, "width": 12},
+            example={rows: 3 if temporal else 2, "height": 8, "width": 12},
         )
     if kind == "vae_encoder":
         c, f = config["latent_channels"], vae_factor(config)
@@ -316,7 +324,7 @@ def wrap(
             ),
             example={"batch": 2, "height": 8, "width": 12},
         )
-    return _wrap_text_encoder(model, config)
+    return wrap_text_encoder(model, config)
 
 
 def _networks(model: nn.Module) -> list[nn.Module]:
@@ -327,7 +335,15 @@ def _networks(model: nn.Module) -> list[nn.Module]:
 
 
 def _wrap_image_encoder(model: nn.Module, config: Mapping[str, Any], dtype: str) -> Traceable:
-    stated, side = config[PROJECTION], config["image_size"]
+    side = config["image_size"]
+    if PROJECTION not in config:
+        return Traceable(
+            module=PictureStates(model, dtype=DTYPES[dtype]).eval(),
+            inputs=(TensorSpec(name="pixels", dtype="float32", shape=("batch", 3, side, side)),),
+            outputs=(TensorSpec(name="hidden", dtype="float32", shape=("batch", 1, config["projection_dim"])),),
+            example={"batch": 2},
+        )
+    stated = config[PROJECTION]
     tokens = ("batch", stated["tokens"], stated["width"])
     pixels = ("batch", config.get("num_channels", 3), side, side)
     return Traceable(
@@ -338,35 +354,21 @@ def _wrap_image_encoder(model: nn.Module, config: Mapping[str, Any], dtype: str)
     )
 
 
-def _wrap_text_encoder(model: nn.Module, config: Mapping[str, Any]) -> Traceable:
-    length, width = config["max_position_embeddings"], config["hidden_size"]
-    pooled = config["_class"] == "CLIPTextModelWithProjection"
-    outputs = [TensorSpec(name="hidden", dtype="float32", shape=("prompts", length, width))]
-    if pooled:
-        outputs.append(TensorSpec(name="pooled", dtype="float32", shape=("prompts", config["projection_dim"])))
-    return Traceable(
-        module=TextStates(model, layer=config["_layer"], pooled=pooled).eval(),
-        inputs=(
-            TensorSpec(name="input_ids", dtype="int64", shape=("prompts", length)),
-            TensorSpec(name="clip_skip", dtype="int64", shape=(1,)),
-        ),
-        outputs=tuple(outputs),
-        example={"prompts": 2},
-    )
-
-
 def _wrap_unet(model: nn.Module, config: Mapping[str, Any], family: Family) -> Traceable:
-    conditions = family.conditions(config)
+    conditions, says_variance = family.conditions(config), family.says_variance(config)
+    shape = family.sample_shape(config)
     inputs = [
-        TensorSpec(name="sample", dtype="float32", shape=("rows", config["in_channels"], "height", "width")),
+        TensorSpec(name="sample", dtype="float32", shape=shape),
         TensorSpec(name="timestep", dtype="float32", shape=("rows",)),
         *(TensorSpec(name=c.name, dtype="float32", shape=("rows", *c.shape)) for c in conditions),
     ]
     whole = 1 << halvings(config)
     odd = int(latent_multiple(config) < whole)  # sizes at which diffusers tells its upsamplers where to end
     return Traceable(
-        module=UNet(model, conditions).eval(),
+        module=UNet(model, conditions, says_variance=says_variance).eval(),
         inputs=tuple(inputs),
-        outputs=(TensorSpec(name="out", dtype="float32", shape=("rows", config["out_channels"], "height", "width")),),
-        example={"rows": 2, "height": 2 * whole + odd, "width": 3 * whole + odd, "tokens": 154},
+        outputs=tuple(
+            TensorSpec(name=n, dtype="float32", shape=shape) for n in ("out", *([VARIANCE] if says_variance else []))
+        ),
+        example={"rows": 2, "height": 2 * whole + odd, "width": 3 * whole + odd, "tokens": 154, "frames": 3},
     )

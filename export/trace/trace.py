@@ -11,7 +11,7 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -23,12 +23,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ...engines.base import TensorSpec
 from ...errors import FewstepError, UnsupportedError
 from ...families import Family
+from ...weights.layout import plan_layout
+from .clip_blocks import plain_clip_blocks
 from .graphs import Parameter, TracedGraph
-from .layout import plan_layout
 from .modules import Traceable, build_model, plain_upsamplers, wrap
+from .undecomposed import undecomposed
 
 OPSET = 23
 IR_VERSION = 10
+CONVOLUTIONAL = ("unet", "vae_decoder", "vae_encoder")
+"""Components whose graphs come out the same without decompositions; text encoders keep two reshapes, and are small."""
 _NAMES = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16", "INT64": "int64"}
 
 
@@ -39,11 +43,13 @@ def trace_component(kind: str, config: Mapping[str, Any], dtype: str, family: Fa
     `_layer`. Takes seconds for small models and one to two minutes for a UNet of 2.6 billion. `UnsupportedError` for a
     configuration of which no model can be made, or none that can be traced.
     """
-    with _quiet(), _refusing(kind):
+    with _quiet(), _refusing(kind), undecomposed() if kind in CONVOLUTIONAL else nullcontext():
         with FakeTensorMode(allow_non_fake_inputs=True):
             traceable = wrap(kind, build_model(kind, config, dtype), config, dtype, family)
             if kind == "unet":
                 plain_upsamplers(traceable.module)
+            if family.clips:
+                plain_clip_blocks(traceable.module)
             program = torch.onnx.export(
                 traceable.module,
                 kwargs=_example(traceable),
