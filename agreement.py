@@ -11,7 +11,9 @@ from .families.image_prompt import IMAGE_ENCODER, IP_ADAPTER
 from .tensors import TensorSpec
 from .values import Reader
 
-CLIP_SKIP = "clip_skip"
+CLIP_SKIP, ATTENTION_MASK = "clip_skip", "attention_mask"
+VARIANCE = "variance"
+"""The output of a UNet that says its variance, float32 [R, C, h, w]: -1 is the least of a step, 1 the greatest."""
 
 
 class Stated(Protocol):
@@ -28,33 +30,36 @@ class Stated(Protocol):
 
 
 def check_graphs(
-    components: Mapping[str, Stated], model: Family, latent: tuple[int, int], guidance: int, reading: Reader
+    components: Mapping[str, Stated], model: Family, latent: tuple[int, int, int], guidance: int, reading: Reader
 ) -> None:
     """Raise the reading's error where a component's inputs and outputs are not what the runtime feeds and takes.
 
-    latent: its channels, and pixels per cell. guidance: the width of the guidance's embedding, 0 for none.
+    latent: its channels, pixels per cell, and frames. guidance: the width of the guidance's embedding, 0 for none.
     """
-    channels, factor = latent
+    channels, factor, frames = latent
     cells, pixels = (channels, "height", "width"), (f"height*{factor}", f"width*{factor}")
     picture = (3, *pixels)
-    encoders = [e.name for e in model.text_encoders]
-    _check_unet(components["unet"], model, cells, guidance, reading)
+    encoders = [e.name for e in model.text_encoders if e.name in components]
+    _check_unet(components["unet"], model, (*(("frames",) if frames else ()), *cells), guidance, reading)
+    if frames != (stated := model.frames(components["unet"].config)):
+        raise reading.wrong("the latent's frames", frames, f"{stated}, as the unet's configuration says")
     for name in encoders:
         encoder, ids = components[name], {"input_ids": ("prompts", None)}
-        _match(name, "inputs", encoder.inputs, ids, reading, more={CLIP_SKIP: (1,)})
+        more = {CLIP_SKIP: (1,), ATTENTION_MASK: ("prompts", None)}
+        _match(name, "inputs", encoder.inputs, ids, reading, more=more)
         hidden, pooled = {"hidden": ("prompts", None, None)}, {"pooled": ("prompts", None)}
         _match(name, "outputs", encoder.outputs, hidden, reading, more=pooled)
-    decoder = components["vae_decoder"]
-    _match("vae_decoder", "inputs", decoder.inputs, {"latent": ("batch", *cells)}, reading)
+    decoder, rows = components["vae_decoder"], model.decoder_rows
+    _match("vae_decoder", "inputs", decoder.inputs, {"latent": (rows, *cells)}, reading)
     _match(
         "vae_decoder",
         "outputs",
         decoder.outputs,
-        {"image": ("batch", *pixels, 3), "finite": ("batch",)},
+        {"image": (rows, *pixels, 3), "finite": (rows,)},
         reading,
     )
     if IMAGE_ENCODER in components:
-        _check_image_encoder(components[IMAGE_ENCODER], components["unet"], reading)
+        _check_image_encoder(components[IMAGE_ENCODER], components["unet"], model, reading)
     if "vae_encoder" in components:
         vae, moments = components["vae_encoder"], ("batch", *cells)
         _match("vae_encoder", "inputs", vae.inputs, {"image": ("batch", *picture)}, reading)
@@ -70,17 +75,23 @@ def _check_unet(unet: Stated, model: Family, cells: tuple[Any, ...], guidance: i
         raise reading.wrong("guidance_embedding", guidance, f"{width}, as the unet's configuration says")
     inputs = {"sample": ("rows", *cells), "timestep": ("rows",), **conditions}
     _match("unet", "inputs", unet.inputs, inputs, reading)
-    _match("unet", "outputs", unet.outputs, {"out": ("rows", *cells)}, reading)
+    said = {VARIANCE: ("rows", *cells)} if model.says_variance(unet.config) else {}
+    _match("unet", "outputs", unet.outputs, {"out": ("rows", *cells), **said}, reading)
 
 
-def _check_image_encoder(encoder: Stated, unet: Stated, reading: Reader) -> None:
+def _check_image_encoder(encoder: Stated, unet: Stated, model: Family, reading: Reader) -> None:
+    """As a clip's picture is encoded, in families that have one; or a picture as prompt, for an IP-Adapter."""
     stated = unet.config.get(IP_ADAPTER)
-    if not stated:
-        raise reading.wrong(f"the {IMAGE_ENCODER}", "there", f"a unet whose config has {IP_ADAPTER}")
-    tokens = ("batch", stated["tokens"], stated["width"])
     side = encoder.config.get("image_size")
     pixels = {"pixels": ("batch", 3, side, side)}
     _match(IMAGE_ENCODER, "inputs", encoder.inputs, pixels, reading)
+    if model.image_encoder is not None:
+        hidden = {"hidden": ("batch", *model.conditions(unet.config)[0].shape)}
+        _match(IMAGE_ENCODER, "outputs", encoder.outputs, hidden, reading)
+        return
+    if not stated:
+        raise reading.wrong(f"the {IMAGE_ENCODER}", "there", f"a unet whose config has {IP_ADAPTER}")
+    tokens = ("batch", stated["tokens"], stated["width"])
     _match(IMAGE_ENCODER, "outputs", encoder.outputs, {"tokens": tokens, "negative": tokens}, reading)
 
 

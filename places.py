@@ -120,6 +120,28 @@ def copy_file(source: Path, target: Path) -> None:
         shutil.copyfileobj(read, written, 1 << 24)
 
 
+def write_whole(target: Path, data: str | bytes) -> Path:
+    """Write a file that appears whole or not at all, with what was there before kept until then; `WriteError`."""
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        with writing(target.name, target.parent):
+            part.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+            part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+    return target
+
+
+@contextlib.contextmanager
+def alone_with(folder: Path) -> Iterator[None]:
+    """Alone among those who change files of a folder, where the system has locks."""
+    hold = _hold(folder, wait=True)
+    try:
+        yield
+    finally:
+        _let_go(hold)
+
+
 def size_words(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 

@@ -22,17 +22,20 @@ from .schedules import resolve_sampler, resolve_schedule
 class Preset:
     """One distilled model's needs. `most_steps`: more make it worse; `fixed`: made for exactly `steps`.
 
-    `pattern` is searched in names in lower case with every separator made a hyphen. `side`: the pixels it was made
-    for, `None` for the checkpoint's own. `largest_guidance`: above it images are spoilt. `families`: `None` for all.
+    `pattern` is searched in names in lower case with every separator made a hyphen. `sampler`: `None` for the
+    checkpoint's own scheduler. `side`: the pixels it was made for, `None` for the checkpoint's own. `least_guidance`,
+    `largest_guidance`: below and above them images are spoilt. `options`: of the sampler and of its schedule.
+    `families`: `None` for all.
     """
 
     name: str
     pattern: str
     source: str
-    sampler: str
+    sampler: str | None
     steps: int
     schedule: str | None = None
     guidance: float = 0.0
+    least_guidance: float = 0.0
     largest_guidance: float = 1.0
     fixed: bool = False
     most_steps: int | None = None
@@ -53,6 +56,19 @@ def _read(row: Mapping[str, Any]) -> Preset:
 
 PRESETS = tuple(map(_read, json.loads(Path(__file__).with_name("presets.json").read_text(encoding="utf-8"))))
 PRESETS_BY_NAME = {p.name: p for p in PRESETS}
+
+
+KINDS = {
+    **{k: k for k in ("lcm", "tcd", "turbo", "lightning", "hyper")},
+    **dict.fromkeys(("dmd2", "nitrosd", "sid-lsg"), "lcm"),
+    "pcm": "hyper",
+}
+"""What presets' names tell of, and whose samplers suit that."""
+
+
+def kind_of(preset: str | None) -> str | None:
+    """The kind of distillation that a preset's name tells of; DMD2's students, say, are sampled as LCM's."""
+    return next((kind for k, kind in KINDS.items() if preset and k in preset), None)
 
 
 def preset_warnings(bundle: Bundle, asked: Mapping[str, Any]) -> list[str]:
@@ -84,8 +100,10 @@ def _steps_warning(preset: Preset, steps: int | None) -> str | None:
 
 
 def _guidance_warning(preset: Preset, guidance: float | None) -> str | None:
-    if guidance is None or guidance <= preset.largest_guidance:
+    if guidance is None or preset.least_guidance <= guidance <= preset.largest_guidance:
         return None
+    if guidance < preset.least_guidance:
+        return f"{preset.name} was made for guidance of at least {preset.least_guidance:g}, not {guidance:g}."
     if preset.largest_guidance <= 1:
         return f"{preset.name} was made to run without guidance, not with {guidance:g}; use --guidance 0."
     return f"{preset.name} was made for guidance of at most {preset.largest_guidance:g}, not {guidance:g}."

@@ -7,5 +7,5 @@ import numpy.typing as npt
 
 Float32 = npt.NDArray[np.float32]
 UInt8 = npt.NDArray[np.uint8]
-Shape = tuple[int, int, int]
-"""(C, h, w) of a latent."""
+Shape = tuple[int, ...]
+"""(C, h, w) of a picture's latent, (F, C, h, w) of a clip's."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 from ..errors import ArgumentError
+from ..schedules import FoundSchedules
 
 F = TypeVar("F", bound=Callable[..., Any])
 RESERVED = frozenset({"start", "noise", "prediction"})
@@ -22,21 +24,26 @@ class Call:
     a prompt of A1111's syntax adds to it.
 
     prompt_2, negative_2: what a second text encoder reads instead.
-    prompt_syntax: `"plain"`, or `"a1111"` for `(word:1.3)`, `[word]` and BREAK. long_prompts: `"truncate"` what one
+    prompt_syntax: `"plain"`, or `"a1111"` for `(word:1.3)`, `[word]`, BREAK, and prompts that change on the way,
+    `[from:to:0.5]` and `[one|other]`. long_prompts: `"truncate"` what one
     pass of the text encoder does not take (as diffusers), or `"chunk"`. clip_skip: layers of the text encoders left
     out, counted as diffusers does. prompt_embeds, negative_prompt_embeds: float32 [N, T, D] instead of prompts, and
     pooled_prompt_embeds, negative_pooled_prompt_embeds: float32 [N, P], which some families need beside them.
 
     steps: steps of the schedule (two-stage samplers evaluate twice in each). sampler, schedule: any name that
-    `fewstep samplers` lists; without them the checkpoint's own scheduler, as diffusers runs it. timesteps, sigmas:
-    explicit ones, one of the two, instead of steps and schedule. guidance: classifier-free guidance scale; at or below
-    1 the negative prompt is not evaluated. compat: `"diffusers"` for that library's conventions. options: of the
-    sampler (`eta`, ...).
+    `fewstep samplers` lists; without them the checkpoint's own scheduler, as diffusers runs it. schedule may also be
+    schedules that were found for the model (`load_schedules`), or the `pathlib.Path` of their file, never its name as a
+    text; `"searched"` are those that the bundle holds. schedule_digest: how the digest of found ones must begin, as
+    pictures record it. timesteps, sigmas: explicit ones, one of the two, instead of steps and schedule. guidance:
+    classifier-free guidance scale; at or below 1 the negative prompt is not evaluated. compat: `"diffusers"` for that
+    library's conventions. options: of the sampler (`eta`, ...).
 
     seed: one for the first image (the next ones get the next integers), or one an image. seed_device: whose noise,
     that of torch's `"cpu"` or `"cuda"` generator (`"cuda:43008"`: of a GPU of so many threads). shared_stream: draw the
     whole batch from the first seed, as diffusers does for a single generator. images_per_prompt: images, with
-    successive seeds, of each prompt.
+    successive seeds, of each prompt. variation_seed: whose noise that of the seed is turned towards, by variation (0
+    to 1), as A1111's web UI does: the images then share their first seed, and the variation seed counts on; or one an
+    image.
 
     size: (width, height) in pixels; without it a picture's own, else the size that was loaded. original_size,
     target_size (width, height) and crop_top_left (top, left): what some families' UNets are told of a picture; the
@@ -57,9 +64,19 @@ class Call:
     told, and less of it the nearer to the picture, as diffusers does. canny: the names of controls whose pictures are
     photographs, of which edges are taken; or by name the thresholds, of which `(100, 200)` are the usual ones.
 
+    noise_level: of a picture that the UNet is told of and makes larger (`image`, in families of such models): how much
+    noise is put into it, a timestep from 0 to 999. Such a picture may also be float32 [3, h, w] or [B, 3, h, w] from -1
+    to 1, as the stage before gives it in its result's `latents`.
+
     ip_adapter_image: a picture as prompt, for the IP-Adapter that the bundle was exported with: one for all images, or
     one an image, `None` for images without. ip_adapter_scale: how much of it is taken (1), one for all attentions or
     one for each of those to prompts, down, up and middle blocks in this order.
+
+    Of models that make clips, whose `image` is what the clip begins with: frames: how many (the model's own number).
+    fps: frames per second, of the file and as the model is told (7). motion_bucket: how much moves, 0 to 1023 (127).
+    noise_augmentation: how much noise is laid over the picture, 0 to 10 (0.02). guidance: of the last frame, with
+    min_guidance (1) of the first and what lies evenly between; or one a frame. decode_chunk: frames that the VAE
+    decodes together (all); fewer take less memory and are less alike.
     """
 
     prompt: str | Sequence[str] | None = None
@@ -76,14 +93,17 @@ class Call:
     negative_pooled_prompt_embeds: Any = None
     steps: int | None = None
     sampler: str | None = None
-    schedule: str | None = None
+    schedule: str | os.PathLike[str] | FoundSchedules | None = None
+    schedule_digest: str | None = None
     timesteps: Sequence[float] | None = None
     sigmas: Sequence[float] | None = None
-    guidance: float | None = None
+    guidance: float | Sequence[float] | None = None
     compat: str | None = None
     seed: int | Sequence[int] | None = None
     seed_device: str = "cpu"
     shared_stream: bool = False
+    variation_seed: int | Sequence[int] | None = None
+    variation: float = 0.0
     images_per_prompt: int = 1
     size: tuple[int, int] | None = None
     original_size: tuple[int, int] | None = None
@@ -95,6 +115,7 @@ class Call:
     latents: Any = None
     image: Any = None
     strength: float | None = None
+    noise_level: int | None = None
     fit: str = "stretch"
     mask: Any = None
     mask_threshold: float | None = 0.5
@@ -106,12 +127,21 @@ class Call:
     canny: Sequence[str] | Mapping[str, tuple[float, float]] | None = None
     ip_adapter_image: Any = None
     ip_adapter_scale: float | Sequence[float] | None = None
+    frames: int | None = None
+    fps: int | None = None
+    motion_bucket: int | None = None
+    noise_augmentation: float | None = None
+    min_guidance: float | None = None
+    decode_chunk: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
 NAMES = tuple(f.name for f in fields(Call) if f.name != "options")
+CLIP_ARGUMENTS = ("frames", "fps", "motion_bucket", "noise_augmentation", "min_guidance", "decode_chunk")
+"""Of models that make clips alone."""
 RECORDED = (
     "seed_device",
+    "noise_level",
     "fit",
     "mask_threshold",
     "prompt_syntax",
@@ -123,6 +153,7 @@ RECORDED = (
     "negative_original_size",
     "negative_crop_top_left",
     "negative_target_size",
+    *CLIP_ARGUMENTS,
 )
 """Arguments that a picture's parameters hold only where they were given."""
 CONTROL_WORDS = ("control", "control_guidance_start", "control_guidance_end", "canny")

@@ -7,7 +7,7 @@ else in the runtime knows what they mean.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -39,6 +39,15 @@ class Change(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Retold:
+    """From evaluation `first` on, arrays in place of those told before: as `Conditioning`'s, of the same names."""
+
+    first: int
+    positive: Arrays
+    negative: Arrays | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Conditioning:
     """One image's arrays, each of the shape that a row of the UNet's input has.
 
@@ -46,6 +55,7 @@ class Conditioning:
     tokens: the length that both rows' prompts have or divide; arrays along `tokens` are repeated to fill a longer one.
     change: of the network's weights for both rows, if there is one.
     steps: factors float32 [evaluations] of both rows' arrays by name, where they are not the same at every step.
+    later: other arrays for later evaluations, in their order, where a prompt changes on the way.
     """
 
     positive: Arrays
@@ -53,15 +63,33 @@ class Conditioning:
     tokens: int
     change: Change | None = None
     steps: Mapping[str, Float32] = field(default_factory=dict)
+    later: tuple[Retold, ...] = ()
+
+    def told(self, arrays: Arrays) -> Conditioning:
+        """The same with more arrays, in both rows."""
+
+        def more(of: Arrays | None) -> Arrays | None:
+            return None if of is None else {**of, **arrays}
+
+        later = (replace(r, positive={**r.positive, **arrays}, negative=more(r.negative)) for r in self.later)
+        return replace(self, positive={**self.positive, **arrays}, negative=more(self.negative), later=tuple(later))
 
     def factors(self, position: int) -> Mapping[str, float]:
         """Those of an evaluation, by name."""
         return {name: float(table[position]) for name, table in self.steps.items()}
 
     @property
-    def parts(self) -> tuple[Arrays, ...]:
-        """The arrays by UNet row: the negative's before the prompt's."""
-        return (self.positive,) if self.negative is None else (self.negative, self.positive)
+    def rows(self) -> int:
+        """UNet rows that an evaluation takes."""
+        return 1 if self.negative is None else 2
+
+    def parts(self, position: int) -> tuple[Arrays, ...]:
+        """The arrays of an evaluation by UNet row: the negative's before the prompt's."""
+        told: Conditioning | Retold = self
+        for retold in self.later:
+            if retold.first <= position:
+                told = retold
+        return (told.positive,) if told.negative is None else (told.negative, told.positive)
 
 
 def conditioning_inputs(inputs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
@@ -79,7 +107,7 @@ def check_conditioning(
     expected = conditioning_inputs(inputs)
     for name in conditioning.steps.keys() - expected.keys():
         raise ArgumentError(f"the conditioning has factors by step of {name!r}", expected=", ".join(sorted(expected)))
-    for arrays in conditioning.parts:
+    for arrays in (a for first in (0, *(r.first for r in conditioning.later)) for a in conditioning.parts(first)):
         unknown = sorted(arrays.keys() ^ expected.keys())
         if unknown:
             verb = "lacks" if unknown[0] in expected else "has"

@@ -8,12 +8,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Unpack
 
 from ..bundle import Bundle
 from ..errors import ArgumentError, CancelledError, UnsupportedError
 from .call import takes_a_call
+from .caller import ImageMaker
 from .device.base import Device
+from .keywords import CallArguments, SharedOptions
 from .loras import LoraLibrary
 from .pipeline import Pipeline, follow
 from .prepare import Prepared
@@ -21,14 +23,14 @@ from .request import Request
 from .result import Result, ResultPart, Step, make_result
 
 
-class PipelineGroup:
+class PipelineGroup(ImageMaker):
     """One bundle on several devices, called as `Pipeline` is: prompts are encoded once, images are spread.
 
     Each image is what its seed gives on one device, whichever that is. Images that share one stream of noise
     (`shared_stream`) stay together on the first device.
     """
 
-    def __init__(self, bundle: Bundle, *, devices: Sequence[str], **options: Any) -> None:
+    def __init__(self, bundle: Bundle, *, devices: Sequence[str], **options: Unpack[SharedOptions]) -> None:
         if not devices or isinstance(devices, str):
             raise ArgumentError(f"devices is {devices!r}", expected="a list of at least one device")
         self.pipelines = tuple(Pipeline(bundle, device=d, **options) for d in devices)
@@ -52,20 +54,16 @@ class PipelineGroup:
             )
         return PipelineGroup(self.bundle if bundle is None else bundle, devices=self.devices, **self._options)
 
-    @takes_a_call
-    def __call__(
-        self,
-        prompt: str | Sequence[str] | None = None,
-        *,
-        cancel: threading.Event | None = None,
-        on_step: Callable[[Step], None] | None = None,
-        **given: Any,
-    ) -> Result:
-        """Make images; see `Pipeline`. `on_step` is told of the first device's steps."""
-        return self.run(self.request(prompt, **given), cancel=cancel, on_step=on_step)
+    def __repr__(self) -> str:
+        return f"<PipelineGroup {self.bundle.name!r}: {len(self.devices)} on {', '.join(self.devices)}>"
+
+    def close(self) -> None:
+        """See `Pipeline.close`; every device's."""
+        for pipeline in self.pipelines:
+            pipeline.close()
 
     @takes_a_call
-    def request(self, prompt: str | Sequence[str] | None = None, **given: Any) -> Request:
+    def request(self, prompt: str | Sequence[str] | None = None, **given: Unpack[CallArguments]) -> Request:
         return self.pipelines[0].request(prompt, **given)
 
     def run(

@@ -7,16 +7,24 @@ a bundle, `open_library` loads the room that reads them, by name, as the command
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
-from ..bundle import Bundle
+from ..bundle import Bundle, read_bundle
+from ..engines.backends.registry import makes_in_memory
 
 ROOM = "export"
+EMBEDDED = ("student", "base")
+"""Names of the models that travel with the package, wherever a bundle's folder is taken."""
 
 
 class Library(Protocol):
-    """What diffusers' adapter asks of the room that knows that library; each raises `MissingExtraError` without it."""
+    """What the runtime asks of that room. Where it takes diffusers, `MissingExtraError` without it."""
+
+    def embedded(self, name: str) -> Bundle:
+        """The bundle of a model that travels with the package; kept in the cache. Takes neither torch nor diffusers."""
 
     def named(self, name: str) -> Any:
         """What diffusers calls so, such as a scheduler's class; `AttributeError` where it has no such name."""
@@ -52,3 +60,24 @@ def open_library() -> Library:
     if not _registered:
         importlib.import_module(f"{__package__.rpartition('.')[0]}.{ROOM}")
     return _registered[0]
+
+
+def offer_backend(name: str) -> None:
+    """Have the room above offer its backend in memory, where that is the one that is named."""
+    if makes_in_memory(name):
+        open_library()
+
+
+def open_bundle(source: Bundle | str | os.PathLike[str]) -> Bundle:
+    """A bundle, that in a folder, or by its name an embedded one where no folder of that name lies here.
+
+    Errors as `read_bundle`'s.
+    """
+    if isinstance(source, Bundle):
+        return source
+    return open_library().embedded(str(source)) if is_embedded(source) else read_bundle(source)
+
+
+def is_embedded(source: object) -> bool:
+    """Whether this names an embedded model: not where a folder of that name lies here."""
+    return isinstance(source, (str, os.PathLike)) and str(source) in EMBEDDED and not Path(source).exists()

@@ -4,27 +4,51 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any, Unpack, overload
 
-from ..bundle import Bundle, read_bundle
-from ..errors import OutOfMemoryError
+from ..bundle import Bundle
+from ..errors import ArgumentError, OutOfMemoryError
 from .group import PipelineGroup
+from .keywords import LoadOptions, SharedOptions
+from .library import open_bundle
 from .pipeline import Pipeline
 
 
 @overload
-def load(folder: str | os.PathLike[str] | Bundle, *, devices: None = None, **options: Any) -> Pipeline: ...
-@overload
-def load(folder: str | os.PathLike[str] | Bundle, *, devices: Sequence[str], **options: Any) -> PipelineGroup: ...
 def load(
-    folder: str | os.PathLike[str] | Bundle, *, devices: Sequence[str] | None = None, **options: Any
+    folder: str | os.PathLike[str] | Bundle,
+    *,
+    devices: None = None,
+    budget: str | None = None,
+    **options: Unpack[LoadOptions],
+) -> Pipeline: ...
+@overload
+def load(
+    folder: str | os.PathLike[str] | Bundle,
+    *,
+    devices: Sequence[str],
+    budget: str | None = None,
+    **options: Unpack[SharedOptions],
+) -> PipelineGroup: ...
+def load(
+    folder: str | os.PathLike[str] | Bundle,
+    *,
+    devices: Sequence[str] | None = None,
+    budget: str | None = None,
+    **options: Any,
 ) -> Pipeline | PipelineGroup:
     """Load a bundle for use: `fewstep.load("bundle-folder", backend="auto", size=(512, 512), batch=1)`.
 
-    Options are those of `Pipeline`. `devices` spreads the images of each request over several. Engines that are not
-    built yet are built first (`build="never"` refuses instead).
+    folder: of a bundle, or `"student"` or `"base"`, the embedded models. What is loaded is closed at the end of a
+    `with`, or by `close`. Options are those of `Pipeline`. `devices` spreads the images of each request over several.
+    Engines that are not built yet are built first (`build="never"` refuses instead). budget: as `"psnr>=30"`, takes the
+    components with layers in fewer bits that `fewstep quantize` found within it; without one the plain components.
     """
-    bundle = folder if isinstance(folder, Bundle) else read_bundle(folder)
+    if devices is not None and options.get("device") is not None:
+        raise ArgumentError("device beside devices", expected="one of the two")
+    bundle = open_bundle(folder)
+    if budget is not None:
+        bundle = bundle.within(budget)
     try:
         return Pipeline(bundle, **options) if devices is None else PipelineGroup(bundle, devices=devices, **options)
     except MemoryError as error:

@@ -9,17 +9,26 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, Unpack
 
 import numpy as np
 
-from ..bundle import Bundle, read_bundle
+from ..bundle import Bundle
 from ..engines import BuildOptions, Engine, RunOptions, Store, open_engines
 from ..engines.find import command
 from ..engines.low_rank import Adapted
-from ..engines.memory import largest_batch
-from ..errors import ArgumentError, BlackImageError, CancelledError, MismatchError, NonFiniteError, OutOfMemoryError
+from ..engines.memory import dims_for, largest_batch
+from ..errors import (
+    ArgumentError,
+    BlackImageError,
+    CancelledError,
+    MismatchError,
+    NonFiniteError,
+    OutOfMemoryError,
+    UnavailableError,
+)
 from ..families.image_prompt import IMAGE_ENCODER
 from ..schedules import Program
 from ..weights.embeddings import embedding_file
@@ -28,13 +37,19 @@ from .adapted import AdaptedEngines
 from .arguments import check_flag, check_integer
 from .arrays import Float32, Shape
 from .call import takes_a_call
+from .caller import ImageMaker
+from .clip_prepare import prepare_clips
+from .clip_request import make_clip_request
 from .device.base import RECORDINGS, Device, Slots, TickTimes, check_engine
 from .device.open import open_device
 from .device.pool import SlotPool
+from .keywords import CallArguments
+from .library import offer_backend, open_bundle
 from .loras import LoraLibrary
 from .pictures.image_prompt import ImagePrompts
 from .pictures.vae import Vae, check_images
 from .prepare import Prepared, prepare
+from .programs import shortest_call
 from .prompts.encoders import TextEncoders
 from .prompts.lora_tags import read_loras
 from .request import MOST_IMAGES, Request, check_size, make_request
@@ -42,11 +57,13 @@ from .result import Result, ResultPart, Step, StepLatents, make_result
 from .swapping import InFlight, Loading, check_fits, check_loaded, plan_loading, put_weights, shown_as
 
 MODES = ("latency", "shared")
+RELEASED = ("engines", "_on_device", "text", "vae", "image_prompts", "loras", "adapted", "_pool")
+"""What a pipeline holds until it is closed."""
 T = TypeVar("T")
 log = logging.getLogger("fewstep.runtime")
 
 
-class Pipeline:
+class Pipeline(ImageMaker):
     """A loaded bundle on a device. Several threads may call it: engines are shared, each call takes slots from a pool.
 
     device: `"cpu"` (NumPy), `"cuda"`, `"cuda:1"`, `"cpu:torch"` for the GPU's code on CPU tensors, a `Device`, or
@@ -90,6 +107,7 @@ class Pipeline:
             raise ArgumentError(f"mode is {mode!r}", expected=f"one of {', '.join(MODES)}")
         self._given = {k: v for k, v in locals().items() if k not in ("self", "bundle")}
         self.bundle, self.threads = bundle, threads
+        offer_backend(backend)
         self.device = open_device(device, backend=backend, graphs=graphs, graphs_kept=graphs_kept)
         self.mode = mode or ("latency" if self.device.whole_requests else "shared")
         self._warned: set[str] = set()
@@ -107,6 +125,7 @@ class Pipeline:
         self._base, self._loaded = bundle, dict[str, Loading]()
         self._opened: list[tuple[str, Engine]] = []
         self._requests = InFlight()
+        self._closed = False
         self.size = check_size(bundle, size or (bundle.defaults.width, bundle.defaults.height))
         encoders = list(bundle.text_encoders)
         self._on_device = self._open([*(encoders if keep_text_encoders else ()), "unet", "vae_decoder"])
@@ -172,7 +191,7 @@ class Pipeline:
         Raises `MismatchError` for another architecture, `UnsupportedError` for engines that cannot (`swappable`), and
         `GateError`; nothing has changed then.
         """
-        other = self._base if bundle is None else bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
+        other = self._base if bundle is None else open_bundle(bundle)
         check_fits(self._base, other)
         (uses,) = read_loras(loras, 1)
         fusion = self.loras.fusion(uses)
@@ -213,32 +232,32 @@ class Pipeline:
 
     def _dims(self, name: str) -> dict[str, int]:
         """The sizes an engine is opened for; an engine with dynamic shapes takes others too."""
-        factor = self.bundle.latent.factor
-        width, height = self.size[0] // factor, self.size[1] // factor
-        rows = 2 * self.batch if self.bundle.defaults.guidance > 1 else self.batch
-        batch = 1 if name == IMAGE_ENCODER else self.batch  # pictures come one by one as prompts
-        dims = {"rows": rows, "prompts": rows, "batch": batch, "height": height, "width": width}
-        return dims | {"tokens": self.bundle.tokenizers[0].length}
+        single = {"batch": 1} if name == IMAGE_ENCODER else {}  # pictures come one by one as prompts
+        return dims_for(self.bundle, self.size, self.batch) | single
 
-    @takes_a_call
-    def __call__(
-        self,
-        prompt: str | Sequence[str] | None = None,
-        *,
-        cancel: threading.Event | None = None,
-        on_step: Callable[[Step], None] | None = None,
-        **given: Any,
-    ) -> Result:
-        """Make images. `Call` documents every argument; what it does not name is an option of the sampler.
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{self.engines['unet'].backend} on {self.device.name}"
+        return f"<Pipeline {self.bundle.name!r}: {self.size[0]}x{self.size[1]}, {state}>"
 
-        cancel: ends the call between two evaluations once it is set. on_step: is told of each evaluation.
+    def close(self) -> None:
+        """Let go of engines, buffers and recordings, once the requests that are being made are done; then none is.
 
-        Raises `ArgumentError` before anything is computed; `NonFiniteError` and `BlackImageError` instead of
-        returning a broken image; `CancelledError` once `cancel` is set; `OutOfMemoryError` with what would fit.
+        Raises `ArgumentError` where this thread itself has begun a request and not ended it.
         """
-        if cancel is not None and cancel.is_set():
-            raise CancelledError("the request was cancelled before it began")
-        return self.run(self.request(prompt, **given), cancel=cancel, on_step=on_step)
+        if self._closed:
+            return
+        with self._requests.change():
+            self._closed = True
+            self._opened.clear()
+            for name in RELEASED:
+                self.__dict__.pop(name, None)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            if name in RELEASED and self.__dict__.get("_closed"):
+                raise UnavailableError("the pipeline is closed", remedy="Load it again.")
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def run(
         self,
@@ -256,18 +275,20 @@ class Pipeline:
         prompt: str | Sequence[str] | None = None,
         *,
         sizes: Sequence[tuple[int, int]] | None = None,
-        **given: Any,
+        **given: Unpack[CallArguments],
     ) -> Request:
         """A checked `Request` for this bundle; takes what a call takes, pictures included.
 
         sizes: those (width, height) that may be made, where not any may; checked before a picture is fitted.
         """
-        request = make_request(self.bundle, prompt, default_size=self.size, sizes=sizes, **given)
+        loras = self.loras
+        make = make_clip_request if self.bundle.model.clips else make_request
+        request = make(self.bundle, prompt, default_size=self.size, sizes=sizes, **given)
         for warning in set(request.warnings) - self._warned:
             log.warning("%s", warning)
         self._warned.update(request.warnings)
         for asked in set(request.wording.loras):
-            self.loras.changes(asked)  # what is missing or damaged is told before anything is computed
+            loras.changes(asked)  # what is missing or damaged is told before anything is computed
         return request
 
     def stream(self, request: Request, *, previews: bool = False) -> Generator[Step, None, Result]:
@@ -285,6 +306,8 @@ class Pipeline:
     def prepare(self, request: Request) -> Prepared:
         """The request with prompts and picture encoded and noise drawn, ready for slots."""
         with self._memory_told(request, request.images), self._own_size_explained(request):
+            if request.clip is not None:
+                return prepare_clips(self.bundle, self.vae, self.image_prompts, request)
             prepared = prepare(self.bundle, self.text, self.vae, self.image_prompts, request, self.loras)
             changes = [s.conditioning.change for s in prepared.samplings if s.conditioning.change is not None]
             if changes:
@@ -330,7 +353,8 @@ class Pipeline:
             ) from error
 
     def _make(self, prepared: Prepared, *, previews: bool) -> Generator[Step, None, ResultPart]:
-        began, program = time.perf_counter(), prepared.request.program
+        began, program, terms = time.perf_counter(), prepared.request.program, prepared.request.clip
+        chunk = None if terms is None else terms.chunk
         latents, decoded, ticks = np.empty_like(prepared.gaussians), None, TickTimes()
         with self._admitted(prepared) as (slots, admitted):
             if self.mode == "latency" and not previews and self._is_whole(slots, admitted):
@@ -342,7 +366,7 @@ class Pipeline:
                     slots.tick(admitted, None if x0 is None else dict(zip(admitted, x0, strict=True)))
                     reading = StepLatents(lambda: np.stack([slots.latent(slot) for slot in admitted]))
                     try:
-                        yield self._step(program, i, x0, reading)
+                        yield self._step(program, i, x0, reading, chunk)
                     finally:
                         reading.end()
                 for slot, into in zip(admitted, latents, strict=True):
@@ -351,10 +375,10 @@ class Pipeline:
         denoised = time.perf_counter()
         if decoded is not None:
             check_images(decoded.images, decoded.finite)
-            yield self._step(program, program.evaluations - 1, None, lambda: latents)
+            yield self._step(program, program.evaluations - 1, None, lambda: latents, chunk)
         return ResultPart(
             device=self.device.name,
-            images=self.vae.decode(latents) if decoded is None else decoded.images,
+            images=self.vae.decode(latents, chunk) if decoded is None else decoded.images,
             latents=latents,
             denoise_ms=1e3 * (denoised - began),
             decode_ms=_since(denoised) if decoded is None else 0.0,
@@ -363,17 +387,26 @@ class Pipeline:
         )
 
     def _is_whole(self, slots: Slots, admitted: Sequence[int]) -> bool:
-        """Whether one evaluation and one pass of the decoder take these slots."""
-        return len(slots.share(admitted)) == 1 and self.vae.in_one_pass(len(admitted), *slots.shape[1:])
+        """Whether one evaluation and one pass of the decoder take these slots, and all are told the same throughout."""
+        if any(slots.sampling(s).conditioning.later for s in admitted):
+            return False
+        return len(slots.share(admitted)) == 1 and self.vae.in_one_pass(len(admitted), *slots.shape[-2:])
 
-    def _step(self, program: Program, index: int, x0: Float32 | None, latents: Callable[[], Float32]) -> Step:
+    def _step(
+        self,
+        program: Program,
+        index: int,
+        x0: Float32 | None,
+        latents: Callable[[], Float32],
+        chunk: int | None,
+    ) -> Step:
         return Step(
             index=index,
             total=program.evaluations,
             timestep=float(program.timesteps[index]),
             x0=x0,
             _latents=latents,
-            _decode=self.vae.decode_unguarded,
+            _decode=partial(self.vae.decode_unguarded, chunk=chunk),
         )
 
     @contextmanager
@@ -393,7 +426,7 @@ class Pipeline:
     def make_slots(
         self, shape: Shape, count: int, *, split: Callable[[Engine], Engine] = lambda engine: engine
     ) -> Slots:
-        """Slots of a latent shape (C, h, w) on this pipeline's device, for callers that tick themselves.
+        """Slots of a latent shape on this pipeline's device, for callers that tick themselves.
 
         split: makes of an engine what the slots evaluate, the same for the same engine.
         """
@@ -431,18 +464,29 @@ class Pipeline:
         they are for so many steps (`None`: the bundle's own).
         """
         width, height = check_size(self.bundle, size or self.size)
-        picture = np.full((height, width, 3), 128, np.uint8) if image else None
         images = self.batch if batch is None else check_integer("batch", batch, 1, MOST_IMAGES)
-        first = {"steps": 1, "sampler": "euler", "schedule": "trailing", "image": picture, "strength": 1.0}
+        if self.bundle.model.clips:
+            self._warm_clips((width, height), images)
+            return
+        first = shortest_call(self.bundle, (width, height), image=image)
         calls: list[dict[str, Any]] = [{**first, "guidance": g} for g in (1.0, max(2.0, self.bundle.defaults.guidance))]
         if self.mode == "latency" and self.device.records:
-            calls += [{"steps": n} for n in ((self.bundle.defaults.steps,) if steps is None else steps)]
+            kept = {k: first[k] for k in ("size", "image") if self.bundle.model.pictures == "told" or k == "size"}
+            calls += [{**kept, "steps": n} for n in ((self.bundle.defaults.steps,) if steps is None else steps)]
         for call in calls:
             self.text.forget()
             prompts = [f"warm-up {i}" for i in range(images)]
             with suppress(BlackImageError, NonFiniteError):  # one step of a nonsense prompt may well be black
-                self(prompts, seed=list(range(images)), size=(width, height), **call)
+                self(prompts, seed=list(range(images)), **call)
         self.text.forget()
+
+    def _warm_clips(self, size: tuple[int, int], clips: int) -> None:
+        """One step of so many clips of a grey picture, guided and not."""
+        grey = np.full((size[1], size[0], 3), 128, np.uint8)
+        call: dict[str, Any] = {"steps": 1, "image": grey, "seed": list(range(clips)), "size": size}
+        for guidance in (1.0, max(2.0, self.bundle.defaults.guidance)):
+            with suppress(BlackImageError, NonFiniteError):
+                self(guidance=guidance, **call)
 
     def _would_fit(self, size: tuple[int, int], images: int) -> str:
         """How many images of this size the free memory takes, in words."""

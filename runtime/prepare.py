@@ -11,27 +11,32 @@ import numpy as np
 from ..bundle import Bundle
 from ..families.base import GUIDANCE_INPUT, guidance_embedding
 from .arrays import Float32, Shape
-from .conditioning import Arrays, Conditioning
+from .conditioning import Arrays, Conditioning, Retold
 from .device.base import Sampling
 from .loras import LoraLibrary
-from .noise.seeds import request_noise
+from .noise.seeds import make_generator, request_noise
+from .noise.turned import turned
 from .pictures.control import neutral_arrays, tell_controls
 from .pictures.image_prompt import ImagePrompts
 from .pictures.inpaint import Blend, make_blend
+from .pictures.told import tell
 from .pictures.vae import Vae
 from .prompts.encoders import Embedding, TextEncoders
 from .prompts.syntax import Prompt, common_length
 from .request import Request
 
 MOST_TOKENS = 24 * 77
+Runs = Sequence[tuple[int, Embedding]]
+"""What a prompt is told as, each from an evaluation on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prepared:
     """A request that is ready for slots, one entry an image.
 
-    gaussians: unit noise to start from, float32 [B, C, h, w]. latents: of the picture it starts from, float32
-    [B, C, h, w], or `None`. truncated: by image, whether tokens of its prompt or negative prompt were cut off.
+    gaussians: unit noise to start from, float32 [B, C, h, w], of clips [B, F, C, h, w]. latents: of the picture it
+    starts from, float32 [B, C, h, w], or `None`. truncated: by image, whether tokens of its prompt or negative prompt
+    were cut off.
     text_ms, encode_image_ms: what preparing took.
     """
 
@@ -45,9 +50,8 @@ class Prepared:
 
     @property
     def shape(self) -> Shape:
-        """(C, h, w) of a latent."""
-        _, channels, height, width = self.gaussians.shape
-        return channels, height, width
+        """(C, h, w) of a latent, or of clips (F, C, h, w)."""
+        return self.gaussians.shape[1:]
 
 
 def prepare(
@@ -71,10 +75,18 @@ def prepare(
     )
     shape = latent_shape(bundle, request)
     pictures = request.pictures
-    latents = None if pictures is None else vae.encode(pictures.pixels, noise, shape)
+    latents = request.start_latents
+    if latents is None and pictures is not None:
+        latents = vae.encode(pictures.pixels, noise, shape)
     gaussians = request.gaussians
     if gaussians is None:
         gaussians = np.stack([member.randn(shape) for member in noise.members])
+    if request.variation_seeds:
+        others = [make_generator(s, request.seed_device).randn(shape) for s in request.variation_seeds]
+        gaussians = turned(gaussians, np.stack(others), request.variation)
+    if request.told is not None:
+        told = tell(bundle, request.told, noise.members, request.width, request.height)
+        conditionings = [c.told(arrays) for c, arrays in zip(conditionings, told, strict=True)]
     blends: list[Blend | None] = [None] * request.images
     if pictures is not None and pictures.masks is not None and latents is not None:
         if vae.samples:
@@ -97,9 +109,10 @@ def prepare(
 
 
 def latent_shape(bundle: Bundle, request: Request) -> Shape:
-    """(C, h, w) of the request's latents."""
+    """(C, h, w) of the request's latents, or of clips (F, C, h, w)."""
     latent = bundle.latent
-    return latent.channels, request.height // latent.factor, request.width // latent.factor
+    frames = () if request.clip is None else (request.clip.frames,)
+    return *frames, latent.channels, request.height // latent.factor, request.width // latent.factor
 
 
 def condition(
@@ -118,35 +131,55 @@ def condition(
         replace(p, loras=asked) if isinstance(p, Prompt) and change.keys() - {"unet"} else p
         for p, asked, change in zip(texts, [*wording.loras, *wording.loras], [*changes, *changes], strict=False)
     ]
-    encoded = iter(text.encode([p for p in texts if isinstance(p, Prompt)]))
-    embeddings = [next(encoded) if isinstance(p, Prompt) else p for p in texts]
-    tokens = common_length([e.tokens for e in embeddings], MOST_TOKENS)
-    of_negatives: Sequence[Embedding | None] = embeddings[request.images :] or [None] * request.images
+    embeddings = _encoded(text, [request.runs(p) for p in texts])
+    tokens = common_length([e.tokens for runs in embeddings for _, e in runs], MOST_TOKENS)
+    of_negatives: Sequence[Runs | None] = embeddings[request.images :] or [None] * request.images
     guidance: Arrays = {}
     if bundle.guidance_embedding:
         guidance = {GUIDANCE_INPUT: guidance_embedding(request.guidance, bundle.guidance_embedding)}
     sizes, negative_sizes = request.sizes
-    _, height, width = latent_shape(bundle, request)
+    *_, height, width = latent_shape(bundle, request)
     neutral = neutral_arrays(bundle, {"height": height, "width": width})
     shown = prompts.tell(request.image_prompt) or [({}, {})] * request.images
     conditionings, truncated = [], []
     images = zip(embeddings, of_negatives, wording.negatives, changes, strict=False)
     for i, (positive, negative, asked, change) in enumerate(images):
-        truncated.append(positive.truncated or (negative is not None and negative.truncated))
+        truncated.append(any(e.truncated for runs in (positive, negative or ()) for _, e in runs))
         if negative is not None and asked is None and bundle.force_zeros:
-            negative = negative.zeros()
+            negative = [(first, e.zeros()) for first, e in negative]
         told, told_negative, steps = tell_controls(request.controls, i)
         told, other = told | shown[i][0], {**neutral, **told_negative, **shown[i][1]}
+        rest, other_rest = {**sizes, **guidance, **neutral, **told}, {**negative_sizes, **guidance, **other}
+        first, *later = [
+            Retold(
+                first=at,
+                positive={**_run_at(positive, at).arrays, **rest},
+                negative=None if negative is None else {**_run_at(negative, at).arrays, **other_rest},
+            )
+            for at in sorted({at for runs in (positive, negative or ()) for at, _ in runs})
+        ]
         conditionings.append(
             Conditioning(
-                positive={**positive.arrays, **sizes, **guidance, **neutral, **told},
-                negative=None if negative is None else {**negative.arrays, **negative_sizes, **guidance, **other},
+                positive=first.positive,
+                negative=first.negative,
                 tokens=tokens,
                 change=change.get("unet"),
                 steps=steps,
+                later=tuple(later),
             )
         )
     return conditionings, tuple(truncated)
+
+
+def _encoded(text: TextEncoders, texts: Sequence[Sequence[tuple[int, Prompt | Embedding]]]) -> list[Runs]:
+    """Prompts by first evaluation as embeddings, all of them encoded together."""
+    encoded = iter(text.encode([p for runs in texts for _, p in runs if isinstance(p, Prompt)]))
+    return [[(first, next(encoded) if isinstance(p, Prompt) else p) for first, p in runs] for runs in texts]
+
+
+def _run_at(runs: Runs, position: int) -> Embedding:
+    """The embedding that is told at an evaluation."""
+    return next(e for first, e in reversed(runs) if first <= position)
 
 
 def _empty_like(positive: Prompt | Embedding) -> Prompt:

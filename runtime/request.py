@@ -16,19 +16,28 @@ from ..bundle import Bundle
 from ..errors import ArgumentError
 from ..families.base import latent_multiple
 from ..presets import preset_warnings
-from ..schedules import Program
+from ..schedules import FoundSchedules, Program
+from ..schedules.names import SEARCHED
+from ..schedules.solvers.registry import SAMPLERS
 from .arguments import check_flag, check_levels, check_pair, check_real, check_seed
 from .arguments import check_integer as check_integer
 from .arrays import Float32
-from .call import Call, make_call, recorded
+from .call import CLIP_ARGUMENTS, Call, make_call, recorded
+from .clip import ClipTerms
 from .conditioning import Arrays
+from .effects import call_warnings
 from .noise.seeds import Gaussians, check_seed_device
 from .pictures.control import Control, make_controls, open_controls, recorded_controls
 from .pictures.image_prompt import ImagePrompt, read_image_prompt, recorded_image_prompt
 from .pictures.inpaint import check_mask_for
 from .pictures.resize import Pictures, fit_pictures, open_pictures, size_of
-from .programs import MOST_STEPS, choose_program
+from .pictures.told import ToldPictures, read_told
+from .programs import MOST_STEPS, asked_or_own, choose_program, usual_steps
+from .prompts.editing import prompt_runs
+from .prompts.encoders import Embedding
+from .prompts.syntax import Prompt
 from .prompts.wording import Wording, as_float32, read_wording
+from .searched import check_digest
 
 MOST_IMAGES = 1024
 LARGEST_SIDE = 16_384
@@ -44,9 +53,13 @@ class Request:
     what the prompt's row and the negative's are told of them. `gaussians` float32 [B, C, h, w], if given, are the noise
     to start from; `generators` draw instead of the seeds', one an image, or one where the stream is shared. With
     `first_draws` only the first of them draws for the latents of a picture that several images share, as diffusers
-    does in inpainting. `controls` and `image_prompt` are what networks beside the UNet are told. `own_size` says that
-    no size was asked for and the first picture's was taken. `warnings` say what goes against the bundle's preset or a
-    picture's proportions. `recorded` are arguments for a picture's parameters that have no field here.
+    does in inpainting. `variation_seeds`, if any, are those whose noise that to start from is turned towards, by
+    `variation`. `start_latents` float32 [B, C, h, w] are begun with instead of the pictures' own. `told` are
+    pictures that the UNet is told of. `clip` is what is asked of a clip beside its picture, whose `guidance` then
+    is the largest of its frames'. `controls` and `image_prompt` are what networks beside the UNet are told.
+    `own_size` says that no size was asked for and the first picture's was taken. `found` are the schedules that the
+    program is one of, if they were found for the model. `warnings` say what goes against those, the bundle's preset
+    or a picture's proportions. `recorded` are arguments for a picture's parameters that have no field here.
     """
 
     wording: Wording
@@ -62,13 +75,19 @@ class Request:
     compat: str | None
     sizes: tuple[Arrays, Arrays] = ({}, {})
     pictures: Pictures | None = None
+    told: ToldPictures | None = None
+    clip: ClipTerms | None = None
     controls: tuple[Control, ...] = ()
     image_prompt: ImagePrompt | None = None
     gaussians: Float32 | None = None
     seed_device: str = "cpu"
     generators: tuple[Gaussians, ...] | None = None
     first_draws: bool = False
+    variation_seeds: tuple[int, ...] = ()
+    variation: float = 0.0
+    start_latents: Float32 | None = None
     own_size: bool = False
+    found: FoundSchedules | None = None
     shared_stream: bool = False
     warnings: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -85,6 +104,14 @@ class Request:
     @property
     def guided(self) -> bool:
         return self.guidance > 1.0
+
+    def runs(self, prompt: Prompt | Embedding) -> Sequence[tuple[int, Prompt | Embedding]]:
+        """A prompt as it is from its first evaluation on, and wherever it changes; see `prompt_runs`."""
+        if isinstance(prompt, Embedding):
+            return [(0, prompt)]
+        sampler = SAMPLERS.get(self.program.sampler)
+        total = self.steps * (1 if sampler is None else sampler.stages)
+        return prompt_runs(prompt, max(total, 1), self.program.evaluations)
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -113,17 +140,27 @@ def make_request(
     instead of sampler, schedule and options. sizes: those that may be made, where not any may.
     """
     call = make_call(prompt, given)
+    for name in CLIP_ARGUMENTS:
+        if getattr(call, name) is not None:
+            raise ArgumentError(f"{name} for a model that makes pictures", remedy="Leave it out.")
     defaults = bundle.defaults
-    steps = check_integer("steps", defaults.steps if call.steps is None else call.steps, 1, MOST_STEPS)
     timesteps, sigmas = check_levels("timesteps", call.timesteps, 1), check_levels("sigmas", call.sigmas, 2)
     explicit = timesteps is not None or sigmas is not None
+    digest = call.schedule_digest
+    sampler, schedule = asked_or_own(bundle, call.sampler, call.schedule, explicit=explicit, digest=digest)
+    found = schedule if isinstance(schedule, FoundSchedules) else None
+    if digest is not None:
+        check_digest(found, digest)
+    usual = usual_steps(bundle, schedule)
+    steps = check_integer("steps", usual if call.steps is None else call.steps, 1, MOST_STEPS)
     if explicit:
-        steps = _counted(call.steps, timesteps, sigmas)
+        steps = counted(call.steps, timesteps, sigmas)
     if call.mask_threshold is not None:
         check_real("mask_threshold", call.mask_threshold, 0.0, 1.0)
-    usual = 0.8 if call.mask is None else 1.0
-    strength = check_real("strength", usual if call.strength is None else call.strength, 0.0, 1.0)
-    opened = open_pictures(call)
+    changed = 0.8 if call.mask is None else 1.0
+    strength = check_real("strength", changed if call.strength is None else call.strength, 0.0, 1.0)
+    told = read_told(bundle, call)
+    opened = open_pictures(call) if bundle.model.pictures == "start" else ([], [])
     if call.image is None and strength < 1.0 and call.strength is not None:
         raise ArgumentError(f"strength {strength:g} without an image", remedy="Pass image, or leave strength out.")
     shown = open_controls(bundle, call)
@@ -133,13 +170,11 @@ def make_request(
     if sizes is not None:
         check_among((width, height), sizes, own=own is not None)
     guidance = check_real("guidance", defaults.guidance if call.guidance is None else call.guidance, 0.0, 1000.0)
-    wording, seeds = _images(bundle, call, len(opened[0]))
+    wording, seeds = _images(bundle, call, len(opened[0] if told is None else told.pixels))
+    if told is not None:
+        told.check(len(seeds))
     check_seed_device(call.seed_device)
     pictures = fit_pictures(bundle, call, opened, width, height)
-    sampler, schedule = call.sampler, call.schedule
-    if sampler is None:
-        sampler = defaults.sampler
-        schedule = defaults.schedule if schedule is None and not explicit else schedule
     asked = None if pictures is None else strength
     program = (
         choose_program(
@@ -164,7 +199,7 @@ def make_request(
         bundle, call, shown, size=(width, height), images=len(seeds), evaluations=program.evaluations
     )
     levels = {k: v for k, v in (("timesteps", timesteps), ("sigmas", sigmas)) if v is not None}
-    return Request(
+    request = Request(
         wording=wording,
         seeds=seeds,
         width=width,
@@ -174,23 +209,32 @@ def make_request(
         strength=1.0 if pictures is None else strength,
         program=program,
         sampler=sampler,
-        schedule=schedule,
+        schedule=SEARCHED if isinstance(schedule, FoundSchedules) else schedule,
         compat=call.compat,
         sizes=_sizes(bundle, call, width, height),
         pictures=pictures,
+        told=told,
         controls=controls,
         image_prompt=read_image_prompt(bundle, call, len(seeds)),
         gaussians=_gaussians(bundle, call, (len(seeds), height, width), program),
         seed_device=call.seed_device,
+        variation_seeds=_variation_seeds(call, len(seeds)),
+        variation=call.variation,
         shared_stream=call.shared_stream,
         own_size=own is not None,
+        found=found,
         warnings=(
-            *preset_warnings(bundle, {k: getattr(call, k) for k in PRESET_ARGUMENTS}),
+            *preset_warnings(bundle, {k: getattr(call, k) for k in PRESET_ARGUMENTS if k != "schedule" or not found}),
+            *(found.warnings(guidance=guidance, size=(width, height)) if found else ()),
             *(() if own is None or first is None else rounding_warnings(bundle, first.size, own)),
+            *call_warnings(bundle, call, guidance=guidance, shown=first is not None),
         ),
         options={**call.options, **levels},
         recorded={**recorded(call), **_names(call)},
     )
+    for one in dict.fromkeys(p for p in (*wording.positives, *wording.negatives) if p is not None):
+        request.runs(one)  # what cannot be read of a prompt that changes is told before anything is computed
+    return request
 
 
 def _sizes(bundle: Bundle, call: Call, width: int, height: int) -> tuple[Arrays, Arrays]:
@@ -204,7 +248,7 @@ def _sizes(bundle: Bundle, call: Call, width: int, height: int) -> tuple[Arrays,
     return bundle.model.sizes(width, height, pairs)
 
 
-def _counted(asked: int | None, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None) -> int:
+def counted(asked: int | None, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None) -> int:
     """How many steps explicit timesteps or sigmas make; `ArgumentError` where another number was asked for."""
     count = len(timesteps) if timesteps is not None else len(sigmas or ()) - 1
     if asked not in (None, count):
@@ -297,17 +341,22 @@ def _images(bundle: Bundle, call: Call, pictures: int) -> tuple[Wording, tuple[i
     """What each image is told, and its seed."""
     check_flag("shared_stream", call.shared_stream)
     each = check_integer("images_per_prompt", call.images_per_prompt, 1, MOST_IMAGES)
-    seed = call.seed.tolist() if isinstance(call.seed, np.ndarray) else call.seed
     wording = read_wording(bundle, call, each)
     if pictures > 1 and wording.images in (1, each):
         wording = read_wording(bundle, call, 1).repeated(pictures * each)
+    return with_seeds(wording, call)
+
+
+def with_seeds(wording: Wording, call: Call) -> tuple[Wording, tuple[int, ...]]:
+    """The wording of all images and the seed of each, where the call gives one seed, or one an image."""
+    seed = call.seed.tolist() if isinstance(call.seed, np.ndarray) else call.seed
     if isinstance(seed, (list, tuple, range)):
         seeds = [_seed(s) for s in seed]
         if wording.images == 1:
             wording = wording.repeated(len(seeds))
     else:
         first = secrets.randbits(32) if seed is None else _seed(seed)
-        seeds = [_seed(first + i) for i in range(wording.images)]
+        seeds = [_seed(first + (0 if call.variation else i)) for i in range(wording.images)]
     if not wording.images or wording.images > MOST_IMAGES:
         raise ArgumentError(f"{wording.images} images are asked for", expected=f"1 to {MOST_IMAGES}")
     if len(seeds) != wording.images:
@@ -315,6 +364,26 @@ def _images(bundle: Bundle, call: Call, pictures: int) -> tuple[Wording, tuple[i
             f"{len(seeds)} seeds for {wording.images} images", expected="one seed an image, or a single seed"
         )
     return wording, tuple(seeds)
+
+
+def _variation_seeds(call: Call, images: int) -> tuple[int, ...]:
+    """The seed by image that its noise is turned towards; none where it is not turned."""
+    share, seed = check_real("variation", call.variation, 0.0, 1.0), call.variation_seed
+    if not share:
+        if seed is not None:
+            raise ArgumentError("variation_seed without variation", expected="a share of it", remedy="Pass variation.")
+        return ()
+    for name, given in (("shared_stream", call.shared_stream), ("latents", call.latents is not None)):
+        if given:
+            raise ArgumentError(f"variation beside {name}", expected="one of the two", remedy="Leave variation out.")
+    if isinstance(seed, (list, tuple, range, np.ndarray)):
+        if len(seed) != images:
+            raise ArgumentError(
+                f"{len(seed)} variation seeds for {images} images", expected="one an image, or a single one"
+            )
+        return tuple(_seed(s) for s in seed)
+    first = secrets.randbits(32) if seed is None else _seed(seed)
+    return tuple(_seed(first + i) for i in range(images))
 
 
 def _seed(seed: object) -> int:

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -15,12 +15,14 @@ from ..errors import ArgumentError
 from ..version import __version__
 from .arrays import Float32, UInt8
 from .device.base import TickTimes
-from .pictures.images import check_output, save_png
+from .pictures.images import check_output, pillow_images, png_bytes, save_picture
+from .pictures.video import save_clips
 from .prepare import Prepared
 from .request import Request
+from .searched import DIGITS
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+REPR_SEEDS = 4
+"""So many are shown in a line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,17 +41,19 @@ class ResultPart:
     tensor: Any = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Result:
     """What a call gives back.
 
-    images: uint8 [B, H, W, 3]. seeds: one an image. latents: float32 [B, C, h, w], what was decoded. parameters: by
-    image, what made it, as its PNG holds it. timings: milliseconds by stage (`queue`, `text`, `encode_image`,
-    `denoise`, `decode`, `total`; of the denoising: `evaluations`, a list, and `update`, `guidance`, `gather`), and
-    `devices`: by device `denoise` and `decode` there. A request that is one piece of work is all `denoise`.
-    truncated: by image, whether the text encoder did not take all of its prompt or negative prompt.
+    images: uint8 [B, H, W, 3], of clips [B, F, H, W, 3]. seeds: one an image, or a clip. latents: float32 [B, C, h, w],
+    of clips [B, F, C, h, w], what was decoded. parameters: by image, what made it, as its PNG holds it. timings:
+    milliseconds by stage (`queue`, `text`, `encode_image`, `denoise`, `decode`, `total`; of the denoising:
+    `evaluations`, a list, and `update`, `guidance`, `gather`), and `devices`: by device `denoise` and `decode` there. A
+    request that is one piece of work is all `denoise`. truncated: by image, whether the text encoder did not take all
+    of its prompt or negative prompt.
     tensor: the images as torch uint8 [B, H, W, 3] on the device that made them, where it is one; DLPack gives these,
-    or the NumPy images.
+    or the NumPy images. fps: of clips, their frames per second. A notebook shows the pictures in a row, of clips the
+    first frames.
     """
 
     images: UInt8
@@ -59,6 +63,26 @@ class Result:
     parameters: tuple[Mapping[str, Any], ...]
     truncated: tuple[bool, ...]
     tensor: Any = field(default=None, repr=False)
+    fps: int | None = None
+
+    def __repr__(self) -> str:
+        count, (height, width) = len(self.images), self.images.shape[-3:-1]
+        what = f"{count} {'image' if self.fps is None else 'clip'}{'s' * (count > 1)} of {width}x{height}"
+        if self.fps is not None:
+            what += f" and {self.images.shape[1]} frames"
+        seeds = ", ".join(str(s) for s in self.seeds[:REPR_SEEDS]) + ", ..." * (count > REPR_SEEDS)
+        return f"<Result: {what}, seed{'s' * (count > 1)} {seeds}, {self.timings.get('total', 0.0):.0f} ms>"
+
+    def _repr_png_(self) -> bytes:
+        shown = self.images if self.fps is None else self.images[:, 0]
+        return png_bytes(np.concatenate(shown, axis=1))
+
+    @property
+    def frames(self) -> UInt8:
+        """The clips, uint8 [B, F, H, W, 3]; `ArgumentError` where pictures were made."""
+        if self.fps is None:
+            raise ArgumentError("frames of pictures", expected="a result of clips", remedy="Read images instead.")
+        return self.images
 
     def __dlpack__(self, **options: Any) -> Any:
         return (self.images if self.tensor is None else self.tensor).__dlpack__(**options)
@@ -66,14 +90,21 @@ class Result:
     def __dlpack_device__(self) -> Any:
         return (self.images if self.tensor is None else self.tensor).__dlpack_device__()
 
-    def to_pil(self) -> list[Image]:
-        """The images as Pillow images."""
-        from PIL import Image as pillow
-
-        return [pillow.fromarray(i) for i in self.images]
+    def to_pil(self) -> list[Any]:
+        """The images as Pillow images; of clips a list of their frames each."""
+        if self.fps is not None:
+            return [pillow_images(clip) for clip in self.images]
+        return list(pillow_images(self.images))
 
     def save(self, path: str | os.PathLike[str]) -> list[str]:
-        """Write PNGs with their parameters; of several images each gets its number before the suffix."""
+        """Write pictures with their parameters, in the format of the suffix (.png, .jpg, .webp, .avif).
+
+        Of several each gets its number before the suffix.
+
+        Clips are written as MP4, WebP or GIF, by the suffix, or as folders of PNGs where there is none.
+        """
+        if self.fps is not None:
+            return save_clips(path, self.images, self.fps, self.parameters)
         target = check_output(path)
         stem, suffix = str(target.with_suffix("")), target.suffix
         names = (
@@ -82,7 +113,7 @@ class Result:
             else [f"{stem}-{i}{suffix or '.png'}" for i in range(len(self.images))]
         )
         for name, image, parameters in zip(names, self.images, self.parameters, strict=True):
-            save_png(name, image, parameters)
+            save_picture(name, image, parameters)
         return names
 
 
@@ -117,7 +148,7 @@ class Step:
     """Progress of a call: evaluation `index` of `total` was made at `timestep`.
 
     With previews switched on, `x0` is the image latent as this evaluation sees it, float32 [B, C, h, w], and
-    `preview()` decodes it to uint8 [B, H, W, 3].
+    `preview()` decodes it to uint8 [B, H, W, 3]; both have a further axis F of clips.
     """
 
     index: int
@@ -171,6 +202,7 @@ def make_result(
         parameters=picture_parameters(bundle, request),
         truncated=prepared.truncated,
         tensor=None if others else first.tensor,
+        fps=None if request.clip is None else request.clip.fps,
     )
 
 
@@ -188,14 +220,19 @@ def picture_parameters(bundle: Bundle, request: Request) -> tuple[Mapping[str, A
         "compat": request.compat,
         "sampler_name": request.program.sampler,
         "schedule_name": request.program.schedule,
-        "strength": request.strength,
+        "strength": None if request.told is not None else request.strength,
         "image": request.recorded.get("image"),
         "options": dict(request.options),
         "recorded": {k: v for k, v in request.recorded.items() if k != "image"},
         "version": __version__,
         "unet_sha256": bundle.components["unet"].weights_sha256,
     }
+    if request.found is not None:
+        shared["schedule_digest"] = request.found.digest[:DIGITS]
+        shared["schedule_method"] = request.found.entry(request.steps).method
     if request.shared_stream and request.images > 1:
         shared["batch"] = {"prompts": list(request.prompts), "seed": request.seeds[0]}
-    prompts = zip(request.wording.described(), request.seeds, strict=True)
-    return tuple({**shared, **prompt, "seed": s, "index": i} for i, (prompt, s) in enumerate(prompts))
+    each: list[dict[str, Any]] = [{"seed": s, "index": i} for i, s in enumerate(request.seeds)]
+    for one, seed in zip(each, request.variation_seeds, strict=False):
+        one |= {"variation_seed": seed, "variation": request.variation}
+    return tuple({**shared, **prompt, **one} for prompt, one in zip(request.wording.described(), each, strict=True))

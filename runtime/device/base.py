@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ...agreement import VARIANCE as VARIANCE
 from ...engines import Engine, RunOptions
 from ...engines.graph.low_rank import RANK
 from ...engines.low_rank import Adapted, bucket, no_change
@@ -27,6 +28,8 @@ from ..noise.seeds import Gaussians
 from ..pictures.inpaint import Blend
 
 MOST_HISTORY = 6
+CLIP_AXES = 4
+"""Axes of a clip's latent, whose first are its frames."""
 RECORDINGS = ("captures", "replays", "failures", "evictions", "invalidations")
 MOST_ROWS = 64
 """Rows of one evaluation; more are done in several."""
@@ -38,21 +41,22 @@ MOST_SHARED_TOKENS = 8 * 77
 class Sampling:
     """One image on its way: its program and how far it is, and what the UNet is told of it.
 
-    guidance: the factor of the prompt's row against the negative's, where the conditioning has both. blend: what an
+    guidance: the factor of the prompt's row against the negative's, where the conditioning has both; of a clip one a
+    frame, where they differ. blend: what an
     inpainting request keeps of its picture. position: evaluations made, and so the one of the program that comes next.
     """
 
     program: Program
     noise: Gaussians
     conditioning: Conditioning
-    guidance: float = 1.0
+    guidance: float | tuple[float, ...] = 1.0
     blend: Blend | None = None
     position: int = 0
 
     @property
     def rows(self) -> int:
         """UNet rows an evaluation takes."""
-        return len(self.conditioning.parts)
+        return self.conditioning.rows
 
     @property
     def tokens(self) -> int:
@@ -99,19 +103,20 @@ class Evaluator:
         return id(self.engine), self.rank
 
     def parts(self, sampling: Sampling) -> tuple[Arrays, ...]:
-        """What the UNet is told of an image, by row, in the engine's inputs."""
+        """What the UNet is told of an image at its position, by row, in the engine's inputs."""
         conditioning = sampling.conditioning
+        parts = conditioning.parts(sampling.position)
         if self.adapted is None:
-            return conditioning.parts
+            return parts
         if conditioning.change is not None:
             change = conditioning.change.packed(self.adapted.layers, self.rank)
         else:
             change = no_change(self.adapted.extent, self.rank)
-        return tuple({**arrays, **change} for arrays in conditioning.parts)
+        return tuple({**arrays, **change} for arrays in parts)
 
 
 class Slots(ABC):
-    """A fixed number of slots of one latent shape (C, h, w) for the engine of a UNet.
+    """A fixed number of slots of one latent shape, (C, h, w) or of clips (F, C, h, w), for the engine of a UNet.
 
     adapt: opens the engine that takes low-rank changes, of larger kernels too where it is told so; `None` where images
     with changes are not admitted.
@@ -134,8 +139,13 @@ class Slots(ABC):
         return [i for i, s in enumerate(self._samplings) if s is None]
 
     @property
+    def _lead(self) -> tuple[int, ...]:
+        """(F,) of clips, whose frames may be guided each by its own factor; () of pictures."""
+        return self.shape[:1] if len(self.shape) == CLIP_AXES else ()
+
+    @property
     def _sides(self) -> dict[str, int]:
-        return {"height": self.shape[1], "width": self.shape[2]}
+        return {"height": self.shape[-2], "width": self.shape[-1]}
 
     def sampling(self, slot: int) -> Sampling:
         """Who is in a slot; `ArgumentError` for a free one."""
@@ -153,8 +163,19 @@ class Slots(ABC):
         if not self.free:
             raise ArgumentError(f"all {self.count} slots are in use", remedy="Release one first.")
         check_conditioning(sampling.conditioning, self._engine.inputs, self._sides)
+        if isinstance(sampling.guidance, tuple) and self._lead != (len(sampling.guidance),):
+            raise ArgumentError(
+                f"{len(sampling.guidance)} factors of guidance for a latent of shape {list(self.shape)}",
+                expected="one factor, or of a clip one a frame",
+            )
         if sampling.conditioning.change is not None and self.adapt is None:
             raise ArgumentError("the image has a LoRA", expected="slots of a pipeline, which opens an engine for it")
+        if sampling.program.spread is not None and VARIANCE not in self._engine.outputs:
+            raise ArgumentError(
+                "the program's noise is spread by a variance, and the UNet says none",
+                expected="a UNet with twice as many channels out as its latent has",
+                remedy="Set variance_type to fixed_small.",
+            )
         program, slot = sampling.program, self.free[0]
         # x_0 = init_noise n + init_latent z
         start = program.init_noise * gaussian.astype(np.float64)
@@ -174,7 +195,7 @@ class Slots(ABC):
     def tick(
         self, slots: Sequence[int], previews: Mapping[int, Float32] | None = None, *, rows: int | None = None
     ) -> None:
-        """Advance these slots by one evaluation each. `previews` maps slots to float32 [C, h, w] that receive their x0.
+        """Advance these slots by one evaluation each. `previews` maps slots to float32 arrays that receive their x0.
 
         `rows` is the least number of UNet rows an evaluation has: what the slots leave over is padding, computed and
         dropped, for engines that admit some sizes only or run some faster.
@@ -197,7 +218,7 @@ class Slots(ABC):
         return share_evaluations({s: self.sampling(s) for s in slots}, self._most_rows)
 
     def result(self, slot: int, into: Float32) -> None:
-        """Write the finished latent, float32 [C, h, w] in the VAE's coordinates; `NonFiniteError` if it is not."""
+        """Write the finished latent, float32 in the VAE's coordinates; `NonFiniteError` if it is not."""
         self._finish(slot, self.sampling(slot).program, into)
         if not np.isfinite(into).all():
             raise NonFiniteError(
@@ -205,7 +226,7 @@ class Slots(ABC):
             )
 
     def latent(self, slot: int) -> Float32:
-        """The state as it is now in the coordinates of diffusers' latents, float32 [C, h, w]."""
+        """The state as it is now in the coordinates of diffusers' latents, float32 of the slots' shape."""
         sampling = self.sampling(slot)
         latent: Float32 = self._state(slot) * np.float32(sampling.program.state_scale[sampling.position])
         return latent
@@ -224,6 +245,10 @@ class Slots(ABC):
                 f"{len(slots)} slots of {len(lengths)} lengths in {len(groups)} evaluations",
                 expected="slots of one request at its beginning",
                 remedy="Use tick, which takes any.",
+            )
+        if any(s.conditioning.later for s in samplings):
+            raise ArgumentError(
+                "a prompt that changes on the way, in one piece of work", expected="ticks", remedy="Use tick."
             )
         decoded = self._run(list(slots), groups[0][0], samplings[0].program.evaluations, decoder)
         for sampling in samplings:
@@ -266,7 +291,7 @@ class Slots(ABC):
 
     @abstractmethod
     def _state(self, slot: int) -> Float32:
-        """The state as it is, float32 [C, h, w]: the network's input before scaling."""
+        """The state as it is, float32 of the slots' shape: the network's input before scaling."""
 
 
 class Device(Protocol):
@@ -334,5 +359,7 @@ def share_evaluations(samplings: Mapping[int, Sampling], most_rows: int) -> list
 
 def unet_dims(shape: Shape, rows: int, tokens: int, rank: int = 0) -> dict[str, int]:
     """The dimensions that a UNet is bound to for an evaluation; `rank` is of changes of its weights."""
-    dims = {"rows": rows, "height": shape[1], "width": shape[2], "tokens": tokens}
+    *_, height, width = shape
+    dims = {"rows": rows, "height": height, "width": width, "tokens": tokens}
+    dims |= {"frames": shape[0]} if len(shape) == CLIP_AXES else {}
     return {**dims, RANK: rank} if rank else dims

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from ...errors import OutOfMemoryError
 from ...schedules import Program
 from ..arrays import Float32, Shape
 from ..conditioning import conditioning_inputs, write_row
-from .base import MOST_HISTORY, MOST_ROWS, Decoded, Evaluator, Sampling, Slots, TickTimes, unet_dims
+from .base import MOST_HISTORY, MOST_ROWS, VARIANCE, Decoded, Evaluator, Sampling, Slots, TickTimes, unet_dims
 from .numpy_update import SlotState
 
 
@@ -111,8 +112,9 @@ class NumpySlots(Slots):
         evaluation.binding.enqueue()
         evaluated = time.perf_counter()
         outputs = self._guide(samplings, evaluation.out)
+        variances = self._variances(samplings, evaluation.variance)
         guided = time.perf_counter()
-        self._advance(slots, samplings, outputs, previews)
+        self._advance(slots, samplings, outputs, variances, previews)
         ended = time.perf_counter()
         self._times.gather += 1e3 * (gathered - began)
         self._times.evaluations.append(1e3 * (evaluated - gathered))
@@ -129,17 +131,31 @@ class NumpySlots(Slots):
                 # u + g (c - u), with u the negative's row and c the prompt's
                 mixed = self._mixed[i]
                 np.subtract(out[row + 1], out[row], out=mixed)
-                np.multiply(mixed, np.float32(sampling.guidance), out=mixed)
+                np.multiply(mixed, self._factor(sampling), out=mixed)
                 np.add(mixed, out[row], out=mixed)
                 outputs.append(mixed)
             row += sampling.rows
         return outputs
+
+    @staticmethod
+    def _variances(samplings: Sequence[Sampling], variance: Float32 | None) -> list[Float32] | None:
+        """That of each slot's prompt, its last row, which no guidance changes."""
+        if variance is None:
+            return None
+        last = itertools.accumulate(s.rows for s in samplings)
+        return [variance[row - 1] for row in last]
+
+    def _factor(self, sampling: Sampling) -> Float32 | np.float32:
+        if not isinstance(sampling.guidance, tuple):
+            return np.float32(sampling.guidance)
+        return np.array(sampling.guidance, np.float32).reshape(-1, *(1,) * (len(self.shape) - 1))  # by frame
 
     def _advance(
         self,
         slots: Sequence[int],
         samplings: Sequence[Sampling],
         outputs: list[Float32],
+        variances: list[Float32] | None,
         previews: Mapping[int, Float32],
     ) -> None:
         values = self._values
@@ -148,7 +164,8 @@ class NumpySlots(Slots):
                 values.preview(slot, sampling.program, sampling.position, output, previews[slot])
             if sampling.program.draws[sampling.position]:
                 np.copyto(values.noise[slot], sampling.noise.randn(self.shape))
-        values.advance(slots, [s.program for s in samplings], [s.position for s in samplings], outputs)
+        programs, positions = [s.program for s in samplings], [s.position for s in samplings]
+        values.advance(slots, programs, positions, outputs, variances)
         for slot, sampling in zip(slots, samplings, strict=True):
             if sampling.blend is not None:
                 sampling.blend.apply(values.latent[slot], sampling.position, self._mixed[0])
@@ -169,6 +186,7 @@ class _Rows:
         self.sample: Float32 = binding.inputs["sample"]
         self.timestep: Float32 = binding.inputs["timestep"]
         self.out: Float32 = binding.outputs["out"]
+        self.variance: Float32 | None = binding.outputs.get(VARIANCE)
         self._buffers = [(name, binding.inputs[name]) for name in conditioning_inputs(engine.inputs)]
         self._written: list[dict[str, tuple[Float32, float]]] = [{} for _ in range(rows)]
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from ...errors import ArgumentError
 from ...schedules import Program
+from ...schedules.clip import Bound
 from ..arrays import Float32
 
 Scalar = npt.NDArray[np.float32]
@@ -33,6 +34,7 @@ class _Coefficients:
     x, out: factors of the state and of the network's output. terms: (slot, factor) of the history.
     c, c_prev: factors of this draw and of the one before. holds: whether the next position reads this draw again.
     clip: where x0 is clipped, its bound and the factors of what that changes in the stored quantity and in the state.
+    spread: the logarithm by which the network's variance spreads this draw.
     """
 
     scale: Scalar | None
@@ -45,7 +47,8 @@ class _Coefficients:
     c_prev: Scalar | None
     holds: bool
     preview: tuple[Scalar | None, Scalar]
-    clip: tuple[Scalar, Scalar | None, Scalar | None] | None
+    clip: tuple[Bound, Scalar | None, Scalar | None] | None
+    spread: Scalar | None
 
 
 def _scalar(value: float) -> Scalar:
@@ -77,7 +80,7 @@ def _compile(program: Program) -> list[_Coefficients]:
             kept, state = float(program.clip.h[i]), float(program.clip.x[i])
             stored = kept * stored_as[slot] if keep is not None else 0.0
             moved = state if adds else state + own * kept
-            clip = (_scalar(program.clip.limit), _unless(stored, 0.0), _unless(moved, 0.0))
+            clip = (program.clip.bound, _unless(stored, 0.0), _unless(moved, 0.0))
         following = i + 1 < program.evaluations and bool(program.c_prev[i + 1])
         table.append(
             _Coefficients(
@@ -92,6 +95,7 @@ def _compile(program: Program) -> list[_Coefficients]:
                 holds=following,
                 preview=(_unless(float(program.x0_x[i]), 0.0), _scalar(float(program.x0_out[i]))),
                 clip=clip,
+                spread=None if program.spread is None else _unless(float(program.spread.log[i]), 0.0),
             )
         )
     return table
@@ -177,20 +181,34 @@ class SlotState:
         programs: Sequence[Program],
         positions: Sequence[int],
         outputs: Sequence[npt.NDArray[Any]] | npt.NDArray[Any],
+        variances: Sequence[npt.NDArray[Any]] | None = None,
     ) -> None:
-        """Move slots[j] on from positions[j] of programs[j], given outputs[j] of the network (float32 or float16)."""
-        for slot, program, i, output in zip(slots, programs, positions, outputs, strict=True):
+        """Move slots[j] on from positions[j] of programs[j], given outputs[j] of the network (float32 or float16).
+
+        variances: what it says of its variance, for programs whose noise that spreads.
+        """
+        for j, (slot, program, i, output) in enumerate(zip(slots, programs, positions, outputs, strict=True)):
             known, table = self._tables[slot]
             if known is not program:
                 table = self.table(slot, program)
+            if (log := table[i].spread) is not None:
+                self._spread(slot, log, None if variances is None else variances[j])
             self._advance(slot, table[i], output)
+
+    def _spread(self, slot: int, log: Scalar, variance: npt.NDArray[Any] | None) -> None:
+        """n exp(log v) in place of the unit draw n."""
+        if variance is None:
+            raise ArgumentError("the program's noise is spread by a variance", expected="a network that says one")
+        np.multiply(variance, log, out=self._scratch)
+        np.exp(self._scratch, out=self._scratch)
+        np.multiply(self._noises[slot], self._scratch, out=self._noises[slot])
 
     def preview(self, slot: int, program: Program, i: int, output: npt.NDArray[Any], into: Float32) -> None:
         """Write x0 as the output at position i implies it into `into`; before `advance`, which moves the state on."""
         step = self.table(slot, program)[i]
         self._x0(slot, step, self._as_float32(output), into)
         if step.clip is not None:
-            np.clip(into, -step.clip[0], step.clip[0], out=into)
+            into[...] = step.clip[0].clipped(into)
 
     def _x0(self, slot: int, step: _Coefficients, output: Float32, into: Float32) -> None:
         x_factor, out_factor = step.preview
@@ -218,10 +236,9 @@ class SlotState:
         if output.dtype != np.float32:
             output = self._as_float32(output)
         if step.clip is not None:
-            limit, clip_kept, clip_moved = step.clip
+            bound, clip_kept, clip_moved = step.clip
             self._x0(slot, step, output, self._change)
-            np.clip(self._change, -limit, limit, out=scratch)
-            np.subtract(scratch, self._change, out=self._change)  # d = clip(x0) - x0
+            np.subtract(bound.clipped(self._change), self._change, out=self._change)  # d = clip(x0) - x0
         if step.keep is not None:
             ring, p, q = step.keep
             kept = history[ring]

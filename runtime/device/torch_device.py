@@ -80,6 +80,6 @@ def _find_device(name: str) -> torch.device:
         raise MissingError(
             f"torch sees {count or 'no'} CUDA device{'' if count == 1 else 's'}",
             expected=f"one for {name!r}",
-            remedy="Use device='cpu' on this machine." if not count else "Use a smaller index.",
+            remedy="Use device='cpu' on this machine, or --backend ort-cpu." if not count else "Use a smaller index.",
         )
     return torch.device("cuda", int(index or 0))

@@ -210,7 +210,8 @@ class TorchSlots(Slots):
         clock.mark("evaluations")
         batch.binding.enqueue()  # out = unet(in_i, t_i, conditioning)
         clock.mark("update")
-        values.step(batch.out, batch.rows_of, batch.weights, batch.slots, x0=batch.x0, extras=extras)
+        told = (batch.out, batch.rows_of, batch.weights, batch.slots)
+        values.step(*told, x0=batch.x0, extras=extras, variance=batch.variance)
         clock.mark("")
 
     def _extras(self, slots: list[int], *, previews: bool = False) -> Extras:
@@ -219,6 +220,8 @@ class TorchSlots(Slots):
             previews=previews,
             blends=any(s.blend is not None for s in samplings),
             clips=any(s.program.clip is not None for s in samplings),
+            thresholds=any(s.program.clip is not None and s.program.clip.bound.ratio is not None for s in samplings),
+            spreads=any(s.program.spread is not None for s in samplings),
         )
 
     def _stepped(self, slots: list[int]) -> tuple[str, ...]:
@@ -234,7 +237,8 @@ class TorchSlots(Slots):
         if key not in self._batches:
             with guard_memory(self.device, f"an evaluation of {rows} rows"):
                 binding = evaluator.engine.bind(unet_dims(self.shape, rows, tokens, evaluator.rank))
-                self._batches[key] = Batch(evaluator, binding, len(slots), rows, tokens, self.shape, self.device)
+                sizes = len(slots), rows, tokens, self.shape
+                self._batches[key] = Batch(evaluator, binding, *sizes, self.device, lead=self._lead)
         batch = self._batches[key]
         self._values.flush()
         self._factors.flush()

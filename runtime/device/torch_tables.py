@@ -13,7 +13,7 @@ import torch
 
 from ...engines import Binding
 from ..conditioning import OWN_INPUTS
-from .base import Evaluator, Sampling
+from .base import VARIANCE, Evaluator, Sampling
 from .memory import as_tensor, upload
 from .torch_records import Records
 
@@ -28,7 +28,7 @@ class Batch:
     """One evaluation of `count` slots in `rows` rows: the engine's buffers, and index tables in memory that stays.
 
     slot_of_row: int64 [R]. slots: int64 [A]. rows_of: int64 [A, 2] and weights: float32 [A, 2] say from which rows, and
-    with which factors, a slot's output is made. x0: float32 [A, *shape].
+    with which factors, a slot's output is made; of clips, [A, 2, F], by frame. x0: float32 [A, *shape].
     """
 
     def __init__(
@@ -40,17 +40,20 @@ class Batch:
         tokens: int,
         shape: tuple[int, ...],
         device: torch.device,
+        *,
+        lead: tuple[int, ...] = (),
     ) -> None:
         self.evaluator, self.binding = evaluator, binding
         self.count, self.rows, self.tokens = count, rows, tokens
         self.inputs = {n: as_tensor(a) for n, a in binding.inputs.items()}
         self.sample, self.timestep = self.inputs["sample"], self.inputs["timestep"]
         self.out = as_tensor(binding.outputs["out"])
+        self.variance = as_tensor(binding.outputs[VARIANCE]) if VARIANCE in binding.outputs else None
         fields = {
             "slot_of_row": (np.int64, (rows,)),
             "slots": (np.int64, (count,)),
             "rows_of": (np.int64, (count, PARTS)),
-            "weights": (np.float32, (count, PARTS)),
+            "weights": (np.float32, (count, PARTS, *lead)),
         }
         self._tables = Records(1, fields, device)
         self.slot_of_row, self.slots, self.rows_of, self.weights = (
@@ -64,7 +67,8 @@ class Batch:
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        return (*self.inputs.values(), self.out, self._tables.block, self.x0)
+        said = () if self.variance is None else (self.variance,)
+        return (*self.inputs.values(), self.out, *said, self._tables.block, self.x0)
 
     @property
     def bytes(self) -> int:
@@ -87,8 +91,8 @@ class Batch:
         for i, (slot, sampling) in enumerate(zip(slots, samplings, strict=True)):
             tables["slot_of_row"][row : row + sampling.rows] = slot
             tables["rows_of"][i] = row, row + sampling.rows - 1
-            guided = sampling.rows == PARTS
-            tables["weights"][i] = (1.0 - sampling.guidance, sampling.guidance) if guided else (0.0, 1.0)
+            guidance = np.asarray(sampling.guidance if sampling.rows == PARTS else 1.0)  # a number, or one a frame
+            tables["weights"][i, 0], tables["weights"][i, 1] = 1.0 - guidance, guidance
             row += sampling.rows
         tables["slots"][...] = slots
         self._tables.flush()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ...errors import ArgumentError
@@ -20,17 +21,20 @@ from ..pictures.inpaint import Blend
 from .torch_records import Fields, Records
 
 _OF_PROGRAM = ("input_scale", "timesteps", "h_x", "h_out", "a", "c", "c_prev", "x0_x", "x0_out")
-_SCALARS = (*_OF_PROGRAM, "holds", "kept_latent", "kept_noise", "limit", "clip_h", "clip_x")
+_SCALARS = (*_OF_PROGRAM, "holds", "kept_latent", "kept_noise", "limit", "ratio", "clip_h", "clip_x", "spread")
 COLUMN = {name: column for column, name in enumerate(_SCALARS)}
 
 
 class Extras(NamedTuple):
     """What an update does beside the rows of programs, for any of its slots: x0 is written out (`previews`), something
-    of a picture is blended in (`blends`), x0 is clipped (`clips`)."""
+    of a picture is blended in (`blends`), x0 is clipped (`clips`), to bounds of the images' own (`thresholds`), and
+    noise is spread by the network's variance (`spreads`)."""
 
     previews: bool = False
     blends: bool = False
     clips: bool = False
+    thresholds: bool = False
+    spreads: bool = False
 
 
 NOTHING = Extras()
@@ -151,9 +155,7 @@ class TorchSlotState:
             )
         holds = np.append(program.c_prev[1:] != 0.0, False).astype(np.float64)
         factors = np.zeros((length, 2)) if blend is None else blend.factors
-        clip = program.clip
-        clips = np.zeros((3, length)) if clip is None else np.stack([np.full(length, clip.limit), clip.h, clip.x])
-        columns = [*(getattr(program, name) for name in _OF_PROGRAM), holds, *factors.T, *clips]
+        columns = [*(getattr(program, name) for name in _OF_PROGRAM), holds, *factors.T, *_additions(program)]
         own = self.own.of(slot)
         for table in own.values():
             table[...] = 0
@@ -200,40 +202,56 @@ class TorchSlotState:
         *,
         x0: torch.Tensor,
         extras: Extras,
+        variance: torch.Tensor | None = None,
     ) -> None:
         """Guidance over the network's rows `out` [R, *shape], then `advance`; x0 [A, *shape] gets previews, if any.
 
-        rows_of: int64 [A, 2] and weights: float32 [A, 2] say from which rows, with which factors, a slot's output is.
+        rows_of: int64 [A, 2] and weights: float32 [A, 2] say from which rows, with which factors, a slot's output is;
+        weights float32 [A, 2, F] say the factors by frame. variance: what the network says of it, [R, *shape], of which
+        a slot takes its last row's.
         """
-        first, second = out[rows_of[:, 0]].float(), out[rows_of[:, 1]].float()
-        factors = (-1, *(1,) * (out.ndim - 1))
-        # u + g (c - u) = (1 - g) u + g c
-        outputs = weights[:, 0].reshape(factors) * first + weights[:, 1].reshape(factors) * second
+        outputs = self._guided(out, rows_of, weights)
         if extras.previews:
             x0.copy_(self.preview(slots, outputs))
-        self.advance(slots, outputs, extras)
+        self.advance(slots, outputs, extras, None if variance is None else variance[rows_of[:, 1]].float())
+
+    @staticmethod
+    def _guided(out: torch.Tensor, rows_of: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """One output a slot, float32 [A, *shape]."""
+        first, second = out[rows_of[:, 0]].float(), out[rows_of[:, 1]].float()
+        factors = weights.reshape(*weights.shape, *(1,) * (out.ndim + 1 - weights.ndim))
+        # u + g (c - u) = (1 - g) u + g c
+        return factors[:, 0] * first + factors[:, 1] * second
 
     def preview(self, slots: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
         """float32 [A, *shape]: x0 as these slots' outputs imply it, clipped where that is done. Before `advance`."""
         factors = self._factors(slots)
-        limit = factors("limit")
         x0 = self._x0(factors, self.latent[slots], outputs.float())
-        return torch.where(limit > 0.0, torch.clamp(x0, -limit, limit), x0)
+        return _clipped(x0, factors("limit"), *image_bounds(x0, factors, thresholds=True))
 
-    def advance(self, slots: torch.Tensor, outputs: torch.Tensor, extras: Extras = NOTHING) -> None:
+    def advance(
+        self,
+        slots: torch.Tensor,
+        outputs: torch.Tensor,
+        extras: Extras = NOTHING,
+        variance: torch.Tensor | None = None,
+    ) -> None:
         """Apply the coefficients at each slot's own position, given outputs [A, *shape] of the network, and move on.
 
-        slots: int64 [A] on the device, no slot twice.
+        slots: int64 [A] on the device, no slot twice. variance: float32 [A, *shape], where it spreads any slot's noise.
         """
         position, factors = self.position[slots], self._factors(slots)
         x, previous, outputs = self.latent[slots], self._held[slots], outputs.float()
         noise = self.draws[slots, self._draw_at[slots, position]]
+        if extras.spreads and variance is not None:
+            log = factors("spread")  # n exp(log v); of slots whose noise is not spread, v may be anything
+            noise = noise * torch.exp(torch.where(log != 0.0, log * variance, torch.zeros_like(variance)))
         # H[write] = h_x x + h_out out
         kept = factors("h_x") * x + factors("h_out") * outputs
         change: torch.Tensor | None = None
         if extras.clips:
-            x0, limit = self._x0(factors, x, outputs), factors("limit")
-            change = torch.where(limit > 0.0, torch.clamp(x0, -limit, limit) - x0, torch.zeros_like(x0))
+            x0 = self._x0(factors, x, outputs)
+            change = _clipped(x0, factors("limit"), *image_bounds(x0, factors, thresholds=extras.thresholds)) - x0
             kept = kept + factors("clip_h") * change  # + h d
         self.history[slots, self._write[slots, position]] = kept
         b = self._b[slots, position]
@@ -262,3 +280,39 @@ class TorchSlotState:
         values = self._scalars[slots, self.position[slots]]
         ones = (1,) * len(self.shape)
         return lambda name: values[:, COLUMN[name]].reshape(-1, *ones)
+
+
+def _additions(program: Program) -> npt.NDArray[np.float64]:
+    """float64 [5, n]: limit, ratio, clip_h, clip_x and spread; a ratio below 0 stands for none."""
+    clip, length = program.clip, program.evaluations
+    rows = np.zeros((5, length))
+    if clip is not None:
+        rows[0], rows[1] = clip.bound.limit, -1.0 if clip.bound.ratio is None else clip.bound.ratio
+        rows[2], rows[3] = clip.h, clip.x
+    if program.spread is not None:
+        rows[4] = program.spread.log
+    return rows
+
+
+def image_bounds(
+    x0: torch.Tensor, factors: Callable[[str], torch.Tensor], *, thresholds: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How far each image's x0 [A, *shape] may reach, and what is then divided by, as `Bound` says: [A, 1, ...] each.
+
+    thresholds: whether any of the images has a bound of its own.
+    """
+    limit, ratio = factors("limit"), factors("ratio")
+    if not thresholds:
+        return limit, torch.ones_like(limit)
+    ordered = x0.abs().flatten(1).sort(dim=1).values
+    place = ratio.reshape(-1, 1).clamp(min=0.0) * (ordered.shape[1] - 1)  # as torch.quantile has it, in float32
+    low = place.floor()
+    below, above = ordered.gather(1, low.long()), ordered.gather(1, place.ceil().long())
+    s = torch.lerp(below, above, place - low).reshape(limit.shape)
+    s = torch.minimum(s.clamp(min=1.0), limit)  # s = min(max(quantile(|x0|, ratio), 1), limit)
+    return torch.where(ratio >= 0.0, s, limit), torch.where((ratio >= 0.0) & (limit > 0.0), s, torch.ones_like(s))
+
+
+def _clipped(x0: torch.Tensor, limit: torch.Tensor, bound: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
+    """x0 as it is where the limit is 0, which stands for no clipping."""
+    return torch.where(limit > 0.0, torch.clamp(x0, -bound, bound) / divisor, x0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .torch_update import COLUMN, Extras, TorchSlotState
+from .torch_update import COLUMN, Extras, TorchSlotState, image_bounds
 from .triton_update import advance, gather
 
 _ADVANCED = (
@@ -21,6 +21,7 @@ _ADVANCED = (
     "limit",
     "clip_h",
     "clip_x",
+    "spread",
 )
 
 
@@ -40,8 +41,17 @@ class TritonSlotState(TorchSlotState):
         *,
         x0: torch.Tensor,
         extras: Extras,
+        variance: torch.Tensor | None = None,
     ) -> None:
+        """Bounds of images' own are of all their pixels, which no block of a kernel sees: torch orders them before."""
         columns = [COLUMN[n] for n in _ADVANCED]
+        bounds, spreads = weights, extras.spreads and variance is not None
+        if extras.thresholds:
+            factors = self._factors(slots)
+            implied = self._x0(factors, self.latent[slots], self._guided(out, rows_of, weights))
+            bounds = torch.stack([b.reshape(-1) for b in image_bounds(implied, factors, thresholds=True)], 1)
         tables = (self._scalars, self._b, self._write, self._draw_at)
         state = (self.latent, self.history, self.draws, self._held, self._mask, self._kept_latent, self._kept_noise)
-        advance(out, rows_of, weights, slots, self.position, *tables, *state, x0, columns, *extras)
+        said = (out if variance is None else variance, bounds)
+        flags = (extras.previews, extras.blends, extras.clips, extras.thresholds, spreads)
+        advance(out, rows_of, weights, slots, self.position, *tables, *state, x0, *said, columns, *flags)

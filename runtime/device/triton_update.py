@@ -33,11 +33,13 @@ def _gather_kernel(
 @triton.jit
 def _advance_kernel(
     out, rows_of, weights, slots, position, scalars, b, write, draw_at, latent, history, draws, held,
-    mask, kept_latent, kept_noise, x0, size, cells, columns, floats, integers, work, drawn, kept_floats,
+    mask, kept_latent, kept_noise, x0, variance, bounds,
+    size, cells, columns, floats, integers, work, drawn, kept_floats,
     K: tl.constexpr, H_X: tl.constexpr, H_OUT: tl.constexpr, A: tl.constexpr, C: tl.constexpr, C_PREV: tl.constexpr,
     X0_X: tl.constexpr, X0_OUT: tl.constexpr, HOLDS: tl.constexpr, LATENT: tl.constexpr, NOISE: tl.constexpr,
-    LIMIT: tl.constexpr, CLIP_H: tl.constexpr, CLIP_X: tl.constexpr,
-    PREVIEWS: tl.constexpr, BLENDS: tl.constexpr, CLIPS: tl.constexpr, BLOCK: tl.constexpr,
+    LIMIT: tl.constexpr, CLIP_H: tl.constexpr, CLIP_X: tl.constexpr, SPREAD: tl.constexpr,
+    PREVIEWS: tl.constexpr, BLENDS: tl.constexpr, CLIPS: tl.constexpr, THRESHOLDS: tl.constexpr,
+    SPREADS: tl.constexpr, FRAMES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i, at = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
@@ -47,17 +49,29 @@ def _advance_kernel(
     negative = tl.load(out + tl.load(rows_of + 2 * i) * size + at, mask=inside, other=0.0).to(tl.float32)
     positive = tl.load(out + tl.load(rows_of + 2 * i + 1) * size + at, mask=inside, other=0.0).to(tl.float32)
     # u + g (c - u) = (1 - g) u + g c
-    output = tl.load(weights + 2 * i) * negative + tl.load(weights + 2 * i + 1) * positive
+    if FRAMES == 1:
+        output = tl.load(weights + 2 * i) * negative + tl.load(weights + 2 * i + 1) * positive
+    else:  # by frame
+        own_weights = weights + 2 * i * FRAMES + at // (size // FRAMES)
+        output = tl.load(own_weights, mask=inside, other=0.0) * negative
+        output += tl.load(own_weights + FRAMES, mask=inside, other=0.0) * positive
     x = tl.load(latent + slot * floats + at, mask=inside, other=0.0)
     previous = tl.load(held + slot * work + at, mask=inside, other=0.0)
     draw = tl.load(draw_at + slot * integers + step)
     noise = tl.load(draws + slot * drawn + draw * size + at, mask=inside, other=0.0)
+    if SPREADS:
+        log = tl.load(own + SPREAD)  # n exp(log v); of slots whose noise is not spread, v may be anything
+        said = tl.load(variance + tl.load(rows_of + 2 * i + 1) * size + at, mask=inside, other=0.0).to(tl.float32)
+        noise = noise * tl.exp(tl.where(log != 0.0, log * said, 0.0))
     # H[write] = h_x x + h_out out
     kept = tl.load(own + H_X) * x + tl.load(own + H_OUT) * output
     # x0 = x0_x x + x0_out out
     implied = tl.load(own + X0_X) * x + tl.load(own + X0_OUT) * output
     limit = tl.load(own + LIMIT)
-    clipped = tl.where(limit > 0.0, tl.minimum(tl.maximum(implied, -limit), limit), implied)
+    bound, divisor = limit, 1.0
+    if THRESHOLDS:
+        bound, divisor = tl.load(bounds + 2 * i), tl.load(bounds + 2 * i + 1)
+    clipped = tl.where(limit > 0.0, tl.minimum(tl.maximum(implied, -bound), bound) / divisor, implied)
     if CLIPS:
         kept += tl.load(own + CLIP_H) * (clipped - implied)  # + h d
     target = tl.load(write + slot * integers + step)
@@ -135,24 +149,31 @@ def advance(
     kept_latent: torch.Tensor,
     kept_noise: torch.Tensor,
     x0: torch.Tensor,
+    variance: torch.Tensor,
+    bounds: torch.Tensor,
     columns: list[int],
     previews: bool,
     blends: bool,
     clips: bool,
+    thresholds: bool,
+    spreads: bool,
 ) -> None:
     """Guidance over the network's rows `out` [R, *shape], the update of each slot, and its position moved on.
 
     columns: of `scalars`, those of h_x, h_out, a, c, c_prev, x0_x, x0_out, holds, kept_latent, kept_noise, limit,
-    clip_h, clip_x. The other arrays are as `TorchSlotState` and `Batch` have them.
+    clip_h, clip_x, spread. variance: [R, *shape], read where noise is spread. bounds: float32 [A, 2], read where images
+    have bounds of their own: how far x0 may reach, and what is then divided by. The other arrays are as
+    `TorchSlotState` and `Batch` have them.
     """
     size, count = latent[0].numel(), len(slots)
-    h_x, h_out, a, c, c_prev, x0_x, x0_out, holds, of_latent, of_noise, limit, clip_h, clip_x = columns
+    h_x, h_out, a, c, c_prev, x0_x, x0_out, holds, of_latent, of_noise, limit, clip_h, clip_x, spread = columns
     _advance_kernel[count, triton.cdiv(size, BLOCK)](
         out, rows_of, weights, slots, position, scalars, b, write, draw_at, latent, history, draws, held,
-        mask, kept_latent, kept_noise, x0, size, mask[0].numel(), scalars.shape[2],
+        mask, kept_latent, kept_noise, x0, variance, bounds, size, mask[0].numel(), scalars.shape[2],
         latent.stride(0), position.stride(0), held.stride(0), draws.stride(0), mask.stride(0),
         K=b.shape[2], H_X=h_x, H_OUT=h_out, A=a, C=c, C_PREV=c_prev, X0_X=x0_x, X0_OUT=x0_out, HOLDS=holds,
         LATENT=of_latent, NOISE=of_noise, LIMIT=limit, CLIP_H=clip_h, CLIP_X=clip_x,
-        PREVIEWS=previews, BLENDS=blends, CLIPS=clips, BLOCK=BLOCK,
+        SPREAD=spread, PREVIEWS=previews, BLENDS=blends, CLIPS=clips, THRESHOLDS=thresholds, SPREADS=spreads,
+        FRAMES=weights[0, 0].numel(), BLOCK=BLOCK,
     )  # fmt: skip
     _move_kernel[1,](slots, position, count, scalars.shape[1], position.stride(0), BLOCK=triton.next_power_of_2(count))

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...bundle import MANIFEST, Bundle, read_bundle
+from ...bundle import MANIFEST, Bundle
 from ...errors import ArgumentError, UnknownNameError, UnsupportedError
 from ...families import all_families
 from ..group import PipelineGroup
-from ..library import open_library
+from ..library import is_embedded, open_bundle, open_library
 from ..loader import load
 from ..pipeline import Pipeline
 from .components import Opened
@@ -64,13 +64,13 @@ def open_pretrained(source: Any, options: Mapping[str, Any]) -> tuple[Opened, di
 
 
 def _is_bundle(source: Any) -> bool:
-    return isinstance(source, (str, os.PathLike)) and (Path(source) / MANIFEST).is_file()
+    return is_embedded(source) or (isinstance(source, (str, os.PathLike)) and (Path(source) / MANIFEST).is_file())
 
 
 def _bundle(source: Any, options: Mapping[str, Any]) -> Bundle:
     folder = Path(source)
     if _is_bundle(source) or not (folder.is_dir() or "/" in str(source)):
-        return read_bundle(folder)
+        return open_bundle(source)
     return open_library().export_checkpoint(
         str(source),
         dtype=precision_of(options.get("torch_dtype", options.get("dtype"))) or "float32",

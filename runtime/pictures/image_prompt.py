@@ -14,7 +14,14 @@ import numpy as np
 from ...bundle import Bundle
 from ...engines import Engine
 from ...errors import ArgumentError, NonFiniteError, UnsupportedError
-from ...families.image_prompt import IMAGE_ENCODER, IP_ADAPTER, SCALE_INPUT, TOKENS_INPUT
+from ...families.image_prompt import (
+    CLIP_DEVIATION,
+    CLIP_MEAN,
+    IMAGE_ENCODER,
+    IP_ADAPTER,
+    SCALE_INPUT,
+    TOKENS_INPUT,
+)
 from ..arguments import check_real
 from ..arrays import Float32
 from ..call import Call
@@ -23,9 +30,6 @@ from .reading import open_image
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-DEVIATION = (0.26862954, 0.26130258, 0.27577711)
-"""Of CLIP's training pictures, by channel (Radford et al. 2021)."""
 LEAST_SCALE, MOST_SCALE = -100.0, 100.0
 
 
@@ -99,7 +103,7 @@ def clip_pixels(picture: Image, side: int) -> Float32:
     resized = picture.resize(size, pillow.Resampling.BICUBIC)
     left, top = (size[0] - side) // 2, (size[1] - side) // 2
     cut = np.asarray(resized, np.float32)[top : top + side, left : left + side]
-    pixels = (cut * np.float32(1 / 255) - np.array(MEAN, np.float32)) / np.array(DEVIATION, np.float32)
+    pixels = (cut * np.float32(1 / 255) - np.array(CLIP_MEAN, np.float32)) / np.array(CLIP_DEVIATION, np.float32)
     return np.ascontiguousarray(pixels.astype(np.float32).transpose(2, 0, 1))
 
 
@@ -113,16 +117,21 @@ class ImagePrompts:
 
     def encode(self, pixels: Float32) -> tuple[Float32, Float32]:
         """One picture [3, S, S] as tokens float32 [N, D], and the tokens of none."""
+        outputs = self.outputs(pixels)
+        return outputs["tokens"], outputs["negative"]
+
+    def outputs(self, pixels: Float32) -> dict[str, Float32]:
+        """What the encoder makes of one picture [3, S, S], by name."""
         with self._encoding:
             if self._engine is None:
                 self._engine = self._open()
             binding = self._engine.bind({"batch": 1})
             np.copyto(binding.inputs["pixels"][0], pixels)
             binding.enqueue()
-            tokens, negative = (np.array(binding.outputs[n][0], np.float32) for n in ("tokens", "negative"))
-        if not (np.isfinite(tokens).all() and np.isfinite(negative).all()):
+            made = {name: np.array(output[0], np.float32) for name, output in binding.outputs.items()}
+        if not all(np.isfinite(output).all() for output in made.values()):
             raise NonFiniteError("the image encoder gave NaN or infinity", remedy="Export it in float32.")
-        return tokens, negative
+        return made
 
     def tell(self, prompt: ImagePrompt | None) -> Sequence[tuple[dict[str, Float32], dict[str, Float32]]]:
         """By image the arrays of the prompt's row and of the negative's; none for an image without a picture."""

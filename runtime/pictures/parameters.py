@@ -1,4 +1,4 @@
-"""What a PNG says of how it was made, read without its pixels, and the command that makes it again.
+"""What a picture says of how it was made, and the command that makes it again.
 
 A picture may come from anybody: its texts are read under a cap, by type and range, and what goes into the command is
 quoted so that a shell takes each word as one, whatever it holds.
@@ -9,37 +9,39 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
-import struct
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
-from typing import Any, BinaryIO
+from typing import Any
 
 from ...errors import CorruptError
 from ...schedules.compat.classes import CLASSES, COMMON
+from ...schedules.found import METHODS
 from ...schedules.solvers.registry import SAMPLERS
 from ...schedules.spacing import SPACINGS
 from ...values import Reader, escape, has_controls, parse_json
 from ..arguments import LARGEST_SEED
-from ..call import CONTROL_WORDS, IMAGE_PROMPT, RECORDED
+from ..call import CLIP_ARGUMENTS, CONTROL_WORDS, IMAGE_PROMPT, RECORDED
 from ..prompts.lora_tags import MOST_SCALE
-from .reading import existing_file
+from .infotext import Carried, read_infotext
+from .texts import JSON_KEY, MOST_TEXT, TEXT_KEY, read_texts
+from .upscale import UPSCALERS
 
-JSON_KEY = "fewstep"
 NAMED_OPTIONS = ("eta", "timesteps", "sigmas")
 """Options that a command gives by name; it gives any other as `--option=NAME=VALUE`."""
-SIGNATURE = b"\x89PNG\r\n\x1a\n"
-MOST_TEXT = 4 << 20
-"""Characters of the text, unpacked."""
 CHOICES = {
     "fit": ("stretch", "cover", "contain", "diffusers"),
     "prompt_syntax": ("plain", "a1111"),
     "long_prompts": ("truncate", "chunk"),
 }
 """Of recorded arguments that are words of a list."""
-MOST_CHUNKS = 100_000
+MOST_STAGES = 8
+_DIGEST = re.compile(r"[0-9a-f]{8,64}")
+_SIZE = re.compile(r"\d{1,8}x\d{1,8}")
 LARGEST_SIDE = 2**24
+GRID = ("columns", "rows", "matrix", "cell")
+"""Axes of a sheet of pictures, as the command line has them."""
 
 
 @cache
@@ -51,60 +53,31 @@ def known_options() -> frozenset[str]:
 
 
 def read_parameters(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The parameters in a PNG that fewstep wrote; `CorruptError` when there are none, or not such ones."""
-    file = existing_file(path)
-    try:
-        with file.open("rb") as stream:
-            found = [t for k, data in _text_chunks(stream) if (t := _text(k, data)) is not None]
-    except (OSError, struct.error, zlib.error, ValueError) as error:
-        raise CorruptError(f"{file.name} cannot be read as a PNG of fewstep ({error})") from error
+    """The parameters in a picture that fewstep wrote; `CorruptError` when there are none, or not such ones."""
+    name, texts = read_texts(path)
+    found = texts.get(JSON_KEY, ())
     if len(found) != 1:
         raise CorruptError(
-            f"{file.name} holds {'no' if not found else f'{len(found)} times'} parameters of fewstep",
-            expected=f"one text chunk {JSON_KEY!r}",
+            f"{name} holds {'no' if not found else f'{len(found)} times'} parameters of fewstep",
+            expected=f"one text {JSON_KEY!r}",
         )
-    data = parse_json(found[0], f"the text {JSON_KEY!r} of {file.name}")
-    reading = Reader(place=f"the text {JSON_KEY!r} of {file.name}")
+    data = parse_json(found[0], f"the text {JSON_KEY!r} of {name}")
+    reading = Reader(place=f"the text {JSON_KEY!r} of {name}")
     check_parameters(reading.mapping("parameters", data), reading)
     return dict(data)
 
 
-def _text_chunks(stream: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
-    """The kinds and contents of a PNG's text chunks, to its end; all others are passed over."""
-    if stream.read(8) != SIGNATURE:
-        raise ValueError("it does not begin as one")
-    for _ in range(MOST_CHUNKS):
-        length, kind = struct.unpack(">I4s", stream.read(8))
-        if kind in (b"tEXt", b"zTXt", b"iTXt") and length <= MOST_TEXT:
-            data = stream.read(length)
-            if struct.unpack(">I", stream.read(4))[0] != zlib.crc32(data, zlib.crc32(kind)):
-                raise ValueError("a text chunk is damaged")
-            yield kind, data
-        else:
-            stream.seek(length + 4, os.SEEK_CUR)
-        if kind == b"IEND":
-            return
-    raise ValueError(f"more than {MOST_CHUNKS} chunks")
+def read_call(path: str | os.PathLike[str]) -> Carried:
+    """The call in a picture of fewstep's or of A1111's web UI, and what of it cannot be carried over, by name.
 
-
-def _text(kind: bytes, data: bytes) -> str | None:
-    """The text of a chunk of ours; `None` for another's."""
-    key, _, rest = data.partition(b"\0")
-    if key != JSON_KEY.encode():
-        return None
-    packed = kind == b"zTXt"
-    if packed:
-        rest = rest[1:]
-    if kind == b"iTXt":
-        packed = rest[:1] == b"\1"
-        _, _, rest = rest[2:].partition(b"\0")  # the language
-        _, _, rest = rest.partition(b"\0")  # the key, translated
-    if packed:
-        unpacking = zlib.decompressobj()
-        rest = unpacking.decompress(rest, MOST_TEXT)
-        if not unpacking.eof:
-            raise ValueError(f"a text of more than {MOST_TEXT} bytes, or a damaged one")
-    return rest.decode("utf-8" if kind == b"iTXt" else "latin-1")
+    `CorruptError` where there is none, or none that can be read.
+    """
+    name, texts = read_texts(path)
+    if JSON_KEY in texts or TEXT_KEY not in texts:
+        return Carried(parameters=read_parameters(path), left=())
+    carried = read_infotext(texts[TEXT_KEY][0], name)
+    check_parameters(carried.parameters, Reader(place=f"the text {TEXT_KEY!r} of {name}"))
+    return carried
 
 
 def check_parameters(p: Mapping[str, Any], reading: Reader) -> None:
@@ -119,6 +92,10 @@ def check_parameters(p: Mapping[str, Any], reading: Reader) -> None:
             reading.integer(key, p.get(key), 1, LARGEST_SIDE)
     if p.get("compat") is not None:
         reading.choice("compat", p["compat"], ("diffusers",))
+    if p.get("schedule_digest") is not None:
+        reading.text("schedule_digest", p["schedule_digest"], _DIGEST)
+    if p.get("schedule_method") is not None:
+        reading.choice("schedule_method", p["schedule_method"], METHODS)
     for key in ("guidance", "strength"):
         if p.get(key) is not None:
             reading.number(key, p[key])
@@ -129,6 +106,15 @@ def check_parameters(p: Mapping[str, Any], reading: Reader) -> None:
         reading.integer("the batch's seed", batch.get("seed"), 0, LARGEST_SEED)
         for prompt in reading.array("the batch's prompts", batch.get("prompts"), 1):
             reading.text("a prompt", prompt, least=0, most=MOST_TEXT)
+    if p.get("variation") is not None or p.get("variation_seed") is not None:
+        reading.number("variation", p.get("variation"), 0.0, 1.0)
+        reading.integer("variation_seed", p.get("variation_seed"), 0, LARGEST_SEED)
+    _check_second_pass(reading.mapping("hires", p.get("hires") or {}), reading)
+    for name, text in reading.mapping("grid", p.get("grid") or {}).items():
+        reading.choice("a word of the grid", name, GRID)
+        reading.text(name, text, most=MOST_TEXT)
+    for word in reading.array("then", p.get("then") or (), 0, MOST_STAGES):
+        reading.text("a later stage", word)
     for name, value in reading.mapping("loras", p.get("loras") or {}).items():
         reading.text("a LoRA's name", name)
         for component, scale in value.items() if isinstance(value, dict) else [("unet", value)]:
@@ -142,6 +128,19 @@ def check_parameters(p: Mapping[str, Any], reading: Reader) -> None:
             "a recorded argument's name", name, (*RECORDED, *CONTROL_WORDS, "guess_mode", "mask", *IMAGE_PROMPT)
         )
         _check_recorded(name, value, reading)
+
+
+def _check_second_pass(given: Mapping[str, Any], reading: Reader) -> None:
+    for name, value in given.items():
+        reading.choice("a word of the second pass", name, ("scale", "size", "strength", "steps", "upscaler"))
+        if name == "size":
+            reading.text("the second pass's size", value, _SIZE)
+        elif name == "upscaler":
+            reading.choice("upscaler", value, UPSCALERS)
+        elif name == "steps":
+            reading.integer("the second pass's steps", value, 1, LARGEST_SIDE)
+        else:
+            reading.number(f"the second pass's {name}", value, 0.0, LARGEST_SIDE)
 
 
 def _check_option(name: str, value: object, reading: Reader) -> None:
@@ -161,8 +160,15 @@ def _check_recorded(name: str, value: object, reading: Reader) -> None:
     elif name in CONTROL_WORDS:
         for word in reading.array(name, value, 1):
             reading.text(f"a word of {name}", word, most=MOST_TEXT)
+    elif name == "noise_level":
+        if value != "none":
+            reading.integer(name, value, 0, LARGEST_SIDE)
     elif name == "clip_skip":
         reading.integer(name, value, 0, 64)
+    elif name in ("noise_augmentation", "min_guidance"):
+        reading.number(name, value)
+    elif name in CLIP_ARGUMENTS:
+        reading.integer(name, value, 0, LARGEST_SIDE)
     elif name.endswith("_size") or "crop" in name:
         least = 1 if name.endswith("_size") else -LARGEST_SIDE
         for side in reading.array(name, value, 2, 2) if value != "none" else ():
@@ -178,20 +184,30 @@ def command_line(p: Mapping[str, Any], output: str) -> str:
 
     p: as `check_parameters` admits them.
     """
+    return " ".join(map(shell_word, command_words(p, output)))
+
+
+def command_words(p: Mapping[str, Any], output: str) -> list[str]:
+    """As `command_line`, word by word."""
+    p, grid = _without_axes(p), p.get("grid") or {}
     batch = p.get("batch")
     bundle = str(p["bundle"])
-    words = ["fewstep", "run", f"./{bundle}" if bundle.startswith("-") else bundle]
-    words += [f"--prompt={prompt}" for prompt in (batch["prompts"] if batch else [p["prompt"]])]
+    words = ["fewstep", "grid" if grid else "run", f"./{bundle}" if bundle.startswith("-") else bundle]
+    clip = "frames" in (p.get("recorded") or {})
+    prompts = batch["prompts"] if batch else [p["prompt"]] if p.get("prompt") is not None else []
+    words += ([f"--images={len(prompts)}"] if batch else []) if clip else [f"--prompt={prompt}" for prompt in prompts]
     if p.get("negative") is not None:
         words.append(f"--negative={p['negative']}")
     for key in ("prompt_2", "negative_2"):
         if p.get(key) is not None:
             words.append(f"--{key.replace('_', '-')}={p[key]}")
     words += [f"--lora={name}:{_scales(scale)}" for name, scale in (p.get("loras") or {}).items()]
-    for key in ("steps", "sampler", "schedule", "guidance", "compat"):
+    for key in ("steps", "sampler", "schedule", "schedule_digest", "guidance", "compat"):
         if p.get(key) is not None:
-            words.append(f"--{key}={p[key]}")
-    words.append(f"--seed={batch['seed'] if batch else p.get('seed')}")
+            words.append(f"--{key.replace('_', '-')}={p[key]}")
+    if batch or p.get("seed") is not None:
+        words.append(f"--seed={batch['seed'] if batch else p['seed']}")
+    words += [f"--{k.replace('_', '-')}={p[k]}" for k in ("variation_seed", "variation") if p.get(k) is not None]
     if batch:
         words.append("--shared-stream")
     named = {k: v for k, v in (p.get("options") or {}).items() if k in NAMED_OPTIONS}
@@ -208,8 +224,29 @@ def command_line(p: Mapping[str, Any], output: str) -> str:
     words.append(f"--size={p['width']}x{p['height']}")
     if p.get("image"):
         words.append(f"--image={p['image']}")
-        words += [f"--strength={p['strength']}"] if p.get("strength") is not None else []
-    return " ".join(map(shell_word, [*words, f"--output={output}"]))
+        words += [f"--strength={p['strength']}"] if p.get("strength") is not None and not clip else []
+    words += [f"--then={stage}" for stage in p.get("then") or ()]
+    words += _second_pass_words(p.get("hires") or {})
+    words += [f"--{'prompt-matrix' if k == 'matrix' else k}={text}" for k, text in grid.items()]
+    return [*words, f"--output={output}"]
+
+
+def _second_pass_words(hires: Mapping[str, Any]) -> list[str]:
+    """The options of a second pass; by its size, where it has one."""
+    if not hires:
+        return []
+    size = hires["size"] if hires.get("size") else f"{_digits(hires.get('scale', 2))}x"
+    others = (f"--hires-{k}={v}" for k in ("strength", "steps", "upscaler") if (v := hires.get(k)) is not None)
+    return [f"--hires={size}", *others]
+
+
+def _without_axes(p: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The parameters of a sheet of pictures without what its axes say."""
+    grid = p.get("grid") or {}
+    axes = {"prompt" if k == "matrix" else text.partition("=")[0] for k, text in grid.items()}
+    axes |= {"schedule_digest"} if "schedule" in axes else set()
+    recorded = {k: v for k, v in (p.get("recorded") or {}).items() if k not in axes}
+    return {**{k: v for k, v in p.items() if k not in axes}, "recorded": recorded}
 
 
 def _scales(scale: float | Mapping[str, float]) -> str:

@@ -9,9 +9,9 @@ import numpy as np
 
 from ...bundle import Bundle
 from ...engines.base import Binding, Engine
-from ...errors import BlackImageError, NonFiniteError
+from ...errors import ArgumentError, BlackImageError, NonFiniteError
 from ...families.base import vae_samples
-from ..arrays import Float32, UInt8
+from ..arrays import Float32, Shape, UInt8
 from ..noise.seeds import RequestNoise
 from .tiles import Tiling, check_when, run_tiled
 
@@ -23,7 +23,8 @@ class Vae:
     """Decodes and encodes; the encoder is opened when it is first needed. Thread-safe: one batch at a time each way.
 
     tiling: whether large pictures go through in tiles; `"auto"` from `AUTO_PIXELS` on. slicing: whether a batch goes
-    through one by one; `"auto"` as many at once as make `MOST_PIXELS`. samples: whether encoding draws noise.
+    through one by one; `"auto"` as many at once as make `MOST_PIXELS`. Frames of clips go through whole, as many at
+    once as `decode` is told. samples: whether encoding draws noise.
     """
 
     def __init__(
@@ -36,6 +37,14 @@ class Vae:
         slicing: str | bool = "auto",
     ) -> None:
         self.tiling, self.slicing = check_when("vae_tiling", tiling), check_when("vae_slicing", slicing)
+        self._rows, self._clips = str(decoder.inputs["latent"].shape[0]), bool(bundle.latent.frames)
+        for name, asked in (("vae_tiling", tiling), ("vae_slicing", slicing)):
+            if self._clips and asked is True:
+                raise ArgumentError(
+                    f"{name} is True for a model that makes clips",
+                    expected="frames that are decoded whole",
+                    remedy="Ask for fewer at once: decode_chunk=1 (--decode-chunk 1).",
+                )
         self._tile = Tiling.of(bundle.component("vae_decoder").config, bundle.latent.factor)
         self._factor = bundle.latent.factor
         self.samples = vae_samples(bundle.component("vae_decoder").config)
@@ -44,21 +53,24 @@ class Vae:
         self._bindings: dict[tuple[str, int, int, int], Binding] = {}
         self._decoding, self._encoding, self._binds = threading.Lock(), threading.Lock(), threading.Lock()
 
-    def decode(self, latents: Float32) -> UInt8:
-        """Latents float32 [B, C, h, w] to images uint8 [B, H, W, 3].
+    def decode(self, latents: Float32, chunk: int | None = None) -> UInt8:
+        """Latents float32 [B, C, h, w] to images uint8 [B, H, W, 3]; of clips [B, F, C, h, w] to [B, F, H, W, 3].
 
-        Raises `NonFiniteError` for NaN or infinity before the clamp, `BlackImageError` for an image all of zeros.
+        chunk: how many frames of a clip the decoder sees together, all of them if `None`. Raises `NonFiniteError` for
+        NaN or infinity before the clamp, `BlackImageError` for an image, or a clip, all of zeros.
         """
-        images, finite = self._decode(latents)
+        images, finite = self._decode(latents, chunk)
         check_images(images, finite)
         return images
 
-    def decode_unguarded(self, latents: Float32) -> UInt8:
+    def decode_unguarded(self, latents: Float32, chunk: int | None = None) -> UInt8:
         """As `decode`, for previews: whatever comes out is returned."""
-        return self._decode(latents)[0]
+        return self._decode(latents, chunk)[0]
 
     def in_one_pass(self, count: int, height: int, width: int) -> bool:
         """Whether so many latents of this height and width are decoded whole and at once."""
+        if self._clips:
+            return False
         return count <= self._at_once(count, height, width) and not self._tile.wanted(self.tiling, height, width)
 
     def _at_once(self, count: int, height: int, width: int) -> int:
@@ -66,7 +78,10 @@ class Vae:
             return 1 if self.slicing else count
         return max(1, MOST_PIXELS // (height * width * self._factor**2))
 
-    def _decode(self, latents: Float32) -> tuple[UInt8, np.ndarray]:
+    def _decode(self, latents: Float32, chunk: int | None) -> tuple[UInt8, np.ndarray]:
+        if self._clips:
+            clips = [self._decode_clip(clip, chunk or len(clip)) for clip in latents]
+            return np.stack([images for images, _ in clips]), np.array([finite for _, finite in clips])
         count, _, height, width = latents.shape
         images = np.empty((count, height * self._factor, width * self._factor, 3), np.uint8)
         finite = np.empty(count, bool)
@@ -76,6 +91,16 @@ class Vae:
             for at in range(0, count, each):
                 decode = self._decode_tiled if tiled else self._decode_whole
                 images[at : at + each], finite[at : at + each] = decode(latents[at : at + each])
+        return images, finite
+
+    def _decode_clip(self, latents: Float32, chunk: int) -> tuple[UInt8, bool]:
+        """A clip's frames [F, C, h, w], so many together; as diffusers' `decode_latents` decodes a single clip."""
+        frames, _, height, width = latents.shape
+        images, finite = np.empty((frames, height * self._factor, width * self._factor, 3), np.uint8), True
+        with self._decoding:
+            for at in range(0, frames, chunk):
+                images[at : at + chunk], fine = self._decode_whole(latents[at : at + chunk])
+                finite = finite and bool(fine.all())
         return images, finite
 
     def _decode_whole(self, latents: Float32) -> tuple[UInt8, np.ndarray]:
@@ -98,7 +123,7 @@ class Vae:
         run_tiled(latents, run, tile=self._tile.cells, tile_out=self._tile.pixels, out=out)
         return np.rint(out).astype(np.uint8).transpose(0, 2, 3, 1), finite
 
-    def encode(self, pictures: Float32, noise: RequestNoise, shape: tuple[int, int, int]) -> Float32:
+    def encode(self, pictures: Float32, noise: RequestNoise, shape: Shape) -> Float32:
         """Pictures float32 [n, 3, H, W] in [-1, 1], one for all or one an image, to latents float32 [B, C, h, w].
 
         Each image draws its own sample of the latent's distribution, from its own seed and before its starting noise,
@@ -107,8 +132,7 @@ class Vae:
         """
         channels, height, width = shape
         with self._encoding:
-            if self._encoder is None:
-                self._encoder = self._open_encoder()
+            self._ensure_encoder()
             moments = []
             for picture in pictures:
                 if self._tile.wanted(self.tiling, height, width):
@@ -122,6 +146,19 @@ class Vae:
             return np.stack([mean for mean, _ in each])
         draws = noise.draw_for_pictures(len(pictures), shape)
         return np.stack([mean + std * d for (mean, std), d in zip(each, draws, strict=True)])
+
+    def encode_mean(self, picture: Float32) -> Float32:
+        """The mean of a picture's latent: [3, H, W] in [-1, 1] to float32 [C, h, w]."""
+        with self._encoding:
+            self._ensure_encoder()
+            binding = self._binding("encoder", 1, *(side // self._factor for side in picture.shape[1:]))
+            np.copyto(binding.inputs["image"][0], picture)
+            binding.enqueue()
+            return np.array(binding.outputs["mean"][0])
+
+    def _ensure_encoder(self) -> None:
+        if self._encoder is None:
+            self._encoder = self._open_encoder()
 
     def _moments(self, picture: Float32) -> Float32:
         """Mean and logarithm of the standard deviation, which tiles blend, float32 [2 C, h, w]."""
@@ -138,7 +175,8 @@ class Vae:
                 engine = self._encoder if which == "encoder" and self._encoder is not None else self._decoder
                 while len(self._bindings) >= KEPT_BINDINGS:
                     self._bindings.pop(next(iter(self._bindings)))
-                self._bindings[key] = engine.bind({"batch": batch, "height": height, "width": width})
+                rows = "batch" if which == "encoder" else self._rows
+                self._bindings[key] = engine.bind({rows: batch, "height": height, "width": width})
             return self._bindings[key]
 
 

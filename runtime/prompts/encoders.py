@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ...agreement import ATTENTION_MASK
 from ...bundle import Bundle
 from ...engines.base import Binding, Engine
 from ...engines.graph.low_rank import EXTRA_WORDS, RANK, WORDS
@@ -89,7 +90,7 @@ class TextEncoders:
     @property
     def length(self) -> int:
         """Tokens of one chunk, with begin, end and padding."""
-        return self._tokenizers[0].record.length
+        return self._bundle.tokens
 
     def encode(self, prompts: Sequence[str | Prompt]) -> list[Embedding]:
         """The embedding of each prompt; a prompt that was seen lately is not encoded again.
@@ -97,6 +98,13 @@ class TextEncoders:
         A string is a plain prompt of one chunk.
         """
         asked = [Prompt(text=p) if isinstance(p, str) else p for p in prompts]
+        if asked and not self._names:
+            raise ArgumentError(
+                "a text, the empty one of no negative prompt included, for a bundle without text encoders",
+                expected="embeddings in its place",
+                remedy="Pass prompt_embeds and negative_prompt_embeds, or on the command line the file that "
+                "`fewstep encode` made of them: --prompt-embeds FILE",
+            )
         with self._lock:
             missing = [p for p in dict.fromkeys(asked) if p not in self._kept]
             self.misses += len(missing)
@@ -137,8 +145,11 @@ class TextEncoders:
 
     def _made_tokenizers(self) -> list[PromptTokenizer]:
         known = [int(self._bundle.component(n).config.get("vocab_size", 2**31)) for n in self._names]
-        records = self._bundle.tokenizers
-        return [PromptTokenizer(self._bundle, r, k) for r, k in zip(records, known, strict=True)]
+        records, encoders = self._bundle.tokenizers, [self._bundle.model.encoder(n) for n in self._names]
+        return [
+            PromptTokenizer(self._bundle, r, k, one_pass=e.one_pass)
+            for r, k, e in zip(records, known, encoders, strict=True)
+        ]
 
     def forget(self) -> None:
         """Drop the kept embeddings."""
@@ -150,16 +161,17 @@ class TextEncoders:
         laid, cut = self._lay_out(prompts)
         if any(cut):
             log.warning(
-                "%d prompt(s) are longer than the text encoder takes and were cut; long_prompts='chunk' keeps them",
+                "%d prompt(s) are longer than the text encoder takes and were cut; "
+                "long_prompts='chunk' (--long-prompts chunk) keeps them",
                 sum(cut),
             )
         counts = [len(chunks) for chunks in laid[0]]
         total = sum(counts)
         bindings = self._encode_chunks([[c for chunks in of for c in chunks] for of in laid], clip_skip, loras)
         outputs: list[dict[str, Float32]] = []
-        for binding, of in zip(bindings, laid, strict=True):
+        for binding, of, tokenizer in zip(bindings, laid, self._tokenizers, strict=True):
             made = {n: a[:total] for n, a in binding.outputs.items()}
-            hidden = _weigh(made["hidden"], [c for chunks in of for c in chunks])
+            hidden = _weigh(made["hidden"], [c for chunks in of for c in chunks], tokenizer.first)
             if not np.isfinite(hidden).all():
                 raise NonFiniteError(
                     "a text encoder gave NaN or infinity", remedy="Export the text encoders in float32."
@@ -207,7 +219,8 @@ class TextEncoders:
             self._bindings = {**dict(list(self._bindings.items())[-3:]), count: bindings}
         changes, told = self._changes(loras), []
         for name, plain, tokenizer, of in zip(self._names, bindings, self._tokenizers, chunks, strict=True):
-            ids = np.array([tokenizer.wrap(c.tokens) for c in (*of, *[Chunk((), ())] * (count - given))], np.int64)
+            filled = (*of, *[Chunk((), ())] * (count - given))
+            ids = np.array([tokenizer.wrap(c.tokens) for c in filled], np.int64)
             first, table = self._words.get(name, (0, None))
             words = table if table is not None and ids.max() >= first else None
             binding = plain
@@ -216,6 +229,8 @@ class TextEncoders:
                 if words is not None:
                     ids = np.where(ids >= first, ids - first + vocabulary, ids)
             np.copyto(binding.inputs["input_ids"], ids)
+            if ATTENTION_MASK in binding.inputs:
+                np.copyto(binding.inputs[ATTENTION_MASK], [tokenizer.mask(c.tokens) for c in filled])
             if "clip_skip" in binding.inputs:  # bundles of older exports lack it
                 np.copyto(binding.inputs["clip_skip"], clip_skip)
             binding.enqueue()
@@ -257,13 +272,16 @@ def _of_prompt(chunks: Float32) -> Float32:
     return np.array(chunks.reshape(-1, chunks.shape[-1]) if chunks.ndim == 3 else chunks[0], np.float32)
 
 
-def _weigh(hidden: Float32, chunks: Sequence[Chunk]) -> Float32:
-    """Hidden states [N, L, D] times their tokens' weights, each chunk's mean restored, as the web UI does it."""
+def _weigh(hidden: Float32, chunks: Sequence[Chunk], first: int) -> Float32:
+    """Hidden states [N, L, D] times their tokens' weights, each chunk's mean restored, as the web UI does it.
+
+    first: where a chunk's own tokens begin.
+    """
     states_out = np.array(hidden, np.float32)
     for states, chunk in zip(states_out, chunks, strict=True):
         if chunk.weighted:
             weights = np.ones(len(states), np.float32)
-            weights[1 : 1 + len(chunk.weights)] = chunk.weights
+            weights[first : first + len(chunk.weights)] = chunk.weights
             mean = states.mean()
             states *= weights[:, None]
             states *= mean / states.mean()

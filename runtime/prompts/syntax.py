@@ -95,9 +95,11 @@ def check_clip_skip(bundle: Bundle, clip_skip: object) -> int:
     if isinstance(clip_skip, bool) or not isinstance(clip_skip, int):
         raise ArgumentError(f"clip_skip is {clip_skip!r}", expected="an integer")
     encoders = [bundle.components[n] for n in bundle.text_encoders]
+    if not encoders and not clip_skip:
+        return 0
     layers = [int(e.config["num_hidden_layers"]) + 1 - max(int(e.config.get("_layer", 0)), 1) for e in encoders]
-    if not 0 <= clip_skip <= min(layers):
-        raise ArgumentError(f"clip_skip is {clip_skip}", expected=f"an integer from 0 to {min(layers)}")
+    if not 0 <= clip_skip <= min(layers, default=0):
+        raise ArgumentError(f"clip_skip is {clip_skip}", expected=f"an integer from 0 to {min(layers, default=0)}")
     if clip_skip and not all(any(s.name == "clip_skip" for s in e.inputs) for e in encoders):
         raise UnsupportedError(
             f"clip_skip={clip_skip}: the bundle's text encoders give one layer only",

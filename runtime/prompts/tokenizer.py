@@ -17,11 +17,11 @@ from .syntax import MOST_CHUNKS, Chunk, Prompt, TextSpan, lay_out, parse_a1111
 class PromptTokenizer:
     """One of a bundle's tokenizers: begins, ends, truncates and pads as the checkpoint's own does.
 
-    known: how many tokens its text encoder has vectors for. Raises `CorruptError` for a file that is no tokenizer, or
-    another one than was exported.
+    known: how many tokens its text encoder has vectors for. one_pass: whether longer texts are always cut. Raises
+    `CorruptError` for a file that is no tokenizer, or another one than was exported.
     """
 
-    def __init__(self, bundle: Bundle, record: Tokenizer, known: int = 2**31) -> None:
+    def __init__(self, bundle: Bundle, record: Tokenizer, known: int = 2**31, *, one_pass: bool = False) -> None:
         data = bundle.path(record.file).read_bytes()
         if record.sha256 not in (None, hashlib.sha256(data).hexdigest()):
             raise CorruptError(
@@ -29,7 +29,8 @@ class PromptTokenizer:
                 expected=f"SHA-256 {record.sha256}",
                 remedy="Export the checkpoint again.",
             )
-        self.record = record
+        self.record, self._clean, self._one_pass = record, bundle.model.clean, one_pass
+        self._begin = [] if record.bos_id is None else [record.bos_id]
         try:
             with panics_refused(f"{record.file} is not a tokenizer", remedy="Export the checkpoint again."):
                 self.fast = FastTokenizer.from_buffer(data)
@@ -53,7 +54,12 @@ class PromptTokenizer:
     @property
     def room(self) -> int:
         """Tokens of a prompt that one pass takes, beside begin and end."""
-        return self.record.length - 2
+        return self.record.length - 1 - self.first
+
+    @property
+    def first(self) -> int:
+        """Where a prompt's own tokens begin."""
+        return len(self._begin)
 
     def words(self, text: str) -> list[int]:
         """Token ids of a text, without begin and end; a word of several vectors is all of its tokens.
@@ -61,6 +67,7 @@ class PromptTokenizer:
         Raises `ArgumentError` for a token that the text encoder has no vector for, `CorruptError` where the tokenizer's
         rules give up.
         """
+        text = self._clean(text)
         encoded = self._encode(text)
         found = [t for t in dict.fromkeys(encoded.tokens) if t in self._several] if self._several else []
         for token in found:
@@ -88,15 +95,20 @@ class PromptTokenizer:
 
     def wrap(self, tokens: Sequence[int]) -> list[int]:
         """Tokens of one pass with begin, end and padding: as many as the encoder takes."""
-        ids = [self.record.bos_id, *tokens, self.record.eos_id]
+        ids = [*self._begin, *tokens, self.record.eos_id]
         return ids + [self.record.pad_id] * (self.record.length - len(ids))
+
+    def mask(self, tokens: Sequence[int]) -> list[int]:
+        """1 for each of these tokens, begin and end, and 0 for the padding."""
+        own = len(tokens) + 1 + self.first
+        return [1] * own + [0] * (self.record.length - own)
 
     def chunks(self, prompt: Prompt, text: str) -> tuple[list[Chunk], bool]:
         """A text in chunks of one pass each, as `prompt` wants it read, and whether it was cut."""
         weighted = prompt.syntax == "a1111"
         parts = parse_a1111(text) if weighted else [TextSpan(text)]
         laid = lay_out([(self.words(p.text), p) for p in parts], self.room, self._comma if weighted else None)
-        if prompt.long == "truncate":
+        if prompt.long == "truncate" or self._one_pass:
             return laid[:1], len(laid) > 1
         if len(laid) > MOST_CHUNKS:
             raise ArgumentError(

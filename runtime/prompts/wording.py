@@ -14,6 +14,7 @@ from ..arrays import Float32
 from ..call import Call
 from .encoders import Embedding
 from .lora_tags import Uses, described, read_loras, take_tags, together
+from .marks import refuse_marks
 from .syntax import Prompt, check_clip_skip, check_prompt, check_reading
 
 
@@ -62,6 +63,8 @@ def read_wording(bundle: Bundle, call: Call, each: int) -> Wording:
     """What the call's images are told, `each` images a prompt."""
     syntax, long = check_reading(call.prompt_syntax, call.long_prompts)
     skip = check_clip_skip(bundle, call.clip_skip)
+    if long == "chunk" and call.long_prompts is not None and any(e.one_pass for e in bundle.model.text_encoders):
+        raise ArgumentError(f"long_prompts='chunk' for {bundle.model.title}", expected="'truncate', as it reads a text")
     second = len(bundle.text_encoders) > 1
     pooled_too = any(c.argument == "pooled_prompt_embeds" for c in bundle.conditions)
     for name in ("prompt_2", "negative_2"):
@@ -76,6 +79,7 @@ def read_wording(bundle: Bundle, call: Call, each: int) -> Wording:
         raise ArgumentError(
             "neither a prompt nor prompt_embeds" if call.prompt is None else "a prompt and prompt_embeds",
             expected="one of the two",
+            remedy="Pass a prompt (--prompt)." if call.prompt is None else "",
         )
     if call.negative is not None and call.negative_prompt_embeds is not None:
         raise ArgumentError("a negative prompt and negative_prompt_embeds", expected="at most one of the two")
@@ -85,9 +89,12 @@ def read_wording(bundle: Bundle, call: Call, each: int) -> Wording:
         positives: list[Prompt | Embedding] = list(_embeddings(bundle, call, ""))
     else:
         texts = _texts("prompt", call.prompt)
+        others = _matched("prompt_2", call.prompt_2, len(texts))
+        for main, second_one in zip(texts, others, strict=True):
+            refuse_marks(main, tags=syntax == "a1111", joins=syntax == "a1111")
+            refuse_marks(second_one or "", tags=False, joins=syntax == "a1111")
         if syntax == "a1111":
             texts, tagged = map(list, zip(*(take_tags(t) for t in texts), strict=True)) if texts else ([], [])
-        others = _matched("prompt_2", call.prompt_2, len(texts))
         positives = [
             Prompt(text=t, text_2=o, syntax=syntax, long=long, clip_skip=skip)
             for t, o in zip(texts, others, strict=True)
@@ -118,6 +125,8 @@ def _negatives(bundle: Bundle, call: Call, like: Prompt) -> list[Prompt | Embedd
     texts = _texts("negative prompt", "" if call.negative is None else call.negative)
     others = _matched("negative_2", call.negative_2, len(texts))
     negatives = []
+    for one in (*texts, *(o for o in others if o)):
+        refuse_marks(one, tags=False, joins=False)
     for text, other in zip(texts, others, strict=True):
         negatives.append(Prompt(text=text, text_2=other, syntax=like.syntax, long=like.long, clip_skip=like.clip_skip))
     return list(negatives)
