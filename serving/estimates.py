@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ..runtime.arrays import Shape
 from ..runtime.request import Request
 from .batch_sizes import SMOOTHING, BatchSizes
-
-Shape = tuple[int, int, int]
 
 
 class Estimates:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..engines.base import TensorSpec
 from ..errors import ArgumentError, NonFiniteError
-from ..runtime.arrays import Float32, UInt8
+from ..runtime.arrays import Float32, Shape, UInt8
 from ..runtime.conditioning import check_conditioning
 from ..runtime.device.base import Slots, TickTimes
 from ..runtime.prepare import Prepared
@@ -43,7 +43,7 @@ class Job:
         return self.prepared.samplings[0].rows
 
     @property
-    def lane(self) -> tuple[tuple[int, int, int], int]:
+    def lane(self) -> tuple[Shape, int]:
         """What its images can share an evaluation with: equal latent shape and prompt length."""
         return self.prepared.shape, self.prepared.samplings[0].tokens
 

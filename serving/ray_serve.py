@@ -20,6 +20,7 @@ from .. import errors
 from ..bundle import MANIFEST, Bundle, read_bundle
 from ..errors import ArgumentError, FewstepError, MismatchError, MissingExtraError, QueueFullError, UnavailableError
 from ..runtime.arrays import UInt8
+from ..runtime.library import open_bundle
 from .server import Server
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ class BundleReference:
 
     @classmethod
     def of(cls, folder: str | os.PathLike[str]) -> BundleReference:
-        bundle = read_bundle(Path(folder).resolve())
-        return cls(folder=str(bundle.folder), manifest_sha256=_digest(bundle.folder))
+        place = open_bundle(folder).folder.resolve()
+        return cls(folder=str(place), manifest_sha256=_digest(place))
 
     def read(self) -> Bundle:
         """The bundle, as it was when the reference was made; `MismatchError` when it is another."""

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from ..errors import EngineFailedError, FewstepError
-from ..runtime.arrays import Float32
+from ..runtime.arrays import Float32, Shape
 from ..runtime.device.base import Slots
 from ..runtime.pipeline import Pipeline
 from .batch_sizes import BatchSizes
@@ -20,7 +20,6 @@ from .observe import Observer
 from .policy import Candidate, choose
 
 log = logging.getLogger("fewstep.serving")
-Shape = tuple[int, int, int]
 
 
 class Scheduler:

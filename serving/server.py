@@ -8,13 +8,23 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Unpack
 
 from ..bundle import Bundle
 from ..engines.backends.registry import load_backend, makes_in_memory
 from ..engines.base import Engine
 from ..engines.parallel import ParallelEngine
-from ..errors import ArgumentError, EngineFailedError, FewstepError, QueueFullError, UnavailableError
+from ..errors import (
+    ArgumentError,
+    EngineFailedError,
+    FewstepError,
+    QueueFullError,
+    UnavailableError,
+    UnsupportedError,
+)
+from ..runtime.arrays import Shape
+from ..runtime.keywords import CallArguments, LoadOptions
+from ..runtime.library import open_bundle
 from ..runtime.loader import load
 from ..runtime.pipeline import Pipeline
 from ..runtime.prepare import Prepared, latent_shape
@@ -34,10 +44,19 @@ log = logging.getLogger("fewstep.serving")
 WATCH_S = 0.1
 
 
+class SubmitArguments(CallArguments, total=False):
+    """What `Server.submit` takes beside the prompt."""
+
+    deadline_s: float | None
+    previews: bool
+    name: str | None
+    owner: str | None
+
+
 class Server:
     """Serves a pipeline to many callers: continuous batching over slots, bounded, with deadlines.
 
-    pipeline: a `Pipeline`, or a bundle folder (then `options` are `fewstep.load`'s). sizes: (width, height) in pixels
+    pipeline: a `Pipeline`, or what `fewstep.load` takes (then `options` are that's). sizes: (width, height) in pixels
     that requests may ask for; the pipeline's own by default. most_slots: images in progress by size. buckets: row
     counts to evaluate with (default: those of 1, 2, 3, 4, 6, 8, 12, 16 up to `most_rows` that the engine admits and
     that are worth it, measured); a single one makes an image's bits independent of its company. row_threads: threads
@@ -63,12 +82,13 @@ class Server:
         hung_s: float = 60.0,
         image: bool = False,
         observer: Observer | None = None,
-        **options: Any,
+        **options: Unpack[LoadOptions],
     ) -> None:
         if isinstance(pipeline, Pipeline) and options:
             raise ArgumentError(f"{', '.join(options)} given beside a pipeline", expected="them given to fewstep.load")
         if "devices" in options:
             raise ArgumentError("a server was asked for several devices", expected="a server for each")
+        refuse_clips(pipeline.bundle if isinstance(pipeline, Pipeline) else pipeline)
         self.pipeline: Pipeline = pipeline if isinstance(pipeline, Pipeline) else load(pipeline, **options)
         self.most_slots = check_integer("most_slots", most_slots, 1, 4096)
         self._queue = check_integer("queue", queue, 0, 1_000_000)
@@ -109,6 +129,10 @@ class Server:
         self._scheduler.start()
         self._watch.start()
 
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{w}x{h}" for w, h in self.sizes)
+        return f"<Server of {self.pipeline.bundle.name!r}: {sizes}, {self.state}, {len(self._outstanding)} outstanding>"
+
     @property
     def state(self) -> str:
         """`"ready"`, `"swapping"`, `"draining"`, `"failed"` or `"closed"`."""
@@ -126,7 +150,7 @@ class Server:
         previews: bool = False,
         name: str | None = None,
         owner: str | None = None,
-        **options: Any,
+        **options: Unpack[CallArguments],
     ) -> Ticket:
         """Accept a request; returns at once.
 
@@ -151,7 +175,7 @@ class Server:
             self._split[id(engine)] = ParallelEngine(engine, ways=self._ways)
         return self._split[id(engine)]
 
-    def request(self, prompt: str | Sequence[str], **options: Any) -> Request:
+    def request(self, prompt: str | Sequence[str], **options: Unpack[CallArguments]) -> Request:
         """What a call means, checked, for `submit_request`; its pictures have the size that the model takes.
 
         Raises `ArgumentError`, and `UnavailableError` when the server is draining, closed or failed.
@@ -201,11 +225,11 @@ class Server:
         self._encoder.put(ticket.arrival + alone_s, lambda: self._prepare(ticket, prepare))
         return ticket
 
-    def generate(self, prompt: str | Sequence[str], **options: Any) -> Result:
+    def generate(self, prompt: str | Sequence[str], **options: Unpack[SubmitArguments]) -> Result:
         """Submit and wait; options as `submit`'s."""
         return self.submit(prompt, **options).result()
 
-    async def agenerate(self, prompt: str | Sequence[str], **options: Any) -> Result:
+    async def agenerate(self, prompt: str | Sequence[str], **options: Unpack[SubmitArguments]) -> Result:
         """Submit and wait, for asyncio; cancelling the task cancels the request."""
         return await self.submit(prompt, **options)
 
@@ -290,7 +314,7 @@ class Server:
         if self._state != "ready":
             raise UnavailableError(f"the server is {self._state}")
 
-    def check(self, request: Request) -> tuple[tuple[int, int, int], int]:
+    def check(self, request: Request) -> tuple[Shape, int]:
         """The request's latent shape and the UNet rows of an image; `ArgumentError` if this server does not take it."""
         shape = latent_shape(self.pipeline.bundle, request)
         check_among((request.width, request.height), self.sizes, own=request.own_size)
@@ -397,6 +421,17 @@ class Server:
             if age_s > self._hung_s and self._state in {"ready", "draining"}:
                 log.error("a tick has been running for %.1f s: the engine is taken out of service", age_s)
                 self._engine_failed(EngineFailedError(f"an evaluation has been running for {age_s:.1f} s"))
+
+
+def refuse_clips(source: Bundle | str | os.PathLike[str]) -> None:
+    """Raise `UnsupportedError` for a bundle that makes clips: whoever waits behind one waits for minutes."""
+    bundle = open_bundle(source)
+    if bundle.model.clips:
+        raise UnsupportedError(
+            f"the bundle {bundle.name!r} makes clips",
+            expected="one that makes pictures, for a server",
+            remedy="Make clips with: fewstep run BUNDLE --image FILE",
+        )
 
 
 def _turn(ticket: Ticket) -> float:

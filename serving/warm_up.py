@@ -5,17 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from ..engines.base import Engine
 from ..errors import MismatchError
+from ..runtime.arrays import Shape
 from ..runtime.device.base import Slots
 from ..runtime.pipeline import Pipeline
 from ..runtime.prepare import Prepared
+from ..runtime.programs import shortest_call
 from .batch_sizes import BatchSizes, admitted_rows, measure
 from .estimates import Estimates
-
-Shape = tuple[int, int, int]
 
 
 def make_pools(
@@ -60,12 +58,8 @@ def make_pools(
 def _prepare(pipeline: Pipeline, size: tuple[int, int], *, image: bool) -> Prepared:
     """One image's worth of a request that is prepared as any other."""
     pipeline.text.forget()
-    picture = np.full((size[1], size[0], 3), 128, np.uint8) if image else None
-    request = pipeline.request(
-        "warm-up", steps=1, sampler="euler", schedule="trailing", guidance=1.0, seed=0, size=size, image=picture,
-        strength=1.0,
-    )  # fmt: skip
-    return pipeline.prepare(request)
+    call = shortest_call(pipeline.bundle, size, image=image)
+    return pipeline.prepare(pipeline.request("warm-up", guidance=1.0, seed=0, **call))
 
 
 def _measure(slots: Slots, prepared: Prepared, rows: Sequence[int], *, fixed: bool) -> BatchSizes:

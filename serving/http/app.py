@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from ...errors import FewstepError
@@ -20,6 +21,7 @@ from .health import StatusRoutes
 from .images import ImageRoutes
 from .metrics import Metrics
 from .openapi import openapi_document
+from .pages import docs_page, index_page, page_headers
 from .service import Service
 from .settings import Settings
 
@@ -36,9 +38,22 @@ def make_app(
     images = ImageRoutes(service, settings)
     status = StatusRoutes(service, settings, metrics, created=int(time.time()))
 
-    async def document(request: Request) -> Response:
+    def document() -> dict[str, Any]:
         sizes = dict.fromkeys(s for n in (service.first, *service.others) for s in service.sizes(n))
-        return json_response(openapi_document(settings, list(sizes)))
+        return openapi_document(settings, list(sizes))
+
+    async def described(request: Request) -> Response:
+        return json_response(document())
+
+    async def docs(request: Request) -> Response:
+        return _html(docs_page(document()))
+
+    async def index(request: Request) -> Response:
+        guarded = not settings.callers.everybody
+        address = f"{request.url.scheme}://{request.headers.get('host', 'localhost')}"
+        live = any(getattr(r, "path", None) == "/live" for r in routes)
+        models = () if guarded else (*settings.models, *service.others)
+        return _html(index_page(address=address, state=service.state, models=models, guarded=guarded, live=live))
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -60,12 +75,18 @@ def make_app(
             Route("/health/live", status.live, methods=["GET"]),
             Route("/health/ready", status.ready, methods=["GET"]),
             Route("/metrics", status.metrics, methods=["GET"]),
-            Route("/openapi.json", document, methods=["GET"]),
+            Route("/openapi.json", described, methods=["GET"]),
+            Route("/docs", docs, methods=["GET"]),
+            Route("/", index, methods=["GET"]),
         ],
         middleware=[Middleware(Guard, settings=settings, metrics=metrics)],
         exception_handlers={FewstepError: _refuse, HttpError: _refuse, HTTPException: _refuse_plain},  # type: ignore[dict-item]
         lifespan=lifespan,
     )
+
+
+def _html(html: str) -> HTMLResponse:
+    return HTMLResponse(html, headers=page_headers(html))
 
 
 # Starlette runs handlers that are not coroutines in a thread each, forty at most: a cost just when there is no time.

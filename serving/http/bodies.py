@@ -135,12 +135,24 @@ def open_clear_mask(data: bytes, most_pixels: int, size: tuple[int, int]) -> Ima
         alpha = open_alpha(data, most_pixels=most_pixels)
     if alpha is None:
         raise HttpError(
-            422, "invalid_image", "the mask has no transparency; what is fully transparent is made anew", param="mask"
+            422,
+            "invalid_image",
+            "the mask has no transparency; what is fully clear is made anew, or what is white where mask_kind is white",
+            param="mask",
         )
-    if alpha.size != size:
-        shown = f"{alpha.width}x{alpha.height}", f"{size[0]}x{size[1]}"
+    return _of_size(alpha, size).point([255] + [0] * 255)
+
+
+def open_white_mask(data: bytes, most_pixels: int, size: tuple[int, int]) -> Image:
+    """A mask as most programs paint it, in grey: white where the picture is made anew. As `open_clear_mask`."""
+    return _of_size(open_picture(data, most_pixels, name="mask").convert("L"), size)
+
+
+def _of_size(mask: Image, size: tuple[int, int]) -> Image:
+    if mask.size != size:
+        shown = f"{mask.width}x{mask.height}", f"{size[0]}x{size[1]}"
         raise HttpError(422, "invalid_image", f"the mask is {shown[0]} and the image {shown[1]}", param="mask")
-    return alpha.point([255] + [0] * 255)
+    return mask
 
 
 @contextmanager
@@ -171,6 +183,7 @@ __all__ = [
     "encode_picture",
     "open_clear_mask",
     "open_picture",
+    "open_white_mask",
     "read_body",
     "read_form",
 ]

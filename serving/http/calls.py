@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from ...errors import CorruptError
 from ...runtime.prompts.lora_tags import MOST_SCALE
+from ...runtime.prompts.syntax import SYNTAXES
 from ...values import parse_json
 from ..options import NAME, OPTIONS, whole
 from .control import CONTROL, PromptField
@@ -22,6 +23,9 @@ from .errors import HttpError, shown
 from .settings import Settings
 
 LARGEST_SEED = 2**63 - 1024
+RANDOM = -1
+"""As a seed, what others call so: as if it were left out."""
+MOST_CLIP_SKIP = 12
 LORAS = Annotated[
     dict[Annotated[str, Meta(min_length=1, max_length=128)], Annotated[float, Meta(ge=-MOST_SCALE, le=MOST_SCALE)]],
     Meta(max_length=8, description="changes of the model's weights for these images, by name, with their scales"),
@@ -29,6 +33,9 @@ LORAS = Annotated[
 JSON_FIELDS = {"sampler_options": OPTIONS, "loras": LORAS, "control": CONTROL, "ip_adapter": PromptField}
 """Fields that are JSON in a form."""
 FORMATS = Literal["png", "jpeg", "webp"]
+FITS = ("stretch", "cover", "contain")
+MASKS = ("clear", "white")
+"""What of a mask is made anew: what is fully transparent, as OpenAI has it, or what is white, as most others do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,13 +95,21 @@ def make_calls(settings: Settings, sizes: Sequence[tuple[int, int]]) -> Calls:
     """The call types for a server of these sizes (width, height in pixels)."""
     shared = _fields(settings, [f"{w}x{h}" for w, h in sizes])
     named: dict[str, Any] = {"kw_only": True, "forbid_unknown_fields": True, "module": __name__}
-    share = Meta(gt=0.0, le=1.0, description="share of steps to run; default: 0.8, with a mask 1")
-    edit = [*shared, ("strength", Annotated[float, share] | None, None)]
+    edit = [*shared, *_EDIT]
     return Calls(
         generation=msgspec.defstruct("ImageGeneration", shared, **named),
         edit=msgspec.defstruct("ImageEdit", edit, **named),
-        choices={name: options for name, annotation, *_ in shared if (options := _choices(annotation))},
+        choices={name: options for name, annotation, *_ in edit if (options := _choices(annotation))},
     )
+
+
+_SHARE = Meta(gt=0.0, le=1.0, description="share of steps to run; default: 0.8, with a mask 1")
+_EDIT: list[Any] = [
+    ("strength", Annotated[float, _SHARE] | None, None),
+    ("mask_kind", Annotated[Literal[MASKS], Meta(description="what of the mask is made anew")] | None, None),
+    ("fit", Annotated[Literal[FITS], Meta(description="of a picture of another size")] | None, None),
+    ("input_fidelity", Literal["low"] | None, None),
+]
 
 
 def _fields(settings: Settings, sizes: list[str]) -> list[Any]:
@@ -123,10 +138,13 @@ def _fields(settings: Settings, sizes: list[str]) -> list[Any]:
         ("background", Literal["auto", "opaque"] | None, None),
         ("moderation", Literal["auto", "low"] | None, None),
         ("user", Annotated[str, Meta(max_length=256)] | None, None),
-        ("seed", integer(0, LARGEST_SEED, "of the first image; random when left out"), None),
+        ("seed", integer(RANDOM, LARGEST_SEED, "of the first image; random when left out, or -1"), None),
         ("num_inference_steps", integer(1, settings.steps, "default: the model's"), None),
         ("guidance_scale", number(0.0, 50.0, "classifier-free guidance; 1 or less: none"), None),
         ("negative_prompt", text(settings.prompt_characters, "what it should not show") | None, None),
+        ("prompt_syntax", Literal[SYNTAXES] | None, None),
+        ("long_prompts", Literal["truncate", "chunk"] | None, None),
+        ("clip_skip", integer(0, MOST_CLIP_SKIP, "layers of the text encoders to leave out"), None),
         ("sampler", NAME | None, None),
         ("schedule", NAME | None, None),
         ("sampler_options", OPTIONS | None, None),
@@ -139,9 +157,10 @@ def _fields(settings: Settings, sizes: list[str]) -> list[Any]:
 
 
 def _choices(annotation: Any) -> tuple[str, ...]:
-    """The literals of an annotation that has some."""
-    options = annotation, *get_args(annotation)
-    return next((get_args(o) for o in options if get_origin(o) is Literal), ())
+    """The literals of an annotation that has some, at whatever depth."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    return next((found for part in get_args(annotation) if (found := _choices(part))), ())
 
 
 def arguments(call: Any) -> dict[str, Any]:
@@ -152,7 +171,10 @@ def arguments(call: Any) -> dict[str, Any]:
         "negative": call.negative_prompt,
         "sampler": call.sampler,
         "schedule": call.schedule,
-        "seed": call.seed,
+        "seed": None if call.seed == RANDOM else call.seed,
+        "prompt_syntax": call.prompt_syntax,
+        "long_prompts": call.long_prompts,
+        "clip_skip": call.clip_skip,
         "options": call.sampler_options,
         "loras": call.loras,
     }

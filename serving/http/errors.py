@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -35,6 +36,8 @@ STATUS: tuple[tuple[type[FewstepError], int, str], ...] = (
     (CancelledError, 499, "cancelled"),
 )
 RETRY_S = 5
+MOST_NAMES = 16
+"""Of models, in an error."""
 
 
 class HttpError(Exception):
@@ -51,6 +54,13 @@ class HttpError(Exception):
 def shown(name: str) -> str:
     """A field's name as an answer may repeat it: short, and printable ASCII."""
     return ascii(name[:64])
+
+
+def no_model(names: Sequence[str]) -> HttpError:
+    """That a request names a model that is not here; it says which are, and how another name is given to one."""
+    listed = ", ".join(names[:MOST_NAMES]) + (", ..." if len(names) > MOST_NAMES else "")
+    message = f"no model has that name here; there is {listed}. Add names with: fewstep serve BUNDLE --alias NAME"
+    return HttpError(404, "model_not_found", message, param="model")
 
 
 def describe(error: BaseException) -> tuple[int, dict[str, Any], dict[str, str]]:

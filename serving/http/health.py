@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ...errors import FewstepError, UnavailableError
-from .errors import HttpError, json_response
+from .errors import json_response, no_model
 from .metrics import Metrics
 from .service import Service
 from .settings import Settings
@@ -64,7 +64,7 @@ class StatusRoutes:
     def _asked(self, request: Request) -> str:
         name: str = request.path_params["model"]
         if name not in self._names:
-            raise HttpError(404, "model_not_found", "there is no model of that name here")
+            raise no_model(self._names)
         return name
 
     def _own(self, name: str) -> str:

@@ -16,18 +16,29 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 
 from ...errors import ArgumentError, MissingError
+from ...runtime.prompts.lora_tags import take_tags
 from ...runtime.result import Result, Step
 from ..server import Server
 from ..ticket import Ticket
-from .bodies import BodyBudget, check_content_type, encode_picture, open_clear_mask, open_picture, read_body, read_form
-from .calls import Calls, arguments, make_calls, parse_body
+from .bodies import (
+    BodyBudget,
+    check_content_type,
+    encode_picture,
+    open_clear_mask,
+    open_picture,
+    open_white_mask,
+    read_body,
+    read_form,
+)
+from .calls import FITS, Calls, arguments, make_calls, parse_body
 from .control import control_arguments, is_controlled
-from .errors import HttpError, describe, json_response, shown
+from .errors import HttpError, describe, json_response, no_model, shown
 from .service import Service
 from .settings import Settings
 
 INLINE_PIXELS = 128 * 128
 """What is encoded on the loop's own thread."""
+CUT = "the prompt was longer than the model reads at once and was cut; long_prompts 'chunk' keeps all of it"
 MOST_FORMS = 256
 """Forms of requests that are known to have their programs: no more than the programs that are kept."""
 
@@ -56,7 +67,7 @@ class ImageRoutes:
         if name is None or name in self._settings.models or not isinstance(name, str):
             return self._service.first
         if name not in self._service.others:
-            raise HttpError(404, "model_not_found", "there is no model of that name here", param="model")
+            raise no_model((*self._settings.models, *self._service.others))
         return name
 
     async def generate(self, request: Request) -> Response:
@@ -96,7 +107,8 @@ class ImageRoutes:
         At once for what differs from an earlier one in words and seeds alone: handing it to a thread takes longer.
         """
         words = {"negative": None, "seed": None}
-        form = None if call.loras else msgspec.json.encode({**arguments(call), **words, "model": model})
+        reads_files = call.loras or call.prompt_syntax not in (None, "plain")  # whose tags may name LoRAs
+        form = None if reads_files else msgspec.json.encode({**arguments(call), **words, "model": model})
         if form is not None and form in self._forms:
             self._forms.move_to_end(form)
             return self._submit(request, server, call)
@@ -124,7 +136,8 @@ class ImageRoutes:
         most = self._settings.picture_pixels
         pictures = control_arguments(call, files, most)
         if files:
-            pictures |= {**_pictures(files, most), "strength": call.strength}
+            pictures |= _pictures(files, most, call.mask_kind)
+            pictures |= {"strength": call.strength, "fit": call.fit or FITS[0]}
         return self._submit(request, server, call, **pictures)
 
     def _submit(self, request: Request, server: Server, call: Any, **more: Any) -> Ticket:
@@ -133,7 +146,7 @@ class ImageRoutes:
             deadline_s=self._deadline_s(call),
             previews=bool(call.stream and call.partial_images),
             name=request.scope["state"].get("request_id"),
-            owner=None if request.client is None else request.client.host,
+            owner=_owner(request),
             **arguments(call),
             **more,
         )
@@ -142,22 +155,37 @@ class ImageRoutes:
         if call.stream:
             return StreamingResponse(_events(ticket, call, kind), media_type="text/event-stream", headers=_NO_CACHE)
         result = await _or_gone(request, ticket)
+        if (trace := request.scope["state"].get("trace")) is not None:
+            numbers = {k: v for k, v in result.timings.items() if isinstance(v, (int, float))}
+            trace.attributes |= {f"fewstep.{stage}_ms": round(ms, 2) for stage, ms in numbers.items()}
         began = time.perf_counter()
         pictures = await _encoded(result, call)
-        return json_response(_answer(result, call, pictures, encode_ms=1e3 * (time.perf_counter() - began)))
+        answer = _answer(result, call, pictures, encode_ms=1e3 * (time.perf_counter() - began))
+        return json_response(answer | _warnings(ticket, result))
+
+
+def _owner(request: Request) -> str | None:
+    """Whose request it is, for sharing the room: its key's, or its address's."""
+    caller = request.scope["state"].get("caller")
+    if caller is not None:
+        return f"key {caller.name}"
+    return None if request.client is None else request.client.host
 
 
 def _check_loras(server: Server, call: Any) -> None:
-    for name in call.loras or {}:
+    """Refuse LoRAs, of the field or of the prompt's tags, that the service has not: no request names a file of it."""
+    tagged = () if call.prompt_syntax in (None, "plain") else take_tags(call.prompt)[1]
+    named = [*((name, "loras") for name in call.loras or {}), *((name, "prompt") for name, _, _ in tagged)]
+    for name, field in named:
         try:
             if server.pipeline.loras.folder is None:
                 raise MissingError("no folder of LoRAs")
             server.pipeline.loras.find(name)
         except (MissingError, ArgumentError) as error:
-            raise HttpError(422, "invalid_combination", f"no LoRA {shown(name)} is here", param="loras") from error
+            raise HttpError(422, "invalid_combination", f"no LoRA {shown(name)} is here", param=field) from error
 
 
-def _pictures(files: dict[str, list[bytes]], most_pixels: int) -> dict[str, Any]:
+def _pictures(files: dict[str, list[bytes]], most_pixels: int, mask_kind: str | None) -> dict[str, Any]:
     """The picture of a form, and its mask, as a call takes them."""
     for name, fewest in (("image", 1), ("mask", 0)):
         if not fewest <= len(files[name]) <= 1:
@@ -165,7 +193,8 @@ def _pictures(files: dict[str, list[bytes]], most_pixels: int) -> dict[str, Any]
                 400, "invalid_request", f"the form has {len(files[name])} {name}s; one is taken", param=name
             )
     image = open_picture(files["image"][0], most_pixels)
-    masks = [open_clear_mask(data, most_pixels, image.size) for data in files["mask"]]
+    open_mask = open_white_mask if mask_kind == "white" else open_clear_mask
+    masks = [open_mask(data, most_pixels, image.size) for data in files["mask"]]
     return {"image": image, "mask": masks[0] if masks else None}
 
 
@@ -206,6 +235,7 @@ async def _events(ticket: Ticket, call: Any, kind: str) -> AsyncIterator[bytes]:
         pictures = await _encoded(result, call)
         for i, (picture, seed) in enumerate(zip(pictures, result.seeds, strict=True)):
             about = _about(call, result.images.shape[2], result.images.shape[1])
+            about |= _warnings(ticket, result)
             yield _event({"type": f"{kind}.completed", "b64_json": picture, "index": i, "seed": seed, **about})
     except Exception as error:
         yield _event({"type": "error", **describe(error)[1]}, name="error")
@@ -255,6 +285,12 @@ def _answer(result: Result, call: Any, pictures: list[str], *, encode_ms: float)
         "output_format": call.output_format or "png",
         "timings_ms": {k: round(v, 2) for k, v in timings.items() if isinstance(v, (int, float))},
     }
+
+
+def _warnings(ticket: Ticket, result: Result) -> dict[str, list[str]]:
+    """What of the request went against the model or had no effect, for its caller; nothing where nothing did."""
+    words = [*ticket.request.warnings, *([CUT] if any(result.truncated) else [])]
+    return {"warnings": list(dict.fromkeys(words))} if words else {}
 
 
 async def _encoded(result: Result, call: Any) -> list[str]:

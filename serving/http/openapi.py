@@ -15,13 +15,13 @@ from .settings import Settings
 REFUSALS = {
     "400": "malformed, or not as the schema says",
     "401": "no valid token",
-    "403": "sent by a page of another origin",
+    "403": "sent by a page of another origin, or a key may not do this",
     "404": "no such model",
     "413": "the body is too large",
     "415": "another content type",
     "421": "another host",
     "422": "well-formed, and impossible for this model: the message says why",
-    "429": "too much work is waiting; Retry-After says for how long",
+    "429": "too much work is waiting, or a key's bound is reached; Retry-After says for how long",
     "503": "starting, draining, or out of service",
     "504": "not finished by its deadline",
 }
@@ -48,6 +48,7 @@ IMAGES = {
         "created": {"type": "integer"},
         "size": {"type": "string"},
         "output_format": {"type": "string"},
+        "warnings": {"type": "array", "items": {"type": "string"}},
         "timings_ms": {"type": "object", "additionalProperties": {"type": "number"}},
         "data": {
             "type": "array",
@@ -66,6 +67,17 @@ MODEL = {
     | {"created": {"type": "integer"}, "state": {"type": "string", "enum": list(STATES)}},
 }
 MODELS = {"type": "object", "required": ["object", "data"], "properties": {"object": {"const": "list"}}}
+SUMMARIES = {
+    "generate": "Pictures from a prompt: OpenAI's call, with fields of our own.",
+    "edit": "Pictures from a picture, or with a mask from a part of one: OpenAI's call, with fields of our own.",
+    "models": "The models there are, and whether they are loaded.",
+    "model": "One of them.",
+    "load": "Have a model loaded, those used least recently making room. For whoever runs the service.",
+    "unload": "Have a model finish what it has accepted and leave. For whoever runs the service.",
+    "live": "Whether the process answers.",
+    "ready": "Whether every size is warm and the engine works.",
+    "metrics": "Figures for Prometheus.",
+}
 METRICS = {"description": "for Prometheus", "content": {"text/plain": {}}}
 STATUS = {"type": "object", "required": ["status"], "properties": {"status": {"type": "string"}}}
 
@@ -101,7 +113,7 @@ def openapi_document(settings: Settings, sizes: Sequence[tuple[int, int]]) -> di
         },
         "components": {"schemas": schemas},
     }
-    if settings.token is not None:
+    if not settings.callers.everybody:
         document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"token": []}]
     return document
@@ -116,6 +128,7 @@ def _maker(name: str, media_type: str, schema: str) -> dict[str, Any]:
     }
     return {
         "operationId": name,
+        "summary": SUMMARIES[name],
         "requestBody": {"required": True, "content": {media_type: {"schema": _ref(schema)}}},
         "responses": answers | {status: _refusal(status) for status in REFUSALS},
     }
@@ -123,7 +136,8 @@ def _maker(name: str, media_type: str, schema: str) -> dict[str, Any]:
 
 def _getter(name: str, answers: dict[str, Any], *, open_: bool = False) -> dict[str, Any]:
     refusals = {s: _refusal(s) for s in ("401", "403", "421", "503") if s not in answers}
-    return {"operationId": name, "responses": answers | refusals} | ({"security": []} if open_ else {})
+    about = {"operationId": name, "summary": SUMMARIES[name]}
+    return {**about, "responses": answers | refusals} | ({"security": []} if open_ else {})
 
 
 def _of_a_model(name: str) -> dict[str, Any]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
-import json
 import logging
 import os
 import socket
 import threading
-import time
 from types import FrameType
-from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -37,18 +35,18 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def allowed_hosts(host: str, token: str | None) -> tuple[str, ...]:
-    """The `Host` values to answer: its own names on loopback without a token, any otherwise.
+def allowed_hosts(host: str, *, guarded: bool) -> tuple[str, ...]:
+    """The `Host` values to answer: its own names on loopback without a token or keys, any otherwise.
 
-    `ArgumentError` for a service beyond loopback that asks for no token.
+    `ArgumentError` for a service beyond loopback that asks for neither.
     """
-    if token is not None:
+    if guarded:
         return ()
     if not is_loopback(host):
         raise ArgumentError(
             f"{host} can be reached from other machines",
-            expected="a token",
-            remedy="Set FEWSTEP_TOKEN, or serve on 127.0.0.1.",
+            expected="a token or keys",
+            remedy="Set FEWSTEP_TOKEN, give --keys, or serve on 127.0.0.1.",
         )
     return (*LOOPBACK, host)
 
@@ -74,6 +72,14 @@ def listen(host: str, port: int) -> list[socket.socket]:
             remedy="Name others with --host and --port.",
         ) from error
     return sockets
+
+
+def _shown(listening: socket.socket) -> str:
+    """The host and port by which people of this machine reach a socket."""
+    host, port = listening.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):  # noqa: S104 compared, not bound to
+        host = "localhost"
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _listen_on(opened: socket.socket, family: int, address: tuple[object, object]) -> None:
@@ -120,6 +126,24 @@ class _Draining(uvicorn.Server):
         super().__init__(config)
         self._service, self._drain_s = service, drain_s
         self._drainer: threading.Thread | None = None
+        self._announcer: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._announcer = asyncio.create_task(self._announce(sockets or []))
+
+    async def _announce(self, sockets: list[socket.socket]) -> None:
+        """Say that it is ready once it is, and where: a person can go there then."""
+        await self._service.begun()
+        if self._service.state == "ready" and sockets:
+            address = f"http://{_shown(sockets[0])}"
+            log.info("ready", extra={"fields": {"api": f"{address}/v1", "page": f"{address}/live"}})
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._announcer is not None:
+            self._announcer.cancel()
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._drainer is not None:
@@ -135,20 +159,3 @@ class _Draining(uvicorn.Server):
         if not drained:
             self._service.give_up()
         self.should_exit = True
-
-
-class JsonLines(logging.Formatter):
-    """A record as a line of JSON. Prompts are in no record."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        data: dict[str, Any] = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03}Z",
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-            **getattr(record, "fields", {}),
-        }
-        if record.exc_info and record.exc_info[0] is not None:
-            data["error"] = record.exc_info[0].__name__
-            data["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(data, ensure_ascii=False)

@@ -52,6 +52,11 @@ class Service:
         wait(self._beginning, timeout)
         return self.server
 
+    async def begun(self) -> None:
+        """Wait until the models that fit at the start are there, or have failed to come."""
+        if self._beginning:
+            await asyncio.wait([asyncio.wrap_future(f) for f in self._beginning])
+
     @property
     def server(self) -> Server:
         """The first model's server; `UnavailableError` while it is not there, from what went wrong if that is why."""

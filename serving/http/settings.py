@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from ...errors import ArgumentError
+from .callers import LEAST_CHARACTERS, Callers, Key
+from .origins import check_origin_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """model, aliases: names that requests may give as `model`. token: what callers must present, if anything.
+    """model, aliases: names that requests may give as `model`. token: what callers must present, if anything, or one
+    of the keys, by their callers' names. origins: of pages that may call (`*`: all), beside the service's own.
 
     hosts: values of the `Host` header that are answered (without their port), all when empty: a service on loopback
     names its own, so that no web page can reach it through a name of its making. Limits: body_bytes of a request and
@@ -21,6 +25,8 @@ class Settings:
     model: str
     aliases: tuple[str, ...] = ()
     token: str | None = None
+    keys: Mapping[str, Key] = field(default_factory=dict)
+    origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
     body_bytes: int = 16 * 1024 * 1024
     bodies_bytes: int = 64 * 1024 * 1024
@@ -33,10 +39,13 @@ class Settings:
     previews: int = 16
     deadline_s: float = 120.0
     drain_s: float = 30.0
+    callers: Callers = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.token is not None and len(self.token) < 16:
-            raise ArgumentError(f"the token has {len(self.token)} characters", expected="at least 16")
+        if self.token is not None and len(self.token) < LEAST_CHARACTERS:
+            raise ArgumentError(f"the token has {len(self.token)} characters", expected=f"at least {LEAST_CHARACTERS}")
+        object.__setattr__(self, "origins", tuple(check_origin_name(o) for o in self.origins))
+        object.__setattr__(self, "callers", Callers(self.token, dict(self.keys)))
 
     def uploads_bytes(self, images: int, size: tuple[int, int], *, beside: int = 0) -> int:
         """The most memory that bodies, decoding, and the pictures of so many waiting images of this size take together.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -131,9 +132,12 @@ def write_hello(settings: LiveSettings, **facts: Any) -> str:
     return json.dumps({"type": "hello", "version": VERSION, "settings": asdict(settings), **facts})
 
 
-def write_set(settings: LiveSettings, *, number: int) -> str:
-    """The answer to `set`: the settings now in force."""
-    return json.dumps({"type": "set", "id": number, "settings": asdict(settings)})
+def write_set(
+    settings: LiveSettings, *, number: int, commands: Mapping[str, str] | None = None, warnings: Sequence[str] = ()
+) -> str:
+    """The answer to `set`: the settings now in force, the commands that make such frames again, what has no effect."""
+    more = {"commands": dict(commands or {}), "warnings": list(warnings)}
+    return json.dumps({"type": "set", "id": number, "settings": asdict(settings), **more})
 
 
 def write_error(error: FewstepError, *, number: int | None = None) -> str:

@@ -96,6 +96,13 @@ class LiveSession:
         return self._settings
 
     @property
+    def requests(self) -> dict[bool, Request]:
+        """What frames ask for now, by whether they start from a picture (a placeholder); of the seed's own noise."""
+        with self._lock:
+            settings, requests = self._settings, self._requests
+        return {image: dataclasses.replace(r, seeds=(settings.seed,)) for image, r in requests.items()}
+
+    @property
     def closed(self) -> bool:
         return self._closed
 

@@ -13,7 +13,7 @@ import numpy as np
 from ...bundle import Bundle
 from ...errors import ArgumentError, UnknownNameError
 from ...runtime.pipeline import Pipeline
-from ...runtime.programs import choose_sampling
+from ...runtime.programs import asked_or_own, choose_sampling, usual_steps
 from ...runtime.request import Request, check_integer
 from .noise import MODES
 
@@ -86,7 +86,8 @@ class LiveSettings:
 
         `ArgumentError` for what the bundle cannot make.
         """
-        steps, strength = pipeline.bundle.defaults.steps if self.steps is None else self.steps, self.strength
+        _, schedule = asked_or_own(pipeline.bundle, self.sampler, self.schedule)
+        steps, strength = usual_steps(pipeline.bundle, schedule) if self.steps is None else self.steps, self.strength
         scheduled = steps
         if image and not self._spaced_anew(pipeline.bundle, steps):
             scheduled = max(steps, math.ceil(steps / self.strength - 1e-9))
@@ -107,10 +108,7 @@ class LiveSettings:
         )
 
     def _spaced_anew(self, bundle: Bundle, steps: int) -> bool:
-        own = bundle.defaults
-        sampler, schedule = self.sampler, self.schedule
-        if sampler is None:
-            sampler, schedule = own.sampler, own.schedule if schedule is None else schedule
+        sampler, schedule = asked_or_own(bundle, self.sampler, self.schedule)
         options = self.sampler_options or {}
         chosen = choose_sampling(bundle, sampler=sampler, schedule=schedule, steps=steps, options=options)
         return bundle.respaces and chosen.spaces_anew

@@ -7,14 +7,12 @@ that are under way, and what else there is to say is bounded.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import logging
 import time
-from base64 import b64encode, urlsafe_b64decode
+from base64 import urlsafe_b64decode
 from collections import OrderedDict, deque
+from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -24,12 +22,17 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from ...errors import EngineFailedError, FewstepError, UnavailableError
 from ..http import Metrics, Service, Settings
+from ..http.callers import Caller, Callers
+from ..http.errors import HttpError
+from ..http.pages import page_headers
 from ..options import read_options
 from ..tasks import end_tasks
 from .frames import Frame
 from .hub import LiveHub
 from .metrics import LiveMetrics
 from .noise import MODES
+from .offers import commands, offers
+from .page import live_page
 from .pictures import MOST_BYTES, MOST_PIXELS
 from .protocol import (
     OPTIONS,
@@ -55,10 +58,6 @@ GONE = (WebSocketDisconnect, RuntimeError, OSError)
 """What receiving and sending raise once the client is not there any more."""
 INLINE_PIXELS = 128 * 128
 KEPT_NUMBERS = 1024
-POLICY = (
-    "default-src 'none'; script-src {script}; style-src {style}; img-src blob:; media-src blob:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,21 +71,21 @@ class SocketLimits:
     idle_s: float = 600.0
 
 
-def live_routes(hub: LiveHub, *, token: str | None = None, limits: SocketLimits | None = None) -> list[BaseRoute]:
+def live_routes(hub: LiveHub, *, callers: Callers | None = None, limits: SocketLimits | None = None) -> list[BaseRoute]:
     """The page and the socket, for an application that checks host and origin (`make_app` does).
 
-    token: what clients of the socket must know, as the subprotocol `fewstep-token.<base64url of it>`. The page itself
-    holds nothing that is worth one.
+    callers: whose token or key clients of the socket must know, as the subprotocol `fewstep-token.<base64url of it>`;
+    everybody by default. The page itself holds nothing that is worth one.
     """
     bounds = limits or SocketLimits()
-    html = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    html = live_page()
     headers = page_headers(html)
 
     async def page(request: HttpRequest) -> HTMLResponse:
         return HTMLResponse(html, headers=headers)
 
     async def socket(websocket: WebSocket) -> None:
-        await Connection(hub, websocket, token=token, limits=bounds).run()
+        await Connection(hub, websocket, callers=callers, limits=bounds).run()
 
     return [Route("/live", page, methods=["GET"]), WebSocketRoute("/live/socket", socket)]
 
@@ -96,25 +95,7 @@ def add_live(service: Service, settings: Settings, metrics: Metrics) -> list[Bas
     observer = LiveMetrics(metrics.registry)
     hub = LiveHub(service.pinned, observer=observer)
     observer.watch(hub)
-    return live_routes(hub, token=settings.token)
-
-
-def page_headers(html: str) -> dict[str, str]:
-    """Headers of a page that loads nothing: its own script and style run by their hashes, and nothing else does."""
-    return {
-        "Content-Security-Policy": POLICY.format(script=_hash(html, "script"), style=_hash(html, "style")),
-        "Cache-Control": "no-cache",
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-        "Permissions-Policy": "camera=(self), microphone=(), geolocation=()",
-        "Cross-Origin-Opener-Policy": "same-origin",
-    }
-
-
-def _hash(html: str, element: str) -> str:
-    """What a content security policy calls the page's one inline element of this kind."""
-    inner = html.partition(f"<{element}>")[2].partition(f"</{element}>")[0]
-    return f"'sha256-{b64encode(hashlib.sha256(inner.encode()).digest()).decode()}'"
+    return live_routes(hub, callers=settings.callers)
 
 
 def _gravity(error: Exception) -> int:
@@ -125,8 +106,11 @@ def _gravity(error: Exception) -> int:
 class Connection:
     """One client: what it says goes to its session, what the session makes goes to it."""
 
-    def __init__(self, hub: LiveHub, socket: WebSocket, *, token: str | None, limits: SocketLimits) -> None:
-        self._hub, self._socket, self._token, self._limits = hub, socket, token, limits
+    def __init__(
+        self, hub: LiveHub, socket: WebSocket, *, callers: Callers | None = None, limits: SocketLimits
+    ) -> None:
+        self._hub, self._socket, self._callers, self._limits = hub, socket, callers, limits
+        self._caller: Caller | None = None
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
         self._said: deque[FewstepError | int | str] = deque(maxlen=64)
@@ -142,10 +126,15 @@ class Connection:
         try:
             if not await self._accept():
                 return
-            session = await asyncio.to_thread(self._hub.open, self._heard)
+            with nullcontext() if self._caller is None else self._caller.request():
+                await self._run_session()
+        except HttpError as error:
+            await self._close(1013, FewstepError(error.message))
         except FewstepError as error:
             await self._close(1013, error)
-            return
+
+    async def _run_session(self) -> None:
+        session = await asyncio.to_thread(self._hub.open, self._heard)
         try:
             await self._serve(session)
         finally:
@@ -161,14 +150,15 @@ class Connection:
         return True
 
     def _knows_token(self, offered: list[str]) -> bool:
-        if self._token is None:
+        if self._callers is None or self._callers.everybody:
             return True
         given = [p.removeprefix(TOKEN_PREFIX) for p in offered if p.startswith(TOKEN_PREFIX)]
         try:
-            token = urlsafe_b64decode(given[0] + "=" * (-len(given[0]) % 4)) if given else b""
+            token = urlsafe_b64decode(given[0] + "=" * (-len(given[0]) % 4)).decode() if given else None
         except ValueError:
             return False
-        return hmac.compare_digest(token, self._token.encode())
+        self._caller = self._callers.find(token)
+        return self._caller is not None
 
     async def _serve(self, session: LiveSession) -> None:
         await self._socket.send_text(self._hello(session))
@@ -202,6 +192,7 @@ class Connection:
             sizes=[list(s) for s in session.server.sizes],
             defaults={"steps": defaults.steps, "guidance": defaults.guidance, "sampler": defaults.sampler},
             noises=list(MODES),
+            **offers(pipeline),
             limits={
                 "picture_bytes": MOST_BYTES,
                 "picture_pixels": MOST_PIXELS,
@@ -291,12 +282,18 @@ class Connection:
             self._wake.clear()
             if not self._answered:
                 self._answered = True
-                await self._socket.send_text(write_set(session.settings, number=self._answer))
+                await self._socket.send_text(self._answer_to_set(session))
             while self._said:
                 await self._send_event(self._said.popleft())
             if len(self._sent) < self._limits.window and (frame := session.take()) is not None:
                 await self._send_frame(frame)
                 self._wake.set()
+
+    def _answer_to_set(self, session: LiveSession) -> str:
+        requests = session.requests
+        again = commands(session.server.pipeline, requests)
+        warnings = list(dict.fromkeys(w for r in requests.values() for w in r.warnings))
+        return write_set(session.settings, number=self._answer, commands=again, warnings=warnings)
 
     async def _send_event(self, event: FewstepError | int | str) -> None:
         if isinstance(event, str):
