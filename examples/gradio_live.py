@@ -25,9 +25,7 @@ def open_server() -> fewstep.Server:
     """The server of the bundle on the command line."""
     if len(sys.argv) > 1:
         return fewstep.Server(sys.argv[1], image=True)
-    from fewstep.export.embedded import embedded_bundle
-
-    return fewstep.Server(embedded_bundle("student")[0], image=True, threads=1)
+    return fewstep.Server("student", image=True, threads=1)
 
 
 def stream(sessions: dict[str, LiveSession], server: fewstep.Server) -> Any:

@@ -1,0 +1,1 @@
+"""fewstep inside other programs: nodes for ComfyUI, a model repository for Triton."""
