@@ -6,9 +6,11 @@ import argparse
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import add_engine_options, between, say, size
+from ..errors import ArgumentError
+from .common import add_budget_option, add_engine_options, between, opened_schedule, say, size
 from .sampling import sampler_options
 
 if TYPE_CHECKING:
@@ -63,6 +65,14 @@ def threshold(text: str) -> float | str:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor none") from error
 
 
+def whole_or_none(text: str) -> int | None:
+    """A whole number, or `none` for the model's own."""
+    try:
+        return None if text.lower() == "none" else int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor none") from error
+
+
 def control(text: str) -> tuple[str, str, float | None]:
     """`canny=edges.png:0.8` as (name, picture, factor); what follows the last colon is a factor if it is a number."""
     name, equals, rest = text.partition("=")
@@ -97,19 +107,20 @@ def share(text: str) -> tuple[str | None, float]:
 
 
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompt-2", help="what a second text encoder reads instead")
-    parser.add_argument("--negative-2", help="negative prompt for a second text encoder")
-    parser.add_argument(
+    group = parser.add_argument_group("how prompts are read")
+    group.add_argument("--prompt-2", help="what a second text encoder reads instead")
+    group.add_argument("--negative-2", help="negative prompt for a second text encoder")
+    group.add_argument(
         "--prompt-syntax",
         choices=("plain", "a1111"),
-        help="a1111: (word:1.3), [word], BREAK and <lora:name:0.8> (default: plain)",
+        help="a1111: (word:1.3), [word], [from:to:0.5], [one|other], BREAK and <lora:name:0.8> (default: plain)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--long-prompts",
         choices=("truncate", "chunk"),
         help="what one pass does not take: cut, as diffusers does, or in chunks (default: cut; a1111: in chunks)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--lora",
         dest="loras",
         type=lora_use,
@@ -117,34 +128,38 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE[:SCALE]",
         help="change the weights by a LoRA, for this picture alone; repeatable (default scale: 1)",
     )
-    parser.add_argument("--clip-skip", type=between(0, 64), metavar="N", help="leave out the last N text layers")
+    group.add_argument("--clip-skip", type=between(0, 64), metavar="N", help="leave out the last N text layers")
     for name in (*SIZES, *CROPS):
         kind, shown = (size, "WxH") if name in SIZES else (pair, "T,L")
         words = f"the {name.replace('_', ' ')}, for a UNet that is told of sizes"
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=shown, help=words)
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=shown, help=words)
 
 
 def add_picture_options(parser: argparse.ArgumentParser, *, many: bool) -> None:
+    group = parser.add_argument_group("pictures to start from, and controls")
     again: dict[str, Any] = {"action": "append"} if many else {}
-    parser.add_argument(
+    group.add_argument(
         "--image", **again, help="start from this picture" + ("; repeatable, one an image" if many else "")
     )
-    parser.add_argument("--mask", **again, help="a picture of the same: white is made anew, black stays")
-    parser.add_argument(
+    group.add_argument("--mask", **again, help="a picture of the same: white is made anew, black stays")
+    group.add_argument(
         "--mask-threshold",
         type=threshold,
         metavar="N",
         help="grey from which on a mask is white, or none (default: 0.5)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--strength", type=float, help="how much of --image to change, 0 to 1 (default: 0.8, with a mask 1)"
     )
-    parser.add_argument(
+    group.add_argument(
+        "--noise-level", type=whole_or_none, metavar="N", help="noise in a picture that is made larger, 0 to 999"
+    )
+    group.add_argument(
         "--fit",
         choices=("stretch", "cover", "contain", "diffusers"),
         help="what becomes of a picture where --size is another; diffusers does what stretch does (default: stretch)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--control",
         type=control,
         action="append",
@@ -154,45 +169,70 @@ def add_picture_options(parser: argparse.ArgumentParser, *, many: bool) -> None:
         "of one name for one an image",
     )
     for end, usual in (("start", 0), ("end", 1)):
-        parser.add_argument(
+        group.add_argument(
             f"--control-guidance-{end}",
             type=share,
             action="append",
             metavar="[NAME=]SHARE",
             help=f"the share of the steps at which control {end}s (default: {usual}); repeatable, by name",
         )
-    parser.add_argument(
+    group.add_argument(
         "--canny",
         type=canny,
         action="append",
         metavar="NAME[:LOW:HIGH]",
         help="the picture of this control is a photograph: take its edges (default: 100 and 200); repeatable",
     )
-    parser.add_argument("--guess-mode", action="store_true", help="control the prompt's row alone, as diffusers does")
-    parser.add_argument("--ip-adapter-image", **again, help="a picture as prompt, for the IP-Adapter of the bundle")
-    parser.add_argument("--ip-adapter-scale", type=float, metavar="N", help="how much of it is taken (default: 1)")
-    parser.add_argument(
+    group.add_argument("--guess-mode", action="store_true", help="control the prompt's row alone, as diffusers does")
+    group.add_argument("--ip-adapter-image", **again, help="a picture as prompt, for the IP-Adapter of the bundle")
+    group.add_argument("--ip-adapter-scale", type=float, metavar="N", help="how much of it is taken (default: 1)")
+    group.add_argument("--variation-seed", type=int, metavar="N", help="turn the seed's noise towards this one's")
+    group.add_argument("--variation", type=float, metavar="N", help="how far, 0 to 1 (default: 0)")
+    group.add_argument(
         "--seed-device", metavar="cpu|cuda", help="whose noise: torch's on the CPU or on CUDA (default: cpu)"
     )
 
 
+def add_clip_options(parser: argparse.ArgumentParser) -> None:
+    """Of models that make clips, which begin with `--image`."""
+    group = parser.add_argument_group("clips")
+    group.add_argument("--frames", type=int, metavar="N", help="of a clip: how many frames (default: the model's)")
+    group.add_argument("--fps", type=int, metavar="N", help="of a clip: frames per second (default: 7)")
+    group.add_argument("--motion-bucket", type=int, metavar="N", help="of a clip: how much moves (default: 127)")
+    group.add_argument(
+        "--noise-augmentation", type=float, metavar="N", help="of a clip: noise over its picture (default: 0.02)"
+    )
+    group.add_argument(
+        "--min-guidance",
+        type=float,
+        metavar="N",
+        help="of a clip: the first frame's guidance, which rises to --guidance at the last (default: 1)",
+    )
+    group.add_argument(
+        "--decode-chunk", type=int, metavar="N", help="of a clip: frames that are decoded together (default: all)"
+    )
+
+
 def add_adapter_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    group = parser.add_argument_group("adapters")
+    group.add_argument(
         "--embedding",
         type=embedding,
         action="append",
         metavar="[NAME=]FILE",
         help="teach the text encoders a word (textual inversion); repeatable",
     )
-    parser.add_argument("--lora-folder", metavar="DIR", help="where LoRAs are found by name")
+    group.add_argument("--lora-folder", metavar="DIR", help="where LoRAs are found by name")
 
 
 def add_load_options(parser: argparse.ArgumentParser) -> None:
-    add_engine_options(parser)
-    parser.add_argument("--vae-tiling", choices=SPARING, default="auto", help="large pictures in tiles (default: auto)")
-    parser.add_argument("--vae-slicing", choices=SPARING, default="auto", help="one picture at a time (default: auto)")
     add_adapter_options(parser)
-    parser.add_argument(
+    add_engine_options(parser)
+    group = parser.add_argument_group("memory and precision")
+    add_budget_option(group)
+    group.add_argument("--vae-tiling", choices=SPARING, default="auto", help="large pictures in tiles (default: auto)")
+    group.add_argument("--vae-slicing", choices=SPARING, default="auto", help="one picture at a time (default: auto)")
+    group.add_argument(
         "--drop-text-encoders", action="store_true", help="let go of the text encoders once prompts are encoded"
     )
 
@@ -216,6 +256,8 @@ def _own_size(options: argparse.Namespace, bundle: Bundle) -> tuple[int, int] | 
     from ..runtime.pictures.reading import open_image
     from ..runtime.pictures.resize import size_of
 
+    if bundle.model.clips:
+        return None  # a clip has the model's own size
     images = options.image if isinstance(options.image, list) else [options.image] if options.image else []
     shown = [*images, *(picture for _, picture, _ in getattr(options, "control", []))]
     if not shown:
@@ -235,6 +277,10 @@ def call_options(options: argparse.Namespace) -> dict[str, Any]:
     if "loras" in given:
         given["loras"] = dict(given["loras"])
     given = {k: v for k, v in given.items() if "control" not in k and k != "canny"} | _controls(options)
+    if options.force_schedule and not isinstance(options.schedule, Path):
+        raise ArgumentError("--force-schedule without a file of found schedules", expected="--schedule FILE.json")
+    if "schedule" in given:
+        given["schedule"] = opened_schedule(given["schedule"], force=options.force_schedule)
     given["options"] = sampler_options(options)
     return given | ({"mask_threshold": None} if given.get("mask_threshold") == "none" else {})
 

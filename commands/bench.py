@@ -71,6 +71,9 @@ def execute(options: argparse.Namespace) -> int:
     if options.plot:
         plot(report, plan.steps, options.plot)
     emit(options, report, "\n".join(lines(report, plan.steps)))
+    own = [report["contenders"][name] for name in plan.variants]
+    if all("error" in figures for figures in own):
+        raise MissingError(f"nothing of fewstep's could be measured: {own[0]['error']}")
     return 0
 
 
@@ -149,5 +152,5 @@ def _plan(options: argparse.Namespace, bundle: Bundle, checkpoint: Path | None) 
 def _unet_shapes(bundle: Bundle, width: int, height: int, rows: int) -> dict[str, list[int]]:
     """The shapes of the UNet's inputs for these rows, by name."""
     factor = bundle.latent.factor
-    dims = {"rows": rows, "height": height // factor, "width": width // factor, "tokens": bundle.tokenizers[0].length}
+    dims = {"rows": rows, "height": height // factor, "width": width // factor, "tokens": bundle.tokens}
     return {s.name: list(s.resolve(dims)) for s in bundle.component("unet").inputs}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
-from .common import BACKENDS, BUNDLE_HELP, bar, emit, open_bundle, register_torch, size
+from .common import BACKENDS, BUNDLE_HELP, add_budget_option, bar, emit, open_bundle, register_torch, size
 
 if TYPE_CHECKING:
     from ..engines import Span
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help=BUNDLE_HELP)
+    add_budget_option(parser)
     parser.add_argument("--backend", choices=BACKENDS, default="auto")
     parser.add_argument("--component", action="append", help="only this component; repeatable")
     parser.add_argument(
@@ -27,7 +28,7 @@ def define(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="DIM=MIN:OPT:MAX",
-        help="a span for rows, height, width (latent cells), tokens or batch",
+        help="a span for rows, height, width (latent cells), tokens or batch; of clips for frames or chunk",
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be built, how large, and why")
     parser.add_argument("--no-preflight", action="store_true", help="do not check memory and disk first")
@@ -64,7 +65,7 @@ def execute(options: argparse.Namespace) -> int:
     from ..engines.plan import check_resources, plan_build
 
     register_torch("torch")  # its numbers are the reference at sizes of which the bundle has none
-    bundle = open_bundle(options.bundle)
+    bundle = open_bundle(options.bundle, options.budget)
     chosen = BuildOptions(
         optimization_level=options.optimization_level,
         workspace_bytes=None if options.workspace is None else options.workspace * 2**20,

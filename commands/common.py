@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..values import printable, printable_json
-from .sampling import add_sampler_options
 
 if TYPE_CHECKING:
     from ..bundle import Bundle, Defaults
@@ -33,15 +32,20 @@ EMBEDDED = ("student", "base")
 BUNDLE_HELP = "a bundle folder, or student or base: the embedded models"
 
 
-def open_bundle(name: str) -> Bundle:
-    """The bundle in a folder; `student` and `base` are the embedded models where no folder of that name lies here."""
+def open_bundle(name: str, budget: str | None = None) -> Bundle:
+    """The bundle in a folder; `student` and `base` are the embedded models where no folder of that name lies here.
+
+    budget: take the lowered components that it holds within one.
+    """
     if name in EMBEDDED and not Path(name).exists():
         from ..export.embedded import embedded_bundle
 
-        return embedded_bundle(name)[0]
-    from ..bundle import read_bundle
+        bundle = embedded_bundle(name)[0]
+    else:
+        from ..bundle import read_bundle
 
-    return read_bundle(name)
+        bundle = read_bundle(name)
+    return bundle if budget is None else bundle.within(budget)
 
 
 def size(text: str) -> tuple[int, int]:
@@ -50,6 +54,28 @@ def size(text: str) -> tuple[int, int]:
     if not (x and width.isdigit() and height.isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, like 512x512")
     return int(width), int(height)
+
+
+def schedule(text: str) -> str | Path:
+    """A schedule's name, or the path of a file of found ones, which ends in .json."""
+    return Path(text) if text.lower().endswith(".json") else text
+
+
+def opened_schedule(named: str | Path | None, *, force: bool) -> Any:
+    """The name of a schedule, or what is in its file. force: use that with whatever model and sampler."""
+    if not isinstance(named, Path):
+        return named
+    from ..schedules import load_schedules
+
+    return load_schedules(named, force=force)
+
+
+def add_force_option(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--force-schedule",
+        action="store_true",
+        help="use the schedules of a file with another model or sampler than they were found for",
+    )
 
 
 def numbers(text: str) -> list[float]:
@@ -72,27 +98,44 @@ def between(low: int, high: int) -> Callable[[str], int]:
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    group = parser.add_argument_group("what runs it")
+    group.add_argument(
         "--backend", choices=BACKENDS, default="auto", help="what runs the graphs (default: %(default)s)"
     )
-    parser.add_argument("--threads", type=between(0, 4096), default=0, help="CPU threads (default: one a core)")
+    group.add_argument("--threads", type=between(0, 4096), default=0, help="CPU threads (default: one a core)")
+
+
+def add_budget_option(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--budget",
+        metavar="PSNR",
+        help='take layers in fewer bits that `fewstep quantize` found within this, as "psnr>=30"; never without it',
+    )
 
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--negative", help="negative prompt")
-    parser.add_argument("--steps", type=int, help="default: the bundle's")
-    parser.add_argument("--sampler", help="any name of `fewstep samplers` (default: the bundle's)")
-    parser.add_argument("--schedule", help="any schedule of `fewstep samplers` (default: the sampler's)")
-    parser.add_argument(
+    group = parser.add_argument_group("the picture, and how it is sampled")
+    group.add_argument("--negative", help="negative prompt")
+    group.add_argument("--steps", type=int, help="default: the bundle's")
+    group.add_argument("--sampler", help="any name of `fewstep samplers` (default: the bundle's)")
+    group.add_argument(
+        "--schedule",
+        type=schedule,
+        metavar="NAME|FILE",
+        help="any schedule of `fewstep samplers`, searched: the bundle's own, or a .json file of found ones "
+        "(default: the sampler's)",
+    )
+    group.add_argument("--schedule-digest", metavar="HEX", help="how the digest of found schedules must begin")
+    add_force_option(group)
+    group.add_argument(
         "--guidance", type=float, help="guidance scale; 1 or less: no negative prompt (default: the bundle's)"
     )
-    parser.add_argument("--size", type=size, metavar="WxH", help="pixels (default: the picture's, or the bundle's)")
-    parser.add_argument(
+    group.add_argument("--size", type=size, metavar="WxH", help="pixels (default: the picture's, or the bundle's)")
+    group.add_argument(
         "--compat", choices=("diffusers",), help="follow that library's sampler conventions, quirks included"
     )
-    parser.add_argument("--timesteps", type=numbers, metavar="T,T,...", help="explicit timesteps instead of a schedule")
-    parser.add_argument("--sigmas", type=numbers, metavar="S,S,...", help="explicit sigmas, the last one where it ends")
-    add_sampler_options(parser)
+    group.add_argument("--timesteps", type=numbers, metavar="T,T,...", help="explicit timesteps instead of a schedule")
+    group.add_argument("--sigmas", type=numbers, metavar="S,S,...", help="explicit sigmas, the last one where it ends")
 
 
 def defaults_line(defaults: Defaults) -> str:

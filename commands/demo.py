@@ -35,7 +35,7 @@ def execute(options: argparse.Namespace) -> int:
 
     from ..export.embedded import embedded_bundle
     from ..runtime import load
-    from ..runtime.pictures.images import check_output, save_png
+    from ..runtime.pictures.images import check_output, save_picture
 
     target = check_output(options.output)
     began = time.perf_counter()
@@ -47,7 +47,7 @@ def execute(options: argparse.Namespace) -> int:
     at_image = time.perf_counter()
     scale = options.scale
     image = result.images[0].repeat(scale, axis=0).repeat(scale, axis=1)
-    save_png(target, np.ascontiguousarray(image), {**result.parameters[0], "bundle": str(bundle.folder)})
+    save_picture(target, np.ascontiguousarray(image), {**result.parameters[0], "bundle": options.model})
     stages = {
         "export" if exported else "find the bundle": at_bundle - began,
         "build and load engines": at_engines - at_bundle,

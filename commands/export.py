@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import resource
 import sys
 import time
 from collections.abc import Mapping
@@ -68,6 +67,13 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variant", help="weight files of this variant, like fp16")
     parser.add_argument("--revision", help="revision on the hub")
     parser.add_argument("--offline", action="store_true", help="use the hub's cache only")
+    parser.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        metavar="text_encoder",
+        help="leave the text encoders out: prompts then come from `fewstep encode`; repeatable where there are several",
+    )
     parser.add_argument("--no-gate", action="store_true", help="do not compare with torch")
     parser.add_argument(
         "--quick-gate", action="store_true", help="compare at fewer points, as is done for models of full size anyway"
@@ -93,13 +99,15 @@ def by_name(option: str, pairs: list[tuple[str, str]]) -> dict[str, str]:
 
 
 def execute(options: argparse.Namespace) -> int:
+    from ..engines.machine import peak_memory
     from ..export import Progress, describe, export_bundle
 
     began = time.monotonic()
     with bar(None, "B", "weights") as progress:
 
         def stage(name: str) -> None:
-            progress.set_description(name)
+            progress.reset()  # bytes of this stage, where it writes any
+            progress.set_description_str(name)
             if not sys.stderr.isatty():
                 say(f"{time.monotonic() - began:6.1f} s  {name}")
 
@@ -120,6 +128,7 @@ def execute(options: argparse.Namespace) -> int:
             variant=options.variant,
             revision=options.revision,
             offline=options.offline,
+            without=options.without,
             gate=not options.no_gate,
             quick_gate=options.quick_gate,
             overwrite=options.overwrite,
@@ -128,11 +137,10 @@ def execute(options: argparse.Namespace) -> int:
     defaults = bundle.defaults
     data = describe(bundle) | {
         "seconds": round(time.monotonic() - began, 2),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": peak_memory(),
     }
-    lines = [
-        f"{options.folder}: {bundle.family} in {data['seconds']} s, at most {data['peak_memory_bytes'] / 1e6:.0f} MB"
-    ]
+    peak = "" if data["peak_memory_bytes"] is None else f", at most {data['peak_memory_bytes'] / 1e6:.0f} MB"
+    lines = [f"{options.folder}: {bundle.family} in {data['seconds']} s{peak}"]
     lines += [
         f"  {n:15} {c['dtype']:9} {c['bytes'] / 1e6:8.2f} MB {c['operators']:4} nodes"
         + (f"  ({c['precision']})" if c["precision"] not in (None, "asked for") else "")

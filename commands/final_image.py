@@ -2,7 +2,8 @@
 
 Components may each pass and their errors still add up over the steps; so a request is run whole. In float32 a picture
 passes at 50 dB PSNR. In another precision torch itself is measured too, and a picture passes if its error is at most
-1.5 times torch's own, as for the components: 3.5 dB below torch's PSNR, or 50 dB.
+1.5 times torch's own, as for the components: 3.5 dB below torch's PSNR, or 50 dB. Lowered components are judged by the
+budget that they were found for, or by the farthest picture that it was judged by, if that is farther.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..bundle import Bundle
+from ..bundle import Bundle, read_bundle
 from ..engines import RunOptions, Store
 from ..engines.backends.ort import OrtEngine
 from ..engines.backends.registry import registered_backend
 from ..engines.gate.gate import FACTOR, IMAGE_PSNR_DB, compare
 from ..errors import FewstepError
+from ..precision import read_budget
 from ..runtime import Pipeline
 
 GRAPHS = "onnx-graphs"
@@ -54,10 +56,13 @@ def compare_final_images(
     registered (`import fewstep.export`): `MissingError` otherwise.
     """
     shared: dict[str, Any] = {"store": store, "size": size}
-    exact = _picture(bundle, "torch", engine_options={"torch_dtype": "float32"}, device="cpu:torch", **shared)
+    plain = bundle if bundle.lowered is None else read_bundle(bundle.folder)
+    exact = _picture(plain, "torch", engine_options={"torch_dtype": "float32"}, device="cpu:torch", **shared)
     limit = IMAGE_PSNR_DB
     verdicts = []
-    if {p.dtype for p in bundle.components.values()} != {"float32"}:
+    if bundle.lowered is not None:
+        limit = min(limit, read_budget(bundle.lowered.budget), bundle.lowered.worst)
+    elif {p.dtype for p in bundle.components.values()} != {"float32"}:
         own = compare(_picture(bundle, "torch", device="cpu:torch", **shared), exact).psnr
         limit = min(limit, own - 20 * math.log10(FACTOR))
         verdicts.append(ImageVerdict(subject="torch in the bundle's precision", psnr=own, limit=-math.inf, reason=""))

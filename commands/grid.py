@@ -1,12 +1,13 @@
-"""`fewstep grid BUNDLE --columns AXIS=A,B,...`: one labelled picture over two axes, for who would rather look."""
+"""`fewstep grid BUNDLE --columns AXIS=A,B,...`: one labelled picture, or clip, over two axes."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
 from .asking import (
+    add_clip_options,
     add_load_options,
     add_picture_options,
     add_prompt_options,
@@ -14,18 +15,21 @@ from .asking import (
     load_options,
     warnings_shown,
 )
-from .common import BUNDLE_HELP, add_image_options, bar, between, emit, open_bundle, register_torch
+from .axes import AXES, Axis, cell_call, described, labels, opened, read_axes
+from .carrying import plain_name
+from .common import (
+    BUNDLE_HELP,
+    add_image_options,
+    bar,
+    between,
+    emit,
+    open_bundle,
+    register_torch,
+)
+from .sampling import add_sampler_options
 
-AXES = {
-    "sampler": str,
-    "schedule": str,
-    "steps": int,
-    "seed": int,
-    "guidance": float,
-    "prompt": str,
-    "strength": float,
-    "clip_skip": int,
-}
+if TYPE_CHECKING:
+    from ..runtime.arrays import UInt8
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -33,72 +37,80 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", help="may be left out where it is an axis")
     parser.add_argument(
         "--columns",
-        required=True,
         metavar="AXIS=A,B,...",
         help=f"one of {', '.join(AXES)}, and its values, by | where they hold commas",
     )
     parser.add_argument("--rows", metavar="AXIS=A,B,...", help="the other axis")
+    parser.add_argument(
+        "--prompt-matrix",
+        metavar="A|B|C",
+        help="instead of axes: A with every combination of the other parts, as A1111's script",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--cell", type=between(16, 4096), help="pixels a picture is enlarged to (default: at least 128)"
     )
-    parser.add_argument("--output", default="grid.png", help="the PNG to write (default: %(default)s)")
+    parser.add_argument(
+        "--output",
+        help="the .png, .jpg, .webp or .avif to write (default: grid.png); of clips an .mp4, "
+        ".webp or .gif, or a folder (default: grid.mp4)",
+    )
     add_image_options(parser)
     add_prompt_options(parser)
     add_picture_options(parser, many=False)
+    add_clip_options(parser)
     add_load_options(parser)
+    add_sampler_options(parser)
 
 
 def execute(options: argparse.Namespace) -> int:
-    import numpy as np
-
     from ..runtime import load
-    from ..runtime.pictures.images import check_output, save_png
-    from .sheet import draw_sheet
+    from ..runtime.pictures.images import check_output, save_picture
+    from ..runtime.pictures.video import check_clip_output, save_clips
 
-    target = check_output(options.output)
-    columns = parse_axis(options.columns)
-    rows = parse_axis(options.rows) if options.rows else ("", [None])
-    if columns[0] == rows[0]:
-        raise ArgumentError(f"both axes are {columns[0]!r}", expected="two different axes")
-    if options.prompt is None and "prompt" not in (columns[0], rows[0]):
+    columns, rows = read_axes(options)
+    bundle = open_bundle(options.bundle, options.budget)
+    clips = bundle.model.clips
+    output = options.output if options.output is not None else "grid.mp4" if clips else "grid.png"
+    target = (check_clip_output if clips else check_output)(output)
+    if options.prompt is None and "prompt" not in (columns[0], rows[0]) and not clips:
         raise ArgumentError("no prompt was given", expected="--prompt, or an axis of prompts")
+    heads, sides = labels(*columns), labels(*rows)
+    columns, rows = opened(columns, options), opened(rows, options)
     register_torch(options.backend)
-    bundle = open_bundle(options.bundle)
     pipe = load(bundle, **load_options(options, bundle))
-    shared = call_options(options)
+    cells = _cells(pipe, columns, rows, call_options(options))
+    title = "" if "prompt" in (columns[0], rows[0]) else options.prompt or ""
+    sheets = _sheets([[r.images[0] for r in row] for row in cells], heads, sides, title=title, cell=options.cell)
+    if clips:
+        save_clips(target, sheets[None], cells[0][0].fps, [{}])
+    else:
+        made = {**cells[0][0].parameters[0], "bundle": plain_name(options.bundle), "grid": described(options)}
+        save_picture(target, sheets[0], made)
+    seconds = [round(r.timings["total"] / 1e3, 4) for row in cells for r in row]
+    data = {"file": str(target), "columns": heads, "rows": sides, "seconds": seconds}
+    emit(options, data, f"{target}: {len(heads)} x {len(sides)} {'clips' if clips else 'pictures'}")
+    return 0
+
+
+def _cells(pipe: Any, columns: Axis, rows: Axis, shared: dict[str, Any]) -> list[list[Any]]:
+    """The results by row and column."""
     cells: list[list[Any]] = []
-    seconds = []
     with warnings_shown(), bar(len(columns[1]) * len(rows[1]), "image", "grid") as progress:
         for down in rows[1]:
             cells.append([])
             for across in columns[1]:
-                given = {**shared, columns[0]: across} | ({rows[0]: down} if rows[0] else {})
-                result = pipe(**given)
-                cells[-1].append(result.images[0])
-                seconds.append(result.timings["total"] / 1e3)
+                cells[-1].append(pipe(**cell_call(shared, columns, rows, across, down)))
                 progress.update(1)
-    heads, sides = labels(*columns), labels(*rows)
-    title = "" if "prompt" in (columns[0], rows[0]) else options.prompt
-    save_png(target, np.asarray(draw_sheet(cells, heads, sides, title=title, cell=options.cell)))
-    data = {"file": str(target), "columns": heads, "rows": sides, "seconds": [round(s, 4) for s in seconds]}
-    emit(options, data, f"{target}: {len(heads)} x {len(sides)} pictures")
-    return 0
+    return cells
 
 
-def labels(axis: str, values: list[Any]) -> list[str]:
-    """What stands beside the pictures: `steps 4`, but a prompt, a sampler or a schedule by itself."""
-    if axis in ("", "prompt", "sampler", "schedule"):
-        return ["" if v is None else str(v) for v in values]
-    return [f"{axis} {v}" for v in values]
+def _sheets(cells: list[list[Any]], heads: list[str], sides: list[str], *, title: str, cell: int | None) -> UInt8:
+    """Sheets uint8 [F, H, W, 3], as many as the cells have frames: one of pictures."""
+    import numpy as np
 
+    from .sheet import draw_sheet
 
-def parse_axis(text: str) -> tuple[str, list[Any]]:
-    """`steps=2,4,8` as the axis and its values; `prompt=a cat, asleep|a dog` where values hold commas."""
-    name, _, values = text.partition("=")
-    if name not in AXES or not values:
-        raise ArgumentError(f"the axis is {text!r}", expected=f"AXIS=A,B,... with AXIS one of {', '.join(AXES)}")
-    try:
-        return name, [AXES[name](v.strip()) for v in values.split("|" if "|" in values else ",")]
-    except ValueError as error:
-        raise ArgumentError(f"the axis {text!r} has a value that is no {AXES[name].__name__}") from error
+    moving = cells[0][0].ndim == 4
+    frames = [[[c[f] if moving else c for c in row] for row in cells] for f in range(len(cells[0][0]) if moving else 1)]
+    return np.stack([np.asarray(draw_sheet(f, heads, sides, title=title, cell=cell)) for f in frames])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import resource
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -13,8 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import FewstepError
-from .common import BACKENDS, BUNDLE_HELP, between, emit, open_bundle, register_torch, say, size
+from ..errors import FewstepError, UnsupportedError
+from .common import BACKENDS, BUNDLE_HELP, add_budget_option, between, emit, open_bundle, register_torch, say, size
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
@@ -32,6 +31,7 @@ def device(text: str) -> str:
 
 def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help=BUNDLE_HELP)
+    add_budget_option(parser)
     parser.add_argument("--backend", choices=BACKENDS, default="auto")
     parser.add_argument("--size", type=size, metavar="WxH", help="pixels (default: the bundle's)")
     parser.add_argument("--batch", type=between(1, 1024), default=1, help="images at once (default: %(default)s)")
@@ -51,7 +51,7 @@ def execute(options: argparse.Namespace) -> int:
     from ..runtime.request import check_size
 
     register_torch(options.backend)
-    bundle = open_bundle(options.bundle)
+    bundle = open_bundle(options.bundle, options.budget)
     pixels = check_size(bundle, options.size or (bundle.defaults.width, bundle.defaults.height))
     if options.stage:
         emit(options, *_alone(bundle, options, pixels))
@@ -141,6 +141,7 @@ def _measured(options: argparse.Namespace, pixels: tuple[int, int], component: s
         command = [sys.executable, "-m", "fewstep", "memory", options.bundle, "--json", "--stage", component]
         command += ["--backend", options.backend, "--size", f"{pixels[0]}x{pixels[1]}", "--batch", str(batch)]
         command += ["--device", options.device]
+        command += [] if options.budget is None else ["--budget", options.budget]
         command += [] if options.lora_rank is None else ["--lora-rank", str(options.lora_rank)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 this interpreter, or a program of this project, with a list of arguments and no shell
         try:
@@ -164,7 +165,7 @@ def _alone(bundle: Bundle, options: argparse.Namespace, pixels: tuple[int, int])
     kind, _, index = options.device.partition(":")
     run = RunOptions(torch_device="cuda" if kind == "cuda" else "cpu", device=int(index or 0))
     bundle, name, dims = _stage(bundle, options.stage, dims_for(bundle, pixels, options.batch), options.lora_rank)
-    before, free = _begin(), _free_bytes(options.device)
+    before, anonymous, free = _begin(), _anonymous(), _free_bytes(options.device)
     engine = open_engine(bundle, name, backend=options.backend, dims=dims, run=run)
     zeros = {n: np.zeros(spec.resolve(dims), spec.dtype) for n, spec in engine.inputs.items()}
     for _ in range(2):  # the second run may plan its memory by the first one's, and take more
@@ -172,7 +173,8 @@ def _alone(bundle: Bundle, options: argparse.Namespace, pixels: tuple[int, int])
     if kind == "cuda":
         measured = max(0, (free or 0) - (_free_bytes(options.device) or 0))
     else:
-        measured = _peak_rss() - before
+        # pages of files, libraries among them, may have been taken back meanwhile: what was allocated is not
+        measured = max(_peak_rss() - before, _anonymous() - anonymous)
     data = {"component": options.stage, "batch": options.batch, "measured": measured, "backend": engine.backend}
     return data, f"{options.stage}: {measured / 1e6:.1f} MB"
 
@@ -189,8 +191,23 @@ def _peak_rss() -> int:
     """The most memory this process has held since `_begin`, in bytes."""
     with suppress(OSError):
         return _status("VmHWM")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    from ..engines.machine import peak_memory
+
+    peak = peak_memory()
+    if peak is None:
+        raise UnsupportedError(
+            "measuring memory on a system that tells no process its peak",
+            expected="Linux or macOS",
+            remedy="Pass --no-measure for the estimate.",
+        )
+    return peak
+
+
+def _anonymous() -> int:
+    """What this process has allocated and touched, in bytes, where the system tells it apart; else 0."""
+    with suppress(OSError, StopIteration):
+        return _status("RssAnon")
+    return 0
 
 
 def _status(name: str) -> int:

@@ -1,4 +1,4 @@
-"""`fewstep samplers`: every sampler and schedule, or which suit a checkpoint."""
+"""`fewstep samplers`: every sampler and schedule, or which suit a checkpoint and what was searched for it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from .common import emit, open_bundle
 
 def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--for", dest="bundle", metavar="BUNDLE", help="say which suit this bundle, and why the others do not"
+        "--for",
+        dest="bundle",
+        metavar="BUNDLE",
+        help="say which suit this bundle, why the others do not, and which schedules it holds",
     )
 
 
@@ -24,20 +27,15 @@ def execute(options: argparse.Namespace) -> int:
     return 0
 
 
-KINDS = ("lcm", "tcd", "turbo", "lightning", "hyper", "dmd2")
-
-
-def kind_of(preset: str | None) -> str | None:
-    """The kind of distillation that a preset's name tells of; DMD2's students are sampled as LCM's."""
-    kind = next((k for k in KINDS if preset and k in preset), None)
-    return "lcm" if kind == "dmd2" else kind
-
-
 def _suiting(options: argparse.Namespace) -> int:
+    from ..presets import kind_of
     from ..schedules import NoiseSchedule, listing
 
     bundle = open_bundle(options.bundle)
     noise = NoiseSchedule.from_diffusers(bundle.noise_config)
     verdicts = listing.samplers_for(noise, family=kind_of(bundle.defaults.preset))
-    emit(options, {"bundle": bundle.name, "samplers": listing.as_data(verdicts)}, listing.format_suitability(verdicts))
+    held = listing.list_found([bundle.searched(s.sampler) for s in bundle.schedules])
+    data = {"bundle": bundle.name, "samplers": listing.as_data(verdicts), "searched": listing.as_data(held)}
+    text = listing.format_suitability(verdicts)
+    emit(options, data, f"{text}\n\n{listing.format_found(held)}" if held else text)
     return 0

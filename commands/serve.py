@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import re
 import sys
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..bundle import Bundle
 from ..errors import ArgumentError, MissingExtraError
 from .asking import add_adapter_options
-from .common import BUNDLE_HELP, add_engine_options, between, open_bundle, register_torch, say, size
+from .common import BUNDLE_HELP, add_budget_option, add_engine_options, between, open_bundle, register_torch, say, size
 
 if TYPE_CHECKING:
     from ..serving import Server
@@ -23,12 +22,14 @@ if TYPE_CHECKING:
 
 USUAL_RANK = 32
 """Of LoRAs, for the estimate of what a model takes that is served with some."""
+LOG_FORMATS = ("auto", "plain", "json")
+LOG_LEVELS = ("debug", "info", "warning", "error")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help=BUNDLE_HELP)
-    parser.add_argument("--host", default="127.0.0.1", help="beyond loopback FEWSTEP_TOKEN must be set (%(default)s)")
+    parser.add_argument("--host", default="127.0.0.1", help="beyond loopback FEWSTEP_TOKEN or --keys (%(default)s)")
     parser.add_argument("--port", type=between(0, 65535), default=8000, help="(default: %(default)s)")
     parser.add_argument("--name", help="what requests call the model (default: the bundle's name)")
     parser.add_argument("--alias", action="append", default=[], help="another name of the model; repeatable")
@@ -45,6 +46,16 @@ def define(parser: argparse.ArgumentParser) -> None:
         type=between(1, 1 << 30),
         help="estimated memory of the models that are loaded at a time; the one used least recently makes room",
     )
+    parser.add_argument(
+        "--keys", metavar="FILE", help="TOML with a table for each caller: key or sha256, per_minute, concurrent, admin"
+    )
+    parser.add_argument(
+        "--cors",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="let pages of this origin call, like https://example.org, or * for all; repeatable",
+    )
     parser.add_argument("--size", type=size, action="append", metavar="WxH", help="repeatable (default: the bundle's)")
     parser.add_argument("--slots", type=between(1, 4096), default=32, help="images in progress (default: %(default)s)")
     parser.add_argument(
@@ -58,25 +69,38 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--most-images", type=between(1, 1024), default=8, help="of a request (default: %(default)s)")
     parser.add_argument("--most-steps", type=between(1, 1000), default=100, help="of a request (default: %(default)s)")
     parser.add_argument("--deadline", type=float, default=120.0, metavar="SECONDS", help="of a request (%(default)s)")
+    parser.add_argument(
+        "--log-format",
+        choices=LOG_FORMATS,
+        default="auto",
+        help="plain lines on a terminal and JSON elsewhere, or always one of them (default: %(default)s)",
+    )
+    parser.add_argument("--log-level", choices=LOG_LEVELS, default="info", help="(default: %(default)s)")
     parser.add_argument("--drain", type=float, default=30.0, metavar="SECONDS", help="SIGTERM waits (%(default)s)")
     add_adapter_options(parser)
     add_engine_options(parser)
+    add_budget_option(parser)
 
 
 def execute(options: argparse.Namespace) -> int:
     try:
         from ..serving.http import Metrics, Service, Settings, make_app
-        from ..serving.http.run import JsonLines, allowed_hosts, listen, serve
+        from ..serving.http.callers import read_keys
+        from ..serving.http.logs import logging_to
+        from ..serving.http.run import allowed_hosts, listen, serve
         from ..serving.live.socket import add_live
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "starlette", "serve", purpose="fewstep serve") from error
     token = os.environ.get("FEWSTEP_TOKEN") or None
-    hosts = allowed_hosts(options.host, token)
-    bundle = open_bundle(options.bundle)
+    keys = {} if options.keys is None else read_keys(options.keys)
+    hosts = allowed_hosts(options.host, guarded=token is not None or bool(keys))
+    bundle = open_bundle(options.bundle, options.budget)
     settings = Settings(
         model=options.name or bundle.name,
         aliases=tuple(options.alias),
         token=token,
+        keys=keys,
+        origins=tuple(options.cors),
         hosts=hosts,
         images=min(options.most_images, options.slots),
         steps=options.most_steps,
@@ -84,26 +108,19 @@ def execute(options: argparse.Namespace) -> int:
         drain_s=options.drain,
     )
     listening = listen(options.host, options.port)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines())
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     metrics = Metrics()
     bundles = {settings.model: bundle, **_others(options, settings.models)}
     budget = None if options.memory_mib is None else options.memory_mib << 20
     models = _models(options, bundles, metrics)
     service = Service(models, budget=budget, observer=metrics)
-    host = f"[{options.host}]" if ":" in options.host else options.host
     waiting = (options.slots + options.queue) * len(bundles)
     largest = max((s for b in bundles.values() for s in _sizes(options, b)), key=lambda s: s[0] * s[1])
     bound = settings.uploads_bytes(waiting, largest, beside=max(m.pictures for m in models)) / 2**30
     say(f"bodies and pictures that come in take {bound:.2f} GiB at most, beside the model's memory")
-    say(f"serving {', '.join(bundles)} on http://{host}:{listening[0].getsockname()[1]}")
-    serve(
-        make_app(service, settings, metrics=metrics, routes=add_live(service, settings, metrics)),
-        service,
-        listening,
-        drain_s=options.drain,
-    )
+    say(f"loading {', '.join(bundles)}")
+    app = make_app(service, settings, metrics=metrics, routes=add_live(service, settings, metrics))
+    with logging_to(sys.stderr, form=options.log_format, level=options.log_level):
+        serve(app, service, listening, drain_s=options.drain)
     if service.error is not None:
         raise service.error
     return 0
@@ -135,12 +152,14 @@ def _models(options: argparse.Namespace, bundles: dict[str, Bundle], metrics: Me
     from ..engines.memory import predicted_peak
     from ..runtime.pictures.control import pictures_beside
     from ..serving.resident import ServedModel
+    from ..serving.server import refuse_clips
 
     backend, _ = choose_backend(options.backend)
     on_cpu = makes_in_memory(backend) or load_backend(backend).device == "cpu"
     rank = None if options.lora_folder is None else USUAL_RANK
     models = []
     for i, (name, bundle) in enumerate(bundles.items()):
+        refuse_clips(bundle)
         sizes = _sizes(options, bundle)
         images = max(1, options.rows // (2 if bundle.defaults.guidance > 1 else 1))
         largest = max(sizes, key=lambda s: s[0] * s[1])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from .common import BUNDLE_HELP, emit, open_bundle, register_torch, say
+from ..errors import MissingError, MissingExtraError
+from .common import BUNDLE_HELP, add_budget_option, emit, open_bundle, register_torch, say
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
 def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help=BUNDLE_HELP)
+    add_budget_option(parser)
     parser.add_argument("--component", action="append", help="only this component; repeatable")
     parser.add_argument("--bisect", action="store_true", help="name the first node that is wrong in what fails")
     parser.add_argument(
@@ -27,7 +30,10 @@ def execute(options: argparse.Namespace) -> int:
     from ..engines import default_store
     from ..engines.gate.verify import verify_bundle
 
-    bundle = open_bundle(options.bundle)
+    for asked, module, extra in ((options.polygraphy, "polygraphy", "verify"), (options.bisect, "onnx", "export")):
+        if asked and importlib.util.find_spec(module) is None:  # told before minutes of comparing, not after them
+            raise MissingExtraError(module, extra, purpose=f"--{'polygraphy' if extra == 'verify' else 'bisect'}")
+    bundle = open_bundle(options.bundle, options.budget)
     reports = verify_bundle(bundle, store=default_store(), components=options.component, check=False)
     data: dict[str, Any] = {
         "passed": all(r.passed for r in reports),
@@ -64,7 +70,6 @@ def _final_images(bundle: Bundle) -> tuple[list[ImageVerdict], str]:
     """The verdicts on the final image, and why there are none where torch or its reference is not installed."""
     from ..engines import default_store
     from ..engines.gate.verify import engines_here
-    from ..errors import MissingExtraError
     from .final_image import compare_final_images
 
     register_torch("torch")
@@ -72,7 +77,7 @@ def _final_images(bundle: Bundle) -> tuple[list[ImageVerdict], str]:
     say(f"making one picture with torch in float32, the exported graphs{''.join(f', {b}' for b in backends)}")
     try:
         return compare_final_images(bundle, backends), ""
-    except MissingExtraError as error:
+    except MissingError as error:
         return [], str(error)
 
 
