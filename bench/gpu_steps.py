@@ -158,7 +158,7 @@ class Steps(Design):
             cells = side // bundle.latent.factor
             rows = images * (2 if bundle.defaults.guidance > 1 else 1)
             dims = {"rows": rows, "batch": images, "height": cells, "width": cells}
-            dims |= {"tokens": bundle.tokenizers[0].length}
+            dims |= {"tokens": bundle.tokens}
             stages = work[f"{side}x{images}"] = {}
             for name in ("unet", "vae_decoder"):
                 part = bundle.component(name)

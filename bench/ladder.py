@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fewstep.engines.machine import peak_memory
 
 RUNGS = {"none": (False, False), "LoRA": (True, False), "ControlNet": (False, True), "both": (True, True)}
 """Whether there is a LoRA, and a ControlNet."""
@@ -113,7 +113,7 @@ def one(options: argparse.Namespace) -> None:
         evaluate()
         times.append(1e3 * (time.perf_counter() - began))
     np.save(options.output, out)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory() or 0
     print(json.dumps({"milliseconds": times, "ready_s": ready_s, "peak_bytes": peak}))
 
 

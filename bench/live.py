@@ -96,15 +96,15 @@ def serving(*options: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
 
 
 @contextmanager
-def browser() -> Iterator[Any]:
-    """Headless Chromium with a profile of its own."""
+def browser(*flags: str) -> Iterator[Any]:
+    """Headless Chromium with a profile of its own, and more flags if wanted."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
     options = webdriver.ChromeOptions()
     options.binary_location = str(shutil.which("chromium"))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        for flag in (*FLAGS, f"--user-data-dir={profile}"):
+        for flag in (*FLAGS, *flags, f"--user-data-dir={profile}"):
             options.add_argument(flag)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
         driver = webdriver.Chrome(service=Service(str(shutil.which("chromedriver"))), options=options)

@@ -107,7 +107,7 @@ def main() -> None:
     cells = size[1] // bundle.latent.factor, size[0] // bundle.latent.factor
     random = np.random.default_rng(0)
     part = bundle.component("unet")
-    dims = {"rows": 2, "height": cells[0], "width": cells[1], "tokens": bundle.tokenizers[0].length}
+    dims = {"rows": 2, "height": cells[0], "width": cells[1], "tokens": bundle.tokens}
     inputs = {s.name: random.normal(size=s.resolve(dims)).astype(np.float32) for s in part.inputs}
     inputs["timestep"][...] = 500.0
     added = {c.name: torch.from_numpy(inputs[c.name]) for c in bundle.conditions if c.group == "added_cond_kwargs"}
