@@ -39,8 +39,18 @@ def verb_parsers() -> dict[str, argparse.ArgumentParser]:
 
 
 def flag_action(flag: str, verb: str) -> argparse.Action | None:
-    """What defines a flag for a verb."""
-    return verb_parsers()[verb]._option_string_actions.get(flag)
+    """What defines a flag for a verb, or for an action of it."""
+    return flags_of(verb_parsers()[verb]).get(flag)
+
+
+def flags_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    """The flags of a parser and of the actions that it has."""
+    own = dict(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                own |= flags_of(inner)
+    return own
 
 
 def make_targets() -> set[str]:

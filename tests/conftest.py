@@ -29,6 +29,13 @@ gc.set_threshold(50_000, 20, 20)  # traces make millions of objects that stay: l
 Once = Callable[[str, Callable[[Path], object]], Path]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not os.environ.get("FEWSTEP_SLOW_TESTS"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: run by make test-slow"))
+
+
 @pytest.fixture(scope="session")
 def of_the_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that all processes of this run share, and no other run."""
@@ -71,6 +78,20 @@ def tiny_sd1(made_once: Once) -> Path:
 
 
 @pytest.fixture(scope="session")
+def deepfloyd(made_once: Once) -> Path:
+    """DeepFloyd-IF's two stages: the checkpoints if-i and if-ii, and the bundles first and second."""
+    from fewstep.export import export_bundle
+    from pixel_checkpoints import make_first, make_second
+
+    def make(folder: Path) -> None:
+        folder.mkdir(parents=True)
+        export_bundle(make_first(folder / "if-i"), folder / "first", gate=False)
+        export_bundle(make_second(folder / "if-ii"), folder / "second", quick_gate=True)
+
+    return made_once("deepfloyd", make)
+
+
+@pytest.fixture(scope="session")
 def tiny_sd2(made_once: Once) -> Path:
     from checkpoints import make_sd2
 
@@ -104,6 +125,41 @@ def sd2_bundle(made_once: Once, tiny_sd2: Path) -> Bundle:
 @pytest.fixture(scope="session")
 def sdxl_bundle(made_once: Once, tiny_sdxl: Path) -> Bundle:
     return _exported(made_once, "sdxl-bundle", tiny_sdxl)
+
+
+class Clips(NamedTuple):
+    """A checkpoint's folder that makes clips, and its bundle."""
+
+    checkpoint: Path
+    bundle: Any
+
+
+def _clips(made_once: Once, name: str, *, gate: bool, **unet: Any) -> Clips:
+    from clips import make_svd
+    from fewstep.bundle import read_bundle
+    from fewstep.export import export_bundle
+
+    def make(folder: Path) -> None:
+        export_bundle(make_svd(folder / "model", **unet), folder / "bundle", name="bundle", gate=gate)
+
+    folder = made_once(name, make)
+    return Clips(folder / "model", read_bundle(folder / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def tiny_svd(made_once: Once) -> Clips:
+    return _clips(made_once, "tiny-svd", gate=True)
+
+
+@pytest.fixture(scope="session")
+def other_svd(made_once: Once) -> Clips:
+    """Attention at the second level alone, other heads and widths, and six frames."""
+    kinds = {
+        "down_block_types": ("DownBlockSpatioTemporal", "CrossAttnDownBlockSpatioTemporal"),
+        "up_block_types": ("CrossAttnUpBlockSpatioTemporal", "UpBlockSpatioTemporal"),
+    }
+    more = {"num_attention_heads": (1, 2), "block_out_channels": (64, 32), "vision": {"patch_size": 112}}
+    return _clips(made_once, "other-svd", gate=False, seed=70, num_frames=6, **kinds, **more)
 
 
 class Adapted(NamedTuple):

@@ -51,14 +51,19 @@ VAE: dict[str, Any] = {
 }
 
 
-def engine(kind: str, config: dict[str, Any], seed: int = 0, **options: Any) -> TorchEngine:
+def engine(kind: str, config: dict[str, Any], seed: int = 0, family: str = "sdxl", **options: Any) -> TorchEngine:
     torch.manual_seed(seed)
-    traceable = wrap(kind, build_model(kind, config), config, "float32", find_family("sdxl"))
+    traceable = wrap(kind, build_model(kind, config), config, "float32", find_family(family))
     return TorchEngine(traceable, RunOptions(**options))
 
 
 def unet(**options: Any) -> TorchEngine:
     return engine("unet", UNET, **options)
+
+
+def unet_of_variance(**options: Any) -> TorchEngine:
+    """A UNet that says its variance too; its texts have 77 tokens."""
+    return engine("unet", {**UNET, "out_channels": 8}, family="if", **options)
 
 
 def decoder(**options: Any) -> TorchEngine:

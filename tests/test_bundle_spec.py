@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,20 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from fewstep.bundle import Bundle
+from clips import photograph
+from fewstep.bundle import Bundle, add_schedules
 from fewstep.engines.gate.reference import read_reference
 from fewstep.export.embedded import embedded_bundle
-from fewstep.schedules import NoiseSchedule, compile_program, program_from_diffusers
+from fewstep.schedules import FoundSchedules, NoiseSchedule, compile_program, program_from_diffusers
+from fewstep.schedules.fitted import FittedRow
+from fewstep.schedules.found import FoundEntry
+from PIL import Image
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "bundle.md").read_text(encoding="utf-8")
+CLIP_MEAN, CLIP_DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 PROMPT, NEGATIVE = "a red circle, a very long prompt that goes on " + "and on " * 90, "blue"
 
 
@@ -100,8 +107,15 @@ class Reader:
             ]
             return out[:1] if len(told) == 1 else out[:1] + guidance * (out[1:] - out[:1])
 
-        p, noise = program, draw()
-        x = p["init_noise"] * noise
+        latent = self.sampled(program, network, draw)
+        outputs = self.run("vae_decoder", latent=latent)
+        assert outputs["finite"].all()
+        return outputs["image"]
+
+    @staticmethod
+    def sampled(p: dict[str, Any], network: Any, draw: Any) -> np.ndarray:
+        """The program's loop: a latent as the VAE takes it."""
+        x = p["init_noise"] * draw()
         remembered = [np.zeros_like(x) for _ in p["b"][0]]
         drawn = before = np.zeros_like(x)
         for i, timestep in enumerate(p["timesteps"]):
@@ -115,7 +129,35 @@ class Reader:
                 before, drawn = drawn, draw()
             x = p["a"][i] * x + p["c"][i] * drawn + p["c_prev"][i] * before + (clip["x"][i] * changed if clip else 0)
             x = x + sum(b * h for b, h in zip(p["b"][i], remembered, strict=True) if b)
-        outputs = self.run("vae_decoder", latent=(p["state_scale"][-1] * x).astype(np.float32))
+        return (p["state_scale"][-1] * x).astype(np.float32)
+
+    def clip(
+        self, program: dict[str, Any], picture: Image.Image, size: tuple[int, int], told: list[float], frames: int
+    ) -> np.ndarray:
+        """uint8 [F, H, W, 3] of a picture that has the image encoder's size; told: fps, motion bucket, noise."""
+        latent, (width, height), generator = self.manifest["latent"], size, torch.Generator().manual_seed(5)
+        values = np.asarray(picture, np.float32).transpose(2, 0, 1)[None] / 255
+        mean, deviation = (np.array(v, np.float32)[:, None, None] for v in (CLIP_MEAN, CLIP_DEVIATION))
+        hidden = self.run("image_encoder", pixels=(values - mean) / deviation)["hidden"]
+        small = np.asarray(picture.resize(size, Image.Resampling.LANCZOS), np.float32).transpose(2, 0, 1)[None]
+        noise = torch.randn((1, 3, height, width), generator=generator).numpy()
+        first = self.run("vae_encoder", image=small / 255 * 2 - 1 + np.float32(told[2]) * noise)["mean"]
+        first = first / self.manifest["components"]["vae_encoder"]["config"]["scaling_factor"]
+        rows = {"encoder_hidden_states": hidden, "image_latents": first}
+        conditioning = {n: np.concatenate([np.zeros_like(v), v]).astype(np.float32) for n, v in rows.items()}
+        conditioning["added_time_ids"] = np.array([[told[0] - 1, *told[1:]]] * 2, np.float32)
+        shape = (1, frames, latent["channels"], height // latent["factor"], width // latent["factor"])
+        guidance = np.linspace(1.0, self.manifest["defaults"]["guidance"], frames).reshape(1, -1, 1, 1, 1)
+
+        def network(sample: np.ndarray, timestep: float) -> np.ndarray:
+            given = np.concatenate([sample] * 2).astype(np.float32)
+            out = self.run("unet", sample=given, timestep=np.full(2, timestep, np.float32), **conditioning)["out"]
+            return out[:1] + guidance * (out[1:] - out[:1])
+
+        made = self.sampled(
+            program, network, lambda: torch.randn(shape, generator=generator).numpy().astype(np.float64)
+        )
+        outputs = self.run("vae_decoder", latent=made[0])
         assert outputs["finite"].all()
         return outputs["image"]
 
@@ -165,6 +207,85 @@ def test_a_program_that_clips_is_read_from_the_page_too(student: Bundle, sampler
     assert np.abs(result.images.astype(int) - unclipped.images.astype(int)).max() > 10
 
 
+def test_a_clip_is_made_from_the_page(tiny_svd: Any) -> None:
+    bundle: Bundle = tiny_svd.bundle
+    picture = photograph(224, 224)
+    noise = NoiseSchedule.from_diffusers(bundle.noise_config)
+    program = json.loads(compile_program("euler", schedule="ays_svd", steps=4, noise=noise).to_json())
+    clip = Reader(bundle.folder).clip(program, picture, (16, 24), [9, 60, 0.1], 5)
+    asked = {"size": (16, 24), "fps": 9, "motion_bucket": 60, "noise_augmentation": 0.1, "frames": 5, "steps": 4}
+    pipe = fewstep.load(bundle, backend="ort-cpu")
+    result = pipe(image=picture, seed=5, sampler="euler", schedule="ays_svd", **asked)
+    error = np.abs(result.frames[0].astype(int) - clip.astype(int))
+    assert error.max() <= 1
+    assert (error != 0).mean() < 0.01
+    assert clip.std() > 1
+
+
+def read_rows(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry with fitted rows over x0, for a network that predicts v, as the loop of `Reader.picture` takes it."""
+    n, most = entry["steps"], max(len(row) - 1 for row in entry["rows"])
+    scale = [1.0 / np.sqrt(1.0 + s * s) for s in entry["sigmas"][:-1]]
+    b = np.zeros((n, most))
+    for i, (_, *factors) in enumerate(entry["rows"]):
+        for age, factor in enumerate(factors):
+            b[i, (i - age) % most] = factor
+    plain = {"init_noise": 1.0, "timesteps": entry["fed"], "input_scale": [1.0] * n, "state_scale": [1.0] * (n + 1)}
+    return {
+        **plain,
+        "h_x": scale,
+        "h_out": [-s * a for s, a in zip(entry["sigmas"], scale, strict=False)],
+        "write": [i % most for i in range(n)],
+        "a": [row[0] for row in entry["rows"]],
+        "b": b.tolist(),
+        **{name: [0.0] * n for name in ("c", "c_prev", "draws")},
+    }
+
+
+def test_a_found_schedule_is_read_from_the_page(student: Bundle, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(student.folder, tmp_path / "student"))
+    unet = Reader(folder).manifest["components"]["unet"]
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    alpha_bar = np.round(np.cumprod(1.0 - betas), 12)
+    rows = ((0.4, 0.6), (0.5, 0.7, -0.1), (0.1, 1.1, -0.3, 0.1))
+    entry = FoundEntry(
+        steps=3,
+        method="rows",
+        sigmas=(11.0, 2.0, 0.5, 0.0),
+        fed=(960.5, 640.0, 250.25),
+        kept="x0",
+        rows=tuple(FittedRow(a, tuple(b)) for a, *b in rows),
+        figures={"psnr_db": 20.0},
+    )
+    add_schedules(
+        folder,
+        FoundSchedules(
+            sampler="dpmpp_2m",
+            model=hashlib.sha256((unet["graph_sha256"] + unet["weights_sha256"]).encode()).hexdigest(),
+            noise_digest=hashlib.sha256(alpha_bar.tobytes() + b"discrete").hexdigest(),
+            guidance=3.0,
+            size=(64, 64),
+            entries=(entry,),
+        ),
+    )
+    reader = Reader(folder)
+    (stated,) = reader.manifest["schedules"]
+    content = (folder / stated["file"]).read_bytes()
+    assert hashlib.sha256(content).hexdigest() == stated["sha256"]
+    data = json.loads(content)
+    assert (data["kind"], data["format"], data["sampler"]) == ("fewstep schedules", 1, stated["sampler"])
+    result = fewstep.load(folder, backend="ort-cpu")(
+        PROMPT, seed=5, guidance=3.0, sampler="dpmpp_2m", schedule="searched", steps=3
+    )
+    picture = reader.picture(read_rows(data["entries"][0]), 5, 3.0, None)
+    error = np.abs(result.images.astype(int) - picture.astype(int))
+    assert error.max() <= 1
+    assert picture.std() > 1
+    entries = [{k: v for k, v in e.items() if k != "figures"} for e in data["entries"]]
+    digest = hashlib.sha256(json.dumps([data["sampler"], entries], sort_keys=True).encode()).hexdigest()
+    assert result.parameters[0]["schedule_digest"] == digest[:12]
+
+
 def test_files_are_as_they_are_stated(bundle: Bundle) -> None:
     manifest = Reader(bundle.folder).manifest
     for component in manifest["components"].values():
@@ -209,6 +330,18 @@ def test_the_page_names_every_key(bundle: Bundle) -> None:
     stated |= json.loads(program.to_json()).keys()
     clipped = {"_class_name": "DDIMScheduler", "clip_sample": True}
     stated |= json.loads(program_from_diffusers(clipped, steps=2).to_json())["clip"].keys() | {"clip"}
-    assert len(stated) > 50
+    learned = {"_class_name": "DDPMScheduler", "variance_type": "learned_range", "thresholding": True}
+    thresholded = json.loads(program_from_diffusers(learned, steps=2).to_json())
+    stated |= thresholded.keys() | thresholded["clip"].keys()
+    rows = (FittedRow(1.0, (0.5,)),)
+    entry = FoundEntry(
+        steps=1, method="rows", sigmas=(9.0, 0.0), fed=(900.0,), between=(9.0, 0.0), kept="x0", rows=rows
+    )
+    entry = replace(entry, options={"solver_type": "heun"}, figures={"psnr_db": 30.0})
+    found = FoundSchedules(
+        sampler="dpmpp_2m", model="0", noise_digest="0", guidance=1.0, size=(8, 8), entries=(entry,), made={}
+    )
+    stated |= keys(found.to_json()) - {"psnr_db"} | {"schedules", "schedule_digest"}
+    assert len(stated) > 60
     named = set(re.findall(r"`(\w+)`", PAGE))
     assert stated - named == set()

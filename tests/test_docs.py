@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commandline import ROOT, make_targets, usage_error, verb_parsers
+from commandline import ROOT, flags_of, make_targets, usage_error, verb_parsers
 from fewstep.cli import VERBS, main
 from fewstep.export.embedded import embedded_bundle
 
@@ -149,7 +149,7 @@ def test_a_wrong_command_is_noticed(command: str, fault: str) -> None:
 
 def test_every_flag_is_one() -> None:
     """A flag alone in running text belongs to some verb or to a script of the bench."""
-    known = {f for v in verb_parsers().values() for f in v._option_string_actions}
+    known = {f for v in verb_parsers().values() for f in flags_of(v)}
     known |= {f for s in sorted((ROOT / "bench").glob("*.py")) for f in script_flags(s)}
     flags = [
         (p, f) for p in spans() if not p.text.startswith("podman") for f in re.findall(r"(?:^| )(--[\w-]+)", p.text)

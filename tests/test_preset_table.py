@@ -12,10 +12,14 @@ from typing import Any
 
 import pytest
 from fewstep.families import all_families
-from fewstep.presets import PRESETS, PRESETS_BY_NAME, Preset
-from fewstep.schedules import resolve_sampler, resolve_schedule
+from fewstep.presets import PRESETS, PRESETS_BY_NAME, Preset, kind_of
+from fewstep.schedules import NoiseSchedule, resolve_sampler, resolve_schedule
+from fewstep.schedules.listing import samplers_for
 
 ROWS: list[dict[str, Any]] = json.loads((Path(__file__).parents[1] / "presets.json").read_text(encoding="utf-8"))
+
+
+NOISE = NoiseSchedule.scaled_linear()
 
 
 def is_text(value: object) -> bool:
@@ -31,9 +35,10 @@ def is_count(value: object) -> bool:
 
 
 KINDS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("name", "pattern", "sampler", "schedule"), is_text),
+    **dict.fromkeys(("name", "pattern", "schedule"), is_text),
+    "sampler": lambda value: value is None or is_text(value),
     **dict.fromkeys(("steps", "most_steps", "side"), is_count),
-    **dict.fromkeys(("guidance", "largest_guidance"), is_number),
+    **dict.fromkeys(("guidance", "least_guidance", "largest_guidance"), is_number),
     "source": lambda value: is_text(value) and value.startswith("https://"),
     "fixed": lambda value: isinstance(value, bool),
     "timesteps": lambda value: isinstance(value, list) and bool(value) and all(map(is_count, value)),
@@ -48,9 +53,19 @@ def test_a_row_is_whole(row: dict[str, Any]) -> None:
     assert {key: KINDS[key](value) for key, value in row.items()} == dict.fromkeys(row, True)
     re.compile(row["pattern"])
     preset = PRESETS_BY_NAME[row["name"]]
-    assert resolve_sampler(preset.sampler).name
+    assert preset.sampler is None or resolve_sampler(preset.sampler).name
+    assert preset.least_guidance <= preset.guidance <= preset.largest_guidance or preset.guidance == 0
     assert preset.schedule is None or resolve_schedule(preset.schedule)
     assert preset.timesteps is None or len(preset.timesteps) == preset.steps
+
+
+def test_a_presets_own_sampler_suits_its_kind() -> None:
+    """What `fewstep samplers --for` says of a distilled checkpoint does not go against what it was made for."""
+    kinds = {p.name: kind_of(p.name) for p in PRESETS if p.sampler is not None}
+    suiting = {k: {s.sampler for s in samplers_for(NOISE, family=k) if s.suits} for k in set(kinds.values())}
+    own = {name: resolve_sampler(str(PRESETS_BY_NAME[name].sampler)).name for name in kinds}
+    assert {name for name, kind in kinds.items() if own[name] not in suiting[kind]} == set()
+    assert {name for name, kind in kinds.items() if kind is None} == {"sdxl-flash"}
 
 
 def test_the_kinds_are_those_of_a_preset_and_names_are_given_once() -> None:

@@ -186,6 +186,7 @@ def public_parameters() -> frozenset[str]:
     names = {"last_sigma"}.union(*(s.options for s in SAMPLERS.values()))
     spacings = [f for s in SPACINGS.values() if (f := s.timesteps or s.sigmas) is not None]
     names |= {n for f in spacings for n in inspect.signature(f).parameters}
+    names |= {n for s in SPACINGS.values() for n in s.options}
     names |= set(inspect.signature(Replicas).parameters)
     for module in map(importlib.import_module, PUBLIC):
         for name in module.__all__:
@@ -279,6 +280,8 @@ def test_the_command_in_a_picture_parses() -> None:
     options = {f.name: f.default for f in dataclasses.fields(Call) if f.name in RECORDED}
     pairs = {n: [64, 64] for n in options if n.endswith("_size")} | {n: [0, 8] for n in options if "crop" in n}
     values = {"prompt_syntax": "a1111", "long_prompts": "chunk", "clip_skip": 1, "fit": "cover", "seed_device": "cuda"}
+    values |= {"frames": 14, "fps": 7, "motion_bucket": 90, "noise_augmentation": 0.1, "min_guidance": 1.5}
+    values |= {"decode_chunk": 4}
     parameters = {
         **{"bundle": "sd 1", "prompt": "a 'cat'", "negative": "a dog", "prompt_2": "b", "negative_2": "c"},
         **{"steps": 4, "sampler": "euler", "schedule": "karras", "guidance": 5.0, "compat": "diffusers", "seed": 1},

@@ -24,15 +24,16 @@ ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "diffusers", "onnx", "transformers", "onnxruntime"}
 FLOORS = (
     ("errors", "version"),
-    ("values", "places"),
+    ("values", "places", "precision"),
     ("families", "schedules", "tensors"),
     ("weights",),
-    ("agreement",),
+    ("agreement", "manifest"),
     ("bundle",),
     ("presets", "engines"),
     ("runtime",),
-    ("serving", "export"),
-    ("bench",),
+    ("search", "serving", "export"),
+    ("quantize",),
+    ("bench", "integrations"),
     ("commands",),
     ("cli",),
     ("__init__", "__main__"),
@@ -42,6 +43,7 @@ HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor}
 OUTSIDE = {"tests", "tools", "examples", "build", "dist"}
 TORCH_ROOMS = {"export", "bench"}
 TORCH_FILES = {
+    "integrations/comfyui/nodes.py": "what ComfyUI's sockets carry",
     "runtime/device/clock.py": "the CUDA device",
     "runtime/device/host_engine.py": "the CUDA device",
     "runtime/device/memory.py": "the CUDA device",

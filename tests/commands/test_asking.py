@@ -60,7 +60,8 @@ def test_the_printed_command_makes_the_same_picture(
     _, out, _ = call(capsys, "inspect", "one.png")
     words = [w for w in shlex.split(out)[1:] if not w.startswith("--output")]
     kept = [w for w in asked if w.startswith(("--vae", "--drop"))]  # of memory, not of the picture
-    code, _, err = call(capsys, *words, *kept, "--output=two.png")
+    assert words[1] == Path(bundle).name, "a name, and no path"
+    code, _, err = call(capsys, words[0], bundle, *words[2:], *kept, "--output=two.png")
     assert code == 0, (words, err)
     np.testing.assert_array_equal(np.asarray(Image.open("one.png")), np.asarray(Image.open("two.png")))
     assert call(capsys, "run", bundle, "--prompt=other", *plain, "--output=three.png")[0] == 0

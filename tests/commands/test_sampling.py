@@ -16,7 +16,7 @@ from fewstep.commands.sampling import OPTIONS
 from fewstep.errors import FewstepError
 from fewstep.runtime.pictures.parameters import command_line
 from fewstep.schedules import NoiseSchedule, Program, compile_program, program_from_diffusers
-from fewstep.schedules.compat.classes import CLASSES
+from fewstep.schedules.compat.classes import CLASSES, THRESHOLD, admits_thresholding
 from fewstep.schedules.names import SAMPLER_ALIASES, SCHEDULE_ALIASES, resolve_sampler, resolve_schedule
 from fewstep.schedules.solvers.registry import SAMPLERS
 from fewstep.schedules.spacing import SPACINGS
@@ -29,9 +29,14 @@ VALUES: dict[str, Any] = {
     "eta": 0.6, "s_churn": 2.0, "s_tmin": 1.0, "s_tmax": 5.0, "s_noise": 0.9, "order": 2, "lower_order_final": False,
     "euler_at_final": True, "disable_corrector": [1], "large_variance": True, "timestep_scaling": 8.0,
     "last_sigma": "sigma_min", "sigma_min": 0.05, "sigma_max": 10.0, "sigma_data": 0.7, "rho": 4.0, "alpha": 0.5,
-    "beta": 0.8, "steps_offset": 3, "original_steps": 40,
+    "beta": 0.8, "steps_offset": 3, "original_steps": 40, "learned_variance": True, "thresholding": True,
+    "dynamic_thresholding_ratio": 0.9, "sample_max_value": 1.5,
+    "shifted_timestep": 300, "first_timestep": 700.0, "first_sigma": 3.0,
 }  # fmt: skip
-WHERE: dict[str, dict[str, Any]] = {"s_noise": {"s_churn": 2.0}, "s_tmin": {"s_churn": 2.0}, "s_tmax": {"s_churn": 2.0}}
+WHERE: dict[str, dict[str, Any]] = {
+    **{name: {"s_churn": 2.0} for name in ("s_noise", "s_tmin", "s_tmax")},
+    **{name: {"thresholding": True} for name in THRESHOLD[1:]},
+}
 """What an option needs beside it to show."""
 CALLS = make_calls(Settings(model="student"), [(64, 64)])
 
@@ -44,6 +49,8 @@ def cases() -> list[tuple[str, str | None, str, Any]]:
             other = {"midpoint": "heun", "bh1": "bh2", "bh2": "bh1"}.get(str(default))
             found.append((sampler.name, None, name, other if name == "solver_type" else VALUES[name]))
         found.append((sampler.name, None, "last_sigma", VALUES["last_sigma"]))
+        if admits_thresholding(sampler):
+            found += [(sampler.name, None, name, VALUES[name]) for name in THRESHOLD]
     found += [("euler", s.name, name, VALUES[name]) for s in SPACINGS.values() for name in s.options]
     return [*found, ("edm_euler", None, "sigma_data", VALUES["sigma_data"])]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 from fewstep.bundle import Bundle
 from fewstep.engines import BuildOptions, Span, Store, build_engines, open_engines, profiles_for
@@ -12,15 +10,13 @@ from fewstep.engines.gate.reference import FILE
 GPUS = BuildOptions(compute_capabilities=("8.9", "12.0"))
 
 
-@pytest.fixture(params=["embedded", "sd1", "sdxl"])
+@pytest.fixture(params=["embedded", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sd1", "sdxl"))])
 def exported(request: pytest.FixtureRequest) -> Bundle:
     """Tracing the random ones takes a minute each, so that they are left to runs which ask for them by name."""
     if request.param == "embedded":
         from fewstep.export.embedded import embedded_bundle
 
         return embedded_bundle("base")[0]
-    if not os.environ.get("FEWSTEP_SLOW_TESTS"):
-        pytest.skip("set FEWSTEP_SLOW_TESTS=1 to trace and build tiny random checkpoints")
     found: Bundle = request.getfixturevalue(f"{request.param}_bundle")
     return found
 

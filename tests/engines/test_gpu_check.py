@@ -34,6 +34,7 @@ def run(folder: Path, *arguments: str, script: Path = SCRIPT, code: int = 0, **v
     return json.loads(report.read_text()) if report.is_file() else None, done.stderr
 
 
+@pytest.mark.slow
 def test_plan_first_says_what_became_of_every_step(tmp_path: Path) -> None:
     report, _ = run(tmp_path)
     results = report["results"]

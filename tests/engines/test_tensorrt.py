@@ -302,9 +302,9 @@ def inspector(*formats: str, form: str = "Format/Datatype", tactic: str = "") ->
 
 def test_the_inspectors_precision_is_compared_with_the_asked_one() -> None:
     half = inspector("Row major linear FP16 format", "Half", "Row major linear FP32")
-    assert check_precision(half, "float16") == {"float32": 1, "float16": 2, "bfloat16": 0}
+    assert check_precision(half, "float16") == {"float32": 1, "float16": 2, "bfloat16": 0, "int8": 0}
     split = inspector("Half", "Float", "BFloat16", form="DataType")
-    assert check_precision(split, "float16") == {"float32": 1, "float16": 1, "bfloat16": 1}
+    assert check_precision(split, "float16") == {"float32": 1, "float16": 1, "bfloat16": 1, "int8": 0}
     with pytest.raises(MismatchError, match="computes in float32; expected float16"):
         check_precision(inspector("Row major linear FP32", "Float"), "float16")
     for silent in ('{"Layers": ["names", "only"]}', "{}", "", inspector()):

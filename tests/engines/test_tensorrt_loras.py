@@ -6,7 +6,6 @@ recorded and replayed; pictures are diffusers' with the same adapters.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,12 +70,10 @@ def diffusers_pipeline(family: str, folder: Path) -> Callable[..., np.ndarray]:
     return picture
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("family", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_a_life_with_loras_as_inputs(
     family: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    if family == "sdxl" and not os.environ.get("FEWSTEP_SLOW_TESTS"):
-        pytest.skip("set FEWSTEP_SLOW_TESTS=1 to do the same with SDXL")
     bundle: Bundle = request.getfixturevalue(f"{family}_bundle")
     folder: Path = request.getfixturevalue(f"tiny_{family}")
     side = 32

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -82,9 +81,8 @@ def test_channels_last_computes_the_same() -> None:
     assert distance(evaluate(subject), evaluate(engine())) < 1e-5
 
 
+@pytest.mark.slow
 def test_compiled_computes_the_same() -> None:
-    if not os.environ.get("FEWSTEP_SLOW_TESTS"):
-        pytest.skip("set FEWSTEP_SLOW_TESTS=1: torch.compile takes a minute")
     assert distance(evaluate(engine(compile="default")), evaluate(engine())) < 1e-5
 
 

@@ -213,6 +213,9 @@ def old_folders() -> Iterator[Entry]:
     yield Entry("DDIM that clips", "sd1", scheduler(DDIM, clip_sample=True, set_alpha_to_one=False))
     yield Entry("DDIM that clips, v", "sd2", scheduler(DDIM, clip_sample=True, **V))
     yield Entry("DDPM as a trainer leaves it", "sd1", scheduler(DDPM, clip_sample=True, variance_type="fixed_small"))
+    bounds = {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 1.5}
+    yield Entry("DDIM that thresholds", "sd1", scheduler(DDIM, **bounds), image=True)
+    yield Entry("DPM++ that thresholds", "sdxl", scheduler(MULTI, **bounds))
     yield Entry("Euler under leading, no offset", "sd1", scheduler(EULER, timestep_spacing="leading"), image=True)
     yield Entry("Heun that clips, corrected", "sd1", scheduler("HeunDiscreteScheduler", clip_sample=True))
     yield Entry(
@@ -327,8 +330,6 @@ def parts_and_files() -> Iterator[Entry]:
 
 def refused() -> Iterator[Entry]:
     for base, name, config, words in (
-        ("sd1", DDIM, {"thresholding": True}, "thresholding"),
-        ("sdxl", MULTI, {"thresholding": True}, "thresholding"),
         ("sd1", MULTI, {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}, "dpmsolver"),
         ("sd1", DDPM, {"variance_type": "learned_range"}, "learned_range"),
         ("sd1", "UniPCMultistepScheduler", {"predict_x0": False}, "predict_x0"),

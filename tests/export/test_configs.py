@@ -7,10 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLTemporalDecoder,
+    AutoencoderTiny,
+    UNet2DConditionModel,
+    UNetSpatioTemporalConditionModel,
+)
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from fewstep.export.checkpoint.configs import (
+    CLIP_UNET_DEFAULTS,
+    CLIP_VAE_DEFAULTS,
     IGNORED,
+    T5_DEFAULTS,
     TEXT_DEFAULTS,
     TINY_DEFAULTS,
     UNET_DEFAULTS,
@@ -19,13 +28,17 @@ from fewstep.export.checkpoint.configs import (
 )
 from fewstep.export.trace.graphs import graph_key
 from fewstep.export.trace.modules import UpcastAttention
-from transformers import CLIPTextConfig
+from transformers import CLIPTextConfig, T5Config
 
 
 @pytest.mark.parametrize(
     ("cls", "stated"),
-    [(UNet2DConditionModel, UNET_DEFAULTS), (AutoencoderKL, VAE_DEFAULTS), (AutoencoderTiny, TINY_DEFAULTS)],
-    ids=["unet", "vae", "tiny"],
+    [
+        *[(UNet2DConditionModel, UNET_DEFAULTS), (AutoencoderKL, VAE_DEFAULTS), (AutoencoderTiny, TINY_DEFAULTS)],
+        (UNetSpatioTemporalConditionModel, CLIP_UNET_DEFAULTS),
+        (AutoencoderKLTemporalDecoder, CLIP_VAE_DEFAULTS),
+    ],
+    ids=["unet", "vae", "tiny", "clips-unet", "clips-vae"],
 )
 def test_defaults_are_diffusers_own(cls: Any, stated: dict[str, Any]) -> None:
     theirs = {k: p.default for k, p in inspect.signature(cls.__init__).parameters.items() if k != "self"}
@@ -37,6 +50,11 @@ def test_defaults_are_diffusers_own(cls: Any, stated: dict[str, Any]) -> None:
 def test_defaults_are_transformers_own() -> None:
     theirs = CLIPTextConfig().to_dict()
     assert {k: theirs[k] for k in TEXT_DEFAULTS} == TEXT_DEFAULTS
+
+
+def test_t5s_defaults_are_transformers_own() -> None:
+    theirs = T5Config().to_dict()
+    assert {k: theirs[k] for k in T5_DEFAULTS} == T5_DEFAULTS
 
 
 def test_a_key_does_not_depend_on_the_writer() -> None:
@@ -59,6 +77,15 @@ def test_a_key_does_not_depend_on_the_writer() -> None:
     assert graph_key("unet", old, "float16") == graph_key("unet", new, "float16")
     for key, value in (("time_cond_proj_dim", 256), ("attention_head_dim", [5, 10, 20, 20]), ("surprise", 1)):
         assert graph_key("unet", {**old, key: value}, "float16") != graph_key("unet", old, "float16")
+
+
+def test_classes_whose_defaults_are_others_have_keys_of_their_own() -> None:
+    clips = {"_class_name": "UNetSpatioTemporalConditionModel", "num_frames": 14, "sample_size": 96}
+    stated = {**clips, **CLIP_UNET_DEFAULTS, "num_frames": 25}
+    assert graph_key("unet", clips, "float16") != graph_key("unet", {}, "float16")
+    assert graph_key("unet", stated, "float16") == graph_key("unet", clips, "float16"), "a graph takes any frames"
+    decoder = {"_class_name": "AutoencoderKLTemporalDecoder"}
+    assert graph_key("vae_decoder", decoder, "float32") != graph_key("vae_decoder", {}, "float32")
 
 
 def test_a_text_encoders_key_keeps_what_matters() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adapters import drawing, make_controlnet
+from adapters import drawing, make_controlnet, make_ip_adapter
 from checkpoints import copy
 from fewstep.bundle import Bundle, read_bundle
 from fewstep.cli import main
@@ -181,8 +181,9 @@ def with_tensors(source: Path, target: Path, **changes: Any) -> Path:
     return target / source.name
 
 
-def test_ip_adapters_that_are_refused(adapted_sd1: Adapted, adapted_sdxl: Adapted, tmp_path: Path) -> None:
+def test_ip_adapters_that_are_refused(adapted_sd1: Adapted, tiny_sdxl: Path, tmp_path: Path) -> None:
     checkpoint, _, file, _ = adapted_sd1
+    larger = make_ip_adapter(tiny_sdxl, tmp_path / "larger", 31, plus=True)
     with pytest.raises(UnsafeFileError, match="pickle"):
         compose_checkpoint(checkpoint, ip_adapter=tmp_path / "ip-adapter.bin")
     with pytest.raises(MissingError, match="no IP-Adapter file"):
@@ -192,15 +193,15 @@ def test_ip_adapters_that_are_refused(adapted_sd1: Adapted, adapted_sdxl: Adapte
     with pytest.raises(ArgumentError, match="without an IP-Adapter"):
         compose_checkpoint(checkpoint, image_encoder=file.parent / "image_encoder")
     with pytest.raises(ArgumentError, match=r"made for SD 1\.x"):
-        compose_checkpoint(checkpoint, ip_adapter=adapted_sdxl[2])
+        compose_checkpoint(checkpoint, ip_adapter=larger)
     face = with_tensors(file, tmp_path / "face", image_proj__proj__weight="image_proj.proj.3.weight")
     with pytest.raises(UnsupportedError, match="full face"):
         compose_checkpoint(checkpoint, ip_adapter=face)
     with pytest.raises(CorruptError, match="holds no IP-Adapter"):
         compose_checkpoint(checkpoint, ip_adapter=checkpoint / "unet" / WEIGHTS)
-    gone = with_tensors(adapted_sdxl[2], tmp_path / "gone", image_proj__latents=None)
+    gone = with_tensors(larger, tmp_path / "gone", image_proj__latents=None)
     with pytest.raises(CorruptError, match="none that is known"):
-        compose_checkpoint(adapted_sdxl[0], ip_adapter=gone)
+        compose_checkpoint(tiny_sdxl, ip_adapter=gone)
     config = with_config(file.parent / "image_encoder", tmp_path / "encoder", projection_dim=24)
     with pytest.raises(ArgumentError, match="vectors of width 24"):
         compose_checkpoint(checkpoint, ip_adapter=file, image_encoder=config)

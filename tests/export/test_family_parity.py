@@ -25,6 +25,7 @@ from fewstep.export import export_bundle
 from fewstep.presets import PRESETS
 from PIL import Image
 from safetensors.numpy import load_file, save_file
+from test_few_step_families import CASES
 
 PROMPT = "a red circle, hello! Émile's café"
 SIZE = {"height": 32, "width": 32}
@@ -205,7 +206,7 @@ def test_lcm_with_guidance_embedded(tmp_path: Path) -> None:
 
 
 def test_every_preset_was_compared(request: pytest.FixtureRequest) -> None:
-    """The tests above, where all of them ran."""
+    """The tests above, where all of them ran, those of presets on one bundle, and of pruned UNets."""
     if request.config.getoption("keyword") or any("::" in a for a in request.config.args):
         pytest.skip("only some of the tests were asked for")
-    assert {p.name for p in PRESETS} == COMPARED
+    assert {p.name for p in PRESETS} == COMPARED | set(CASES) | {"sdxs-512"}

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from fewstep.export.fused.group_norm import FusedGroupNorm, fuse_group_norms
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -18,6 +18,9 @@ DTYPES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
 @settings(max_examples=25, deadline=None)
+@example(
+    pictures=1, groups=32, per_group=2, positions=(1,), dtype=torch.float32, silu=False, last=False, mean=30.0, seed=1
+)
 @given(
     pictures=st.integers(1, 3),
     groups=st.sampled_from([1, 2, 32]),
@@ -63,8 +66,10 @@ def test_it_is_torchs_norm(
     assert out.dtype == dtype
     assert out.movedim(1, -1).is_contiguous()
     largest = float(expected.abs().max())
-    # a mean of 30 leaves float32 five digits of what is left of it
-    assert float((out.double() - expected).abs().max()) <= (DTYPES[dtype] * (1 + mean)) * max(1.0, largest)
+    # what a group's mean takes of the digits of its deviations: by how much it exceeds them
+    members = x.double().reshape(pictures, groups, -1)
+    lost = float((members.mean(2).abs() / (members.var(2, correction=0) + norm.eps).sqrt()).max())
+    assert float((out.double() - expected).abs().max()) <= DTYPES[dtype] * (1 + lost) * max(1.0, largest)
 
 
 def test_a_picture_of_more_positions_than_tiles_hold_at_once() -> None:

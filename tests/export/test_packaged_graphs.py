@@ -17,7 +17,7 @@ from fewstep.engines.graph.rewrite import rewrite_for_cpu
 from fewstep.export.embedded import embedded_checkpoint
 from fewstep.export.plan import PRECISIONS
 from fewstep.export.trace.graphs import find_graph, graph_key
-from fewstep.export.trace.layout import plan_layout
+from fewstep.weights.layout import plan_layout
 
 TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))

@@ -24,10 +24,11 @@ def folder_of(pipeline: str, path: Path, **parts: Any) -> Path:
 @pytest.mark.parametrize(
     ("pipeline", "words"),
     [
-        ("StableVideoDiffusionPipeline", "Stable Video Diffusion"),
-        ("IFPipeline", "DeepFloyd-IF"),
+        ("IFPipeline", "has no unet"),
+        ("IFImg2ImgPipeline", "DeepFloyd-IF"),
         ("IFImg2ImgSuperResolutionPipeline", "IFImg2ImgSuperResolution"),
-        ("IFSuperResolutionPipeline", "DeepFloyd-IF"),
+        ("IFInpaintingPipeline", "DeepFloyd-IF"),
+        ("IFSuperResolutionPipeline", "has no unet"),
         ("StableDiffusion3Pipeline", "Stable Diffusion 3"),
         ("StableDiffusion3Img2ImgPipeline", "Stable Diffusion 3"),
         ("FluxPipeline", "is Flux"),

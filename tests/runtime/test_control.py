@@ -59,7 +59,7 @@ class Sides:
         return np.asarray((out * 255).round().astype(np.uint8))
 
 
-@pytest.fixture(scope="module", params=["sd1", "sdxl"])
+@pytest.fixture(scope="module", params=["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def adapted(request: pytest.FixtureRequest) -> Sides:
     return Sides(request.param, request.getfixturevalue(f"adapted_{request.param}"))
 
@@ -278,6 +278,7 @@ def test_in_diffusers_own_signature(adapted: Sides) -> None:
         ours(PROMPT, image=drawing(1))
 
 
+@pytest.mark.slow
 def test_controlnets_given_to_from_pretrained(adapted_sd1: Any, tmp_path: Path) -> None:
     """A script of diffusers' as it is: modules, in their order, beside the checkpoint; kept for the next time."""
     sides = Sides("sd1", adapted_sd1)

@@ -158,7 +158,7 @@ def test_a_group_is_cancelled_and_fails_as_one(bundle: Bundle, monkeypatch: pyte
         group("a star", steps=9, sampler="euler", seed=[1, 2], cancel=cancel, on_step=lambda _: cancel.set())
     request = group.request("a star", steps=9, sampler="euler", seed=[1, 2])
     bad = group.pipelines[1]
-    monkeypatch.setattr(bad.vae, "decode", lambda out: (_ for _ in ()).throw(MissingError("the second one is gone")))
+    monkeypatch.setattr(bad.vae, "decode", lambda *_: (_ for _ in ()).throw(MissingError("the second one is gone")))
     with pytest.raises(MissingError, match="second one is gone"):
         group.run(request)
 

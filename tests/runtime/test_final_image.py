@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -92,9 +91,8 @@ def test_the_command_says_it_and_fails_by_it(
     assert "images" not in json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_half_precision_is_held_to_torchs_own_error(tmp_path: Path) -> None:
-    if not os.environ.get("FEWSTEP_SLOW_TESTS"):
-        pytest.skip("set FEWSTEP_SLOW_TESTS=1 to trace the embedded model in float16")
     made = export_bundle(embedded_checkpoint("student"), tmp_path / "half", dtype="float16", gate=False)
     own, graphs = compare_final_images(made, [])
     assert own.subject == "torch in the bundle's precision"

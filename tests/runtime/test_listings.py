@@ -143,6 +143,7 @@ def test_turbo(family: str, with_scheduler: Any, request: pytest.FixtureRequest,
     alike(theirs, turbo_image(diffusers_adapter, pipeline, picture, utils.load_image))
 
 
+@pytest.mark.slow
 def test_half_precision_from_a_variant(tiny_sd1: Path, tmp_path: Path) -> None:
     """A checkpoint itself, of which only the half-precision files are there, as most listings load theirs.
 

@@ -63,7 +63,7 @@ def deepen(checkpoint: Path, levels: int) -> Path:
     return checkpoint
 
 
-@pytest.fixture(scope="module", params=LEVELS)
+@pytest.fixture(scope="module", params=["sd1", pytest.param("sdxl", marks=pytest.mark.slow)])
 def deep(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A checkpoint of a family with as many levels as the published one, in both libraries."""
     name = request.param
@@ -84,7 +84,7 @@ def expected_of(both: dict[str, Any], kind: str, **given: Any) -> np.ndarray:
     return pixels(both[kind](prompt="a ring", generator=generators([5]), output_type="np", **given))
 
 
-@pytest.mark.parametrize("size", [(136, 136), (520, 512), (912, 512)])
+@pytest.mark.parametrize("size", [(136, 136), (520, 512), pytest.param((912, 512), marks=pytest.mark.slow)])
 def test_text_to_image_at_multiples_of_8(deep: dict[str, Any], size: tuple[int, int]) -> None:
     width, height = size
     theirs = expected_of(deep, "text", width=width, height=height, num_inference_steps=2, guidance_scale=3.0)

@@ -10,11 +10,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from device_models import NOISE, SDXL, SHAPE, TOKENS, Image, decoder, engine, program, psnr, unet
+from device_models import (
+    NOISE,
+    SDXL,
+    SHAPE,
+    TOKENS,
+    Image,
+    decoder,
+    engine,
+    program,
+    psnr,
+    unet,
+    unet_of_variance,
+)
 from fewstep.engines import Engine
 from fewstep.errors import ArgumentError
 from fewstep.runtime import Slots
-from fewstep.runtime.device.base import Device
+from fewstep.runtime.device.base import VARIANCE, Device
 from fewstep.runtime.device.cuda_graphs import GraphCache, TapeRecorder
 from fewstep.runtime.device.numpy_slots import NumpyDevice, NumpySlots
 from fewstep.runtime.device.torch_device import TorchDevice
@@ -55,15 +67,16 @@ def reference(model: Engine, image: Image) -> np.ndarray:
     binding = model.bind({"rows": rows, "height": SHAPE[1], "width": SHAPE[2], "tokens": tokens})
     plan = sampling.program
 
-    def network(x: np.ndarray, t: float) -> np.ndarray:
+    def network(x: np.ndarray, t: float) -> Any:
         binding.inputs["sample"][...] = x
         binding.inputs["timestep"][...] = t
-        for row, arrays in enumerate(sampling.conditioning.parts):
+        for row, arrays in enumerate(sampling.conditioning.parts(0)):
             for name, values in arrays.items():
                 binding.inputs[name][row] = values
         binding.enqueue()
         out = binding.outputs["out"].astype(np.float64)
-        return out[0] if rows == 1 else out[0] + sampling.guidance * (out[1] - out[0])
+        out = out[0] if rows == 1 else out[0] + sampling.guidance * (out[1] - out[0])
+        return out if plan.spread is None else (out, binding.outputs[VARIANCE][rows - 1].astype(np.float64))
 
     assert sampling.blend is None
     state = plan.run(network, gaussian.astype(np.float64), lambda: sampling.noise.randn(SHAPE), latent)
@@ -237,3 +250,44 @@ def test_clipping_is_done(model: Engine, make: Make, name: str) -> None:
         out = np.zeros(SHAPE, np.float32)
         slots.result(slot, out)
         assert psnr(out, reference(model, one)) >= 80.0
+
+
+BOUNDED = {"thresholding": True, "dynamic_thresholding_ratio": 0.8, "sample_max_value": 1.3}
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_thresholding_and_learned_variance_are_done(make: Make, guidance: float) -> None:
+    """Images of several samplers in the same evaluations, recorded ones too; the variance is the prompt's row's."""
+    model = unet_of_variance()
+    kinds: list[dict[str, Any]] = [
+        {"_class_name": "DDPMScheduler", "variance_type": "learned_range", **BOUNDED},
+        {"_class_name": "DPMSolverMultistepScheduler", **BOUNDED, "dynamic_thresholding_ratio": 0.95},
+        {"_class_name": "DDIMScheduler", "clip_sample": True, "clip_sample_range": 0.7},
+        {"_class_name": "EulerDiscreteScheduler"},
+    ]
+    images = [
+        Image(program_from_diffusers({**NOISE.config, **k}, steps=4), seed=i, guidance=guidance if i % 2 == 0 else 1.0,
+              tokens=77)
+        for i, k in enumerate(kinds)
+    ]  # fmt: skip
+    slots = make(model, len(images))
+    for _ in range(2):  # what is recorded is replayed for other slots
+        held = [slots.admit(*i.sampling()) for i in images]
+        previews = {s: np.zeros(SHAPE, np.float32) for s in held}
+        while active := [s for s in held if not slots.sampling(s).done]:
+            slots.tick(active, previews)
+            assert np.abs(previews[held[0]]).max() <= 1.0
+            assert np.abs(previews[held[2]]).max() <= np.float32(0.7)
+        for slot, image in zip(held, images, strict=True):
+            assert psnr(finish(slots, slot), reference(model, image)) >= 80.0, image.program.sampler
+    plain = replace(images[0].program, clip=None)
+    assert psnr(reference(model, replace(images[0], program=plain)), reference(model, images[0])) < 40
+    narrow = replace(images[0].program, spread=None)
+    assert psnr(reference(model, replace(images[0], program=narrow)), reference(model, images[0])) < 60
+
+
+def test_a_variance_that_no_network_says(model: Engine, make: Make) -> None:
+    config = {**NOISE.config, "_class_name": "DDPMScheduler", "variance_type": "learned_range"}
+    image = Image(program_from_diffusers(config, steps=3), seed=1)
+    with pytest.raises(ArgumentError, match="the UNet says none"):
+        make(model, 1).admit(*image.sampling())

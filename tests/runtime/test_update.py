@@ -109,6 +109,56 @@ def test_clipping_is_the_reference_loops(name: str, step: dict[str, Any]) -> Non
     assert np.abs(expected - alone(plain, start[0], latent[0], draws[:, 0])).max() > 0.05
 
 
+BOUNDED = {"thresholding": True, "dynamic_thresholding_ratio": 0.8, "sample_max_value": 1.2}
+THRESHOLDED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("DDIMScheduler", {}, {"eta": 0.4}),
+    ("DDPMScheduler", {"variance_type": "learned_range"}, {}),
+    ("DPMSolverMultistepScheduler", {}, {}),
+    ("UniPCMultistepScheduler", {}, {}),
+    ("DEISMultistepScheduler", {}, {}),
+    ("DPMSolverSinglestepScheduler", {"solver_order": 3}, {}),
+]
+
+
+def variance(x: np.ndarray, t: float) -> np.ndarray:
+    """What the stand-in says of its variance."""
+    return np.sin(x.dtype.type(3.0) * x + x.dtype.type(t / 300)) * x.dtype.type(1.1)
+
+
+@pytest.mark.parametrize(("name", "config", "step"), THRESHOLDED)
+def test_thresholding_and_learned_variance_are_the_reference_loops(
+    name: str, config: dict[str, Any], step: dict[str, Any]
+) -> None:
+    whole = {**NOISE.config, "_class_name": name, **BOUNDED, **config}
+    program = program_from_diffusers(whole, steps=6, **step)
+    plain = program_from_diffusers({**whole, "thresholding": False}, steps=6, **step)
+    start, _, draws = material(1, 20)
+    state, drawn, preview = SlotState(1, SHAPE, 6), iter(draws[:, 0]), np.empty(SHAPE, np.float32)
+    state.latent[:] = program.init_noise * start
+    for i in range(program.evaluations):
+        if program.draws[i]:
+            state.noise[0] = next(drawn)
+        x, t = program.input_scale[i] * state.latent, float(program.timesteps[i])
+        state.preview(0, program, i, network(x, t)[0], preview)
+        assert np.abs(preview).max() <= np.float32(1.0)
+        state.advance([0], [program], [i], network(x, t), variance(x, t))
+    results = []
+    for one in (program, plain):
+        again = iter(draws[:, 0])
+
+        def model(x: np.ndarray, t: float, *, says: bool = one.spread is not None) -> Any:
+            out = network(x[None], t)[0]
+            return (out, variance(x[None], t)[0]) if says else out
+
+        results.append(one.run(model, start[0].astype(np.float64), lambda a=again: next(a)))  # type: ignore[misc]
+    expected, unbounded = results
+    assert np.abs(state.latent[0] - expected).max() < 2e-5 * np.abs(expected).max()
+    assert np.abs(expected - unbounded).max() > 0.01
+    if program.spread is not None:
+        with pytest.raises(ArgumentError, match="variance"):
+            state.advance([0], [program], [0], network(x, t))
+
+
 def test_what_a_wipe_is_for() -> None:
     """Without it the former image's NaN comes back through the history of a multistep program."""
     program = compile_program("dpmpp_2m", steps=3, noise=NOISE)

@@ -84,6 +84,7 @@ def families() -> Iterator[Family]:
     yield Family("plms", {"_class_name": "PNDMScheduler", "skip_prk_steps": True}, TWO, (SPACINGS, ends))
     yield Family("pndm", {"_class_name": "PNDMScheduler"}, TWO, (SPACINGS, ends), least=4)
     yield from clipped_families()
+    yield from thresholded_families()
     yield from multistep_families()
     yield from cosine_families()
     multi = {"_class_name": "DPMSolverMultistepScheduler"}
@@ -117,6 +118,34 @@ def clipped_families() -> Iterator[Family]:
     zero_snr = {"rescale_betas_zero_snr": True}
     ddim = {"_class_name": "DDIMScheduler", **clipped, **zero_snr}
     yield Family("ddim clipped zero-snr", ddim, ("v_prediction",), (SPACINGS, limits))
+
+
+def thresholded_families() -> Iterator[Family]:
+    """x0 in bounds of each image's own, by every class that does so, and DeepFloyd's learned variance.
+
+    Not under cosine betas, where float64 leaves 3e-12 open and these classes have no form in 40 digits;
+    `tests/runtime/test_deepfloyd.py` has whole pictures under them.
+    """
+    own = {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 1.5}
+    bounds: Choice = [
+        own,
+        {"thresholding": True},
+        {**own, "sample_max_value": 100.0, "dynamic_thresholding_ratio": 0.73},
+    ]
+    for label, name in (("ddim", "DDIM"), ("ddpm", "DDPM"), ("lcm", "LCM")):
+        spaced = () if name == "LCM" else (SPACINGS,)
+        yield Family(f"{label} thresholded", {"_class_name": f"{name}Scheduler"}, every=(*spaced, bounds))
+    yield Family("ddim eta thresholded", {"_class_name": "DDIMScheduler", **own}, every=(SPACINGS,), step={"eta": 0.6})
+    orders = [{"solver_order": k} for k in (1, 2, 3)]
+    kinds = [{"algorithm_type": a} for a in ("dpmsolver++", "sde-dpmsolver++")]
+    for form in ("Multistep", "Singlestep"):
+        solver = {"_class_name": f"DPMSolver{form}Scheduler"}
+        yield Family(f"dpmpp {form} thresholded", solver, every=(bounds, orders), varied=(kinds,))
+    for name in ("UniPC", "DEIS"):
+        solver = {"_class_name": f"{name}MultistepScheduler"}
+        yield Family(f"{name} thresholded", solver, every=(bounds, orders), varied=(SPACINGS,))
+    learned = {"_class_name": "DDPMScheduler", "variance_type": "learned_range", "clip_sample": False}
+    yield Family("ddpm learned", learned, every=(SPACINGS, [{}, own]))
 
 
 def multistep_families() -> Iterator[Family]:

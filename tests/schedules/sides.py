@@ -73,6 +73,12 @@ def network(x: np.ndarray, t: float) -> np.ndarray:
     return np.tanh(one(0.9) * x + one(t / 1500)) * one(0.8) + one(0.15) * np.sin(one(2.0) * x)
 
 
+def variance(x: np.ndarray, t: float) -> np.ndarray:
+    """What the stand-in says of its variance, mostly from -1 to 1."""
+    one = x.dtype.type
+    return np.sin(one(3.0) * x + one(t / 300)) * one(1.1)
+
+
 @functools.lru_cache(maxsize=8)
 def made(cls: Any, config: str, double: bool) -> Any:
     """A scheduler; the latest few are kept, since some take a tenth of a second to make."""
@@ -117,7 +123,10 @@ def with_diffusers(case: Case, gaussian: np.ndarray, latent: np.ndarray, draws: 
             x = noise * scheduler.init_noise_sigma
         for t in timesteps:
             scaled = scheduler.scale_model_input(x, t)
-            out = torch.from_numpy(network(scaled.to(dtype).numpy(), float(t)))
+            given = scaled.to(dtype).numpy()
+            out = torch.from_numpy(network(given, float(t)))
+            if case.config.get("variance_type") == "learned_range":
+                out = torch.cat([out, torch.from_numpy(variance(given, float(t)))], 1)
             x = scheduler.step(out, t, x.to(dtype), return_dict=False, **case.step)[0]
     return np.asarray(x.to(dtype).numpy())
 
@@ -132,5 +141,10 @@ def with_program(case: Case, gaussian: np.ndarray, latent: np.ndarray, draws: li
         single=gaussian.dtype == np.float32,
         **case.step,
     )
-    source = (noise.astype(gaussian.dtype) for noise in draws)
-    return program.run(network, gaussian, lambda: next(source), latent)
+    images = [slice(i, i + 1) for i in range(len(gaussian))] if program.clip is not None else [slice(None)]
+    made = []
+    for image in images:
+        source = (noise[image].astype(gaussian.dtype) for noise in draws)
+        network_of = network if program.spread is None else lambda x, t: (network(x, t), variance(x, t))
+        made.append(program.run(network_of, gaussian[image], lambda s=source: next(s), latent[image]))  # type: ignore[misc]
+    return np.concatenate(made)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from fewstep.errors import ArgumentError, CorruptError, UnknownNameError, UnsupportedError
 from fewstep.schedules import NoiseSchedule, Program, compile_program, program_from_diffusers, resolve_sampler
-from fewstep.schedules.compat.classes import CLASSES
+from fewstep.schedules.compat.classes import CLASSES, admits_thresholding
 from fewstep.schedules.names import SCHEDULE_ALIASES, resolve_schedule, sampler_aliases
 from fewstep.schedules.solvers.registry import SAMPLERS
 from fewstep.schedules.spacing import SPACINGS
@@ -84,6 +84,21 @@ def test_unknown_schedules_name_the_nearest() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("DPM++ 2S a Karras", "its ancestral two-stage steps"),
+        ("Euler CFG++", "its guidance inside the step"),
+        ("euler_ancestral_cfg_pp", "its guidance inside the step"),
+        ("DPM fast", "its fixed orders"),
+    ],
+)
+def test_a_refused_sampler_is_a_sentence_with_its_reason(name: str, why: str) -> None:
+    with pytest.raises(UnsupportedError) as raised:
+        compile_program(name, steps=5, noise=NOISE)
+    assert raised.value.found == f"the sampler {name!r} is known and not done, for {why}"
+
+
+@pytest.mark.parametrize(
     "name",
     ["DPM adaptive", "Restart", "dpmpp_2s_ancestral", "FlowMatchEulerDiscreteScheduler", "euler_cfg_pp", "ipndm_v"],
 )
@@ -95,9 +110,7 @@ def test_known_samplers_that_are_not_done_are_refused_by_name(name: str) -> None
 @pytest.mark.parametrize(
     ("option", "compat"),
     [
-        *itertools.product(
-            ["thresholding", "guidance_rescale", "use_clipped_model_output", "use_flow_sigmas"], [None, "diffusers"]
-        ),
+        *itertools.product(["guidance_rescale", "use_clipped_model_output", "use_flow_sigmas"], [None, "diffusers"]),
         ("clip_sample", None),
     ],
 )
@@ -109,11 +122,11 @@ def test_what_is_not_linear_is_refused_by_name(option: str, compat: str | None) 
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"_class_name": "DDIMScheduler", "thresholding": True}, "thresholding"),
-        ({"_class_name": "DDPMScheduler", "variance_type": "learned_range"}, "learned_range"),
+        ({"_class_name": "DDPMScheduler", "variance_type": "learned"}, "learned"),
+        ({"_class_name": "DDPMScheduler", "variance_type": "fixed_large_log"}, "fixed_large_log"),
         ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver"}, "dpmsolver"),
         ({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas"),
-        ({"_class_name": "DPMSolverMultistepScheduler", "variance_type": "learned"}, "learned"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "variance_type": "fixed_small"}, "fixed_small"),
         ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 4}, "solver_order"),
         ({"_class_name": "UniPCMultistepScheduler", "predict_x0": False}, "predict_x0"),
         ({"_class_name": "UniPCMultistepScheduler", "solver_p": {"x": 1}}, "solver_p"),
@@ -291,6 +304,78 @@ def test_damaged_clipping_is_refused(clip: Any) -> None:
     data["clip"] = {**data["clip"], **clip} if isinstance(clip, dict) and clip else clip
     with pytest.raises(CorruptError):
         Program.from_json(json.dumps(data))
+
+
+THRESHOLDED = {
+    **NOISE.config,
+    "_class_name": "DDPMScheduler",
+    "variance_type": "learned_range",
+    "thresholding": True,
+    "dynamic_thresholding_ratio": 0.95,
+    "sample_max_value": 1.5,
+}
+
+
+def test_a_program_that_thresholds_or_is_spread_is_of_a_format_of_its_own() -> None:
+    for config, clips, spreads in (
+        (THRESHOLDED, True, True),
+        ({**THRESHOLDED, "variance_type": "fixed_small"}, True, False),
+        ({**THRESHOLDED, "thresholding": False, "clip_sample": False}, False, True),
+    ):
+        program = program_from_diffusers(config, steps=4)
+        data = json.loads(program.to_json())
+        assert (data["format"], "clip" in data, "spread" in data) == (3, clips, spreads)
+        again = Program.from_json(program.to_json())
+        assert again.to_json() == program.to_json()
+        if clips:
+            assert again.clip is not None
+            assert (again.clip.bound.limit, again.clip.bound.ratio) == (1.5, 0.95)
+        with pytest.raises(CorruptError, match="format"):
+            Program.from_json(json.dumps({**data, "format": 2}))
+
+
+@pytest.mark.parametrize("spread", [None, 3, [0.0], [0.0, 0.0, 0.0, float("inf")], [0.0, 0.0, 0.0, 1e3], ["x"] * 4])
+def test_a_damaged_spread_is_refused(spread: Any) -> None:
+    data = json.loads(program_from_diffusers(THRESHOLDED, steps=4).to_json())
+    with pytest.raises(CorruptError):
+        Program.from_json(json.dumps({**data, "spread": spread}))
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.5, "x", []])
+def test_a_damaged_ratio_is_refused(ratio: Any) -> None:
+    data = json.loads(program_from_diffusers(THRESHOLDED, steps=4).to_json())
+    with pytest.raises(CorruptError):
+        Program.from_json(json.dumps({**data, "clip": {**data["clip"], "ratio": ratio}}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("dynamic_thresholding_ratio", v) for v in (-0.1, 1.5, True, "x", None)]
+    + [("sample_max_value", v) for v in (0.0, -1.0, float("inf"), True, "x", None)]
+    + [("thresholding", v) for v in ("yes", 1, None)],
+)
+def test_bounds_of_thresholding_that_are_none_are_refused(key: str, value: Any) -> None:
+    with pytest.raises(ArgumentError, match=key):
+        program_from_diffusers({**THRESHOLDED, key: value}, steps=4)
+
+
+def test_which_samplers_threshold() -> None:
+    """Those whose class in diffusers does; the others are refused where a checkpoint or a caller says it."""
+    noise = NoiseSchedule.from_diffusers(THRESHOLDED)
+    for name, sampler in SAMPLERS.items():
+        if admits_thresholding(sampler):
+            program = compile_program(name, steps=5, noise=noise)
+            assert program.clip is not None
+            assert (program.clip.bound.ratio, program.spread is not None) == (0.95, name == "ddpm")
+            assert compile_program(name, steps=5, noise=NOISE).clip is None
+            assert compile_program(name, steps=5, noise=NOISE, thresholding=True).clip is not None
+            continue
+        for given, asked in ((noise, {}), (NOISE, {"thresholding": True})):
+            with pytest.raises(UnsupportedError, match=rf"{name}.*thresholding.*one of ddim, ddpm"):
+                compile_program(name, steps=5, noise=given, **asked)
+        if name != "edm_euler":
+            assert compile_program(name, steps=5, noise=noise, thresholding=False).clip is None
+    assert sum(map(admits_thresholding, SAMPLERS.values())) == 21
 
 
 @pytest.mark.parametrize("limit", [0.0, -1.0, float("nan"), float("inf"), True, "x", None])

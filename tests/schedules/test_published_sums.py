@@ -209,7 +209,8 @@ class ClippedArrays:
         x0 = np.clip(reading.x0_x * x + reading.x0_out * out, -1.0, 1.0)
         return Answer(x0=x0, eps=reading.eps_x * x + reading.eps_out * out, out=out)
 
-    def noise(self) -> np.ndarray:
+    def noise(self, spread: float = 0.0) -> np.ndarray:
+        assert not spread
         return next(self._draws)
 
 

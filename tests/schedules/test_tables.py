@@ -118,6 +118,20 @@ def test_svd_is_for_continuous_timesteps() -> None:
         compile_program("ddim", schedule="ays_svd", steps=10, noise=NOISE)
 
 
+def test_a_network_without_timesteps_is_spaced_by_its_own_sigmas() -> None:
+    config = {**NOISE.config, "timestep_type": "continuous", "prediction_type": "v_prediction"}
+    stated = NoiseSchedule.from_diffusers({**config, "sigma_min": 0.002, "sigma_max": 700.0})
+    for schedule in (None, "karras"):
+        program = compile_program("dpmpp_2m", schedule=schedule, steps=5, noise=stated)
+        assert (program.sigmas[0], program.sigmas[-2]) == (pytest.approx(700.0), pytest.approx(0.002))
+        assert np.allclose(program.timesteps, np.log(program.sigmas[:-1]) / 4)
+    for schedule in ("trailing", "leading", "linspace"):
+        with pytest.raises(ArgumentError, match="picks training timesteps"):
+            compile_program("euler", schedule=schedule, steps=5, noise=stated)
+    table = NoiseSchedule.from_diffusers({**NOISE.config, "sigma_max": 700.0})
+    assert compile_program("euler", schedule="karras", steps=5, noise=table).sigmas[0] < 15, "a discrete table counts"
+
+
 def test_deepfloyd_is_for_the_cosine_schedule() -> None:
     cosine = NoiseSchedule.from_diffusers({"beta_schedule": "squaredcos_cap_v2"})
     program = compile_program("dpmpp_2m", schedule="ays_if", steps=10, noise=cosine)

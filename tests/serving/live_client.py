@@ -6,7 +6,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,12 +19,14 @@ from websockets.sync.client import ClientConnection, connect
 
 
 @contextmanager
-def running(server: Server, *, metrics: Metrics | None = None, token: str | None = None) -> Iterator[int]:
-    """The application on a free port of loopback, in this process."""
+def running(
+    server: Server, *, metrics: Metrics | None = None, token: str | None = None, **options: Any
+) -> Iterator[int]:
+    """The application on a free port of loopback, in this process. options: of its `Settings`."""
     metrics = metrics or Metrics()
     service = Service(lambda: server)
     hosts = () if token else ("127.0.0.1",)
-    settings = Settings(model="student", token=token, hosts=hosts)
+    settings = Settings(model="student", token=token, hosts=hosts, **options)
     app = make_app(service, settings, metrics=metrics, routes=add_live(service, settings, metrics))
     listener = socket.create_server(("127.0.0.1", 0))
     runner = uvicorn.Server(uvicorn.Config(app, log_config=None, ws_max_size=4 * 1024 * 1024))
@@ -48,9 +50,11 @@ def url(port: int) -> str:
 class Client:
     """Speaks the protocol: `hello` on entering, then `set`, `picture`, and `next`, which acknowledges frames."""
 
-    def __init__(self, port: int, **options: Any) -> None:
-        self.socket: ClientConnection = connect(url(port), subprotocols=[SUBPROTOCOL], compression=None, **options)
+    def __init__(self, port: int, *, offered: Sequence[str] = (), **options: Any) -> None:
+        protocols: Any = [SUBPROTOCOL, *offered]
+        self.socket: ClientConnection = connect(url(port), subprotocols=protocols, compression=None, **options)
         self.hello = json.loads(self.socket.recv(10))
+        assert self.hello["type"] == "hello", self.hello
         self._number = 0
 
     def __enter__(self) -> Client:

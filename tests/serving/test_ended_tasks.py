@@ -85,9 +85,7 @@ def test_a_client_that_goes_while_it_is_written_to_is_no_traceback(
                 raise OSError("the client is gone")
 
         scope = {"type": "websocket", "path": "/live/socket", "headers": [], "subprotocols": []}
-        await asyncio.wait_for(
-            Connection(hub, WebSocket(scope, receive, send), token=None, limits=SocketLimits()).run(), 30
-        )
+        await asyncio.wait_for(Connection(hub, WebSocket(scope, receive, send), limits=SocketLimits()).run(), 30)
 
     assert unread(main) == []
     assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
