@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 CORE := $(VENV)/.core
 FULL := $(VENV)/.full
 
-.PHONY: faults lora-bench ladder-bench swap-bench bench-export bench-sd15 bench-sd15-request bench-sdxl bench-peers demo test lint parity bench bindings-check install-check ray-test load-bench load-bench-sd15 soak live-bench door-bench model clean
+.PHONY: first-minutes page-shots video-bench toys-bench schedules-bench faults lora-bench ladder-bench swap-bench bench-export bench-sd15 bench-sd15-request bench-sdxl bench-peers demo test test-slow lint parity bench bindings-check install-check ray-test load-bench load-bench-sd15 soak live-bench door-bench model clean
 
 demo: $(CORE)
 	$(BIN)/fewstep demo
@@ -14,6 +14,10 @@ demo: $(CORE)
 # Two processes, a file's tests in one of them: what a file makes for its tests is made once.
 test: $(FULL)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# What is left out there: more of a kind that another test holds, and what takes long.
+test-slow: $(FULL)
+	FEWSTEP_SLOW_TESTS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m slow
 
 # Hostile manifests, checkpoints, requests, pictures and connections in the numbers that a release is held to.
 FAULTS := tests/export/test_manifests.py tests/export/test_hostile_configs.py tests/serving/test_hostile_requests.py \
@@ -93,6 +97,11 @@ $(SDXL)/bundle/bundle.json: $(SDXL)/model/model_index.json
 bench-export: $(FULL) build/bench/optimum/.ready
 	$(BIN)/python bench/export.py --output $(RESULTS)/export-cpu.json
 
+# A video model of full size with random weights: export, an engine of TensorRT-RTX, one evaluation. No GPU; 25 GB of disk.
+video-bench: $(FULL)
+	$(PIP) --editable '.[tensorrt-rtx]'
+	$(BIN)/python bench/video.py --output $(RESULTS)/video-cpu.json
+
 # One virtual environment a peer, because their pins conflict.
 bench-peers: $(patsubst bench/peers/%.txt,build/bench/%/.ready,$(wildcard bench/peers/*.txt))
 
@@ -125,12 +134,29 @@ load-bench-sd15: $(FULL) $(SD15)/bundle/bundle.json
 lora-bench: $(FULL) $(SD15)/bundle/bundle.json
 	$(BIN)/python bench/loras.py $(SD15)/bundle $(SD15)/model --rounds 5 --json $(RESULTS)/loras-sd15-cpu.json
 
+# DeepFloyd-IF's second stage at full size: its export, TensorRT-RTX's build, one step on the CPU.
+deepfloyd-bench: $(FULL)
+	$(BIN)/python bench/deepfloyd.py --stages if-ii --build --evaluate --output $(RESULTS)/deepfloyd-cpu.json
+
 swap-bench: $(FULL) $(SD15)/bundle/bundle.json
 	$(BIN)/python bench/swap.py $(SD15)/bundle $(SD15)/model --json $(RESULTS)/swap-sd15-cpu.json
 
 ladder-bench: $(FULL) $(SD15)/bundle/bundle.json $(SD15)/controlled/bundle.json
 	$(BIN)/python bench/ladder.py $(SD15)/bundle $(SD15)/controlled $(SD15)/model $(SD15)/controlnet \
 		--json $(RESULTS)/ladder-sd15-cpu.json
+
+# What schedules found by Align Your Steps' bound gain where the data are known exactly: four minutes on one core.
+toys-bench: $(FULL)
+	OMP_NUM_THREADS=1 $(BIN)/python bench/schedule_toys.py --json $(RESULTS)/schedule-toys.json --plot docs/schedule-toys.png
+
+# Schedules for the embedded base model, an hour on two quiet cores; docs/schedules.md says what comes of it.
+schedules-bench: $(FULL)
+	for sampler in dpmpp_2m euler unipc; do \
+	  $(BIN)/fewstep schedule search base --sampler $$sampler --steps 4,5,6,8,10 --prompts examples/shapes.txt --budget 20m \
+	    --output $(RESULTS)/schedules-base-$$sampler.json || exit 1; \
+	done
+	$(BIN)/python tools/demo_model/searched.py $(RESULTS)/schedules-base-dpmpp_2m.json --sheet docs/schedules-5-steps.png \
+	  --output $(RESULTS)/schedules-base-accuracy.json
 
 soak: $(FULL)
 	$(BIN)/python bench/soak.py --json $(RESULTS)/soak-cpu.json
@@ -139,8 +165,16 @@ soak: $(FULL)
 door-bench: $(FULL)
 	$(BIN)/python bench/door.py --output $(RESULTS)/door-cpu.json
 
+# The live page's pictures in docs/, taken in the browser: look at them after.
+page-shots: $(FULL)
+	$(BIN)/python tools/page_shots.py --output docs
+
 live-bench: $(FULL)
 	$(BIN)/python bench/live.py --output $(RESULTS)/live-cpu.json
+
+# What somebody new does first, one after another, with what each step showed.
+first-minutes: $(FULL)
+	$(BIN)/python tools/first_minutes.py
 
 install-check: $(FULL)
 	$(BIN)/python tools/check_install.py
@@ -154,7 +188,7 @@ $(CORE): pyproject.toml constraints.txt
 # torch first and by its exact version: a range could pull a build with gigabytes of CUDA libraries.
 $(FULL): $(CORE)
 	$(PIP) torch==2.13.0
-	$(PIP) --editable '.[cpu,serve,export,verify,tensorrt-rtx,plot,dev]'
+	$(PIP) --editable '.[cpu,serve,export,video,verify,tensorrt-rtx,plot,dev]'
 	@touch $@
 
 clean:
