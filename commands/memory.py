@@ -63,9 +63,10 @@ def execute(options: argparse.Namespace) -> int:
     data["largest_batch"] = {"predicted": _largest_predicted(bundle, pixels, free, options.device)}
     if not options.no_measure:
         _build_first(bundle, options, pixels)
+        measured = _Measured(options, pixels)
         for stage in stages:
-            stage["measured"] = _measured(options, pixels, str(stage["component"]), options.batch)
-        data["largest_batch"]["measured"] = _largest_measured(options, pixels, stages, free)
+            stage["measured"] = measured.peak(str(stage["component"]), options.batch)
+        data["largest_batch"]["measured"] = _largest_measured(measured, stages, free)
     emit(options, data, "\n".join(_lines(data)))
     return 0
 
@@ -89,15 +90,13 @@ def _largest_predicted(bundle: Bundle, pixels: tuple[int, int], free: int | None
     return None if free is None else largest_batch(bundle, pixels, free_bytes=free, on_cpu=device == "cpu")
 
 
-def _largest_measured(
-    options: argparse.Namespace, pixels: tuple[int, int], stages: list[dict[str, Any]], free: int | None
-) -> int | None:
+def _largest_measured(measured: _Measured, stages: list[dict[str, Any]], free: int | None) -> int | None:
     """Cautious: as if every stage were at its peak at once. Two batches are measured, a third is a straight line."""
     from ..runtime.request import MOST_IMAGES
 
     if free is None:
         return None
-    one, two = (sum(_measured(options, pixels, str(s["component"]), batch) for s in stages) for batch in MEASURED)
+    one, two = (sum(measured.peak(str(s["component"]), batch) for s in stages) for batch in MEASURED)
     if one > free:
         return 0
     return min(MOST_IMAGES, 1 + (free - one) // max(two - one, 1))
@@ -131,27 +130,35 @@ def _stage(
     return with_low_rank(bundle, "unet", kernels=False), "unet", {**dims, RANK: bucket(rank or 1)}
 
 
-_kept: dict[tuple[str, int], int] = {}
+class _Measured:
+    """Peaks in bytes by component and batch, for one bundle and size; each measured once, in a process of its own."""
 
+    def __init__(self, options: argparse.Namespace, pixels: tuple[int, int]) -> None:
+        self._options, self._pixels = options, pixels
+        self._peaks: dict[tuple[str, int], int] = {}
 
-def _measured(options: argparse.Namespace, pixels: tuple[int, int], component: str, batch: int) -> int:
-    """A stage's peak in bytes, measured in a process of its own."""
-    if (component, batch) not in _kept:
+    def peak(self, component: str, batch: int) -> int:
+        """A stage's peak in bytes. Raises `FewstepError` where its process ends without one."""
+        if (component, batch) not in self._peaks:
+            self._peaks[component, batch] = self._measure(component, batch)
+        return self._peaks[component, batch]
+
+    def _measure(self, component: str, batch: int) -> int:
         say(f"measuring {component}, {batch} at once")
+        options, (width, height) = self._options, self._pixels
         command = [sys.executable, "-m", "fewstep", "memory", options.bundle, "--json", "--stage", component]
-        command += ["--backend", options.backend, "--size", f"{pixels[0]}x{pixels[1]}", "--batch", str(batch)]
+        command += ["--backend", options.backend, "--size", f"{width}x{height}", "--batch", str(batch)]
         command += ["--device", options.device]
         command += [] if options.budget is None else ["--budget", options.budget]
         command += [] if options.lora_rank is None else ["--lora-rank", str(options.lora_rank)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 this interpreter, or a program of this project, with a list of arguments and no shell
         try:
-            _kept[component, batch] = int(json.loads(done.stdout)["measured"])
+            return int(json.loads(done.stdout)["measured"])
         except (ValueError, KeyError, TypeError) as error:
             raise FewstepError(
                 f"{component!r} could not be measured: {done.stderr.strip()[-300:] or f'exit code {done.returncode}'}",
                 remedy="Ask for a smaller size or batch, or pass --no-measure.",
             ) from error
-    return _kept[component, batch]
 
 
 def _alone(bundle: Bundle, options: argparse.Namespace, pixels: tuple[int, int]) -> tuple[dict[str, Any], str]:
