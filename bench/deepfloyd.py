@@ -1,8 +1,9 @@
 """DeepFloyd-IF's UNets at full size: what exporting them takes, what TensorRT-RTX makes of them, and one evaluation.
 
-python bench/deepfloyd.py [--stages if-i if-ii] [--build] [--evaluate] [--output FILE]
+python bench/deepfloyd.py [--stages if-i if-i-l if-i-m if-ii] [--build] [--evaluate] [--output FILE]
 
-Weights are random. if-i has the shape of IF-I-XL (4.3 billion parameters). if-ii is of IF-II-L's size (1.2 billion) and
+Weights are random. if-i has the shape of IF-I-XL (4.3 billion parameters), if-i-l and if-i-m those of the two smaller
+first stages that were published (0.9 and 0.4 billion). if-ii is of IF-II-L's size (1.2 billion) and
 of its kinds of blocks, but not of its published configuration, which was not at hand. The text encoder is left out, as
 `--without text_encoder` does, and the numeric gate too. Every step is a process of its own, and its peak memory is what
 the system counted for it; building for TensorRT-RTX needs no GPU, running does.
@@ -46,15 +47,24 @@ SHARED: dict[str, Any] = {
     "resnet_time_scale_shift": "scale_shift",
     "time_embedding_act_fn": "gelu",
 }
-STAGES: dict[str, dict[str, Any]] = {
-    "if-i": {
+
+
+def first_stage(channels: int) -> dict[str, Any]:
+    """What IF's three first stages differ in is the channels of their first level."""
+    return {
         "in_channels": 3,
         "sample_size": 64,
-        "block_out_channels": [704, 1408, 2112, 2816],
-        "cross_attention_dim": 2816,
+        "block_out_channels": [channels, 2 * channels, 3 * channels, 4 * channels],
+        "cross_attention_dim": 4 * channels,
         "layers_per_block": 3,
         "down_block_types": [BLOCKS[0], *BLOCKS[1:] * 3],
-    },
+    }
+
+
+STAGES: dict[str, dict[str, Any]] = {
+    "if-i": first_stage(704),
+    "if-i-l": first_stage(320),
+    "if-i-m": first_stage(192),
     "if-ii": {
         "in_channels": 6,
         "sample_size": 256,
@@ -120,7 +130,7 @@ def write_stage(stage: str, folder: Path, *, zeros: bool) -> int:
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     size = write_zeros(file, shapes) if zeros else write_part(file, shapes, "float16", 0)
     index: dict[str, Any] = {
-        "_class_name": "IFPipeline" if stage == "if-i" else "IFSuperResolutionPipeline",
+        "_class_name": "IFPipeline" if stage.startswith("if-i-") or stage == "if-i" else "IFSuperResolutionPipeline",
         "unet": ["diffusers", "UNet2DConditionModel"],
         **{name: [None, None] for name in ("text_encoder", "tokenizer")},
     }
