@@ -17,8 +17,9 @@ from .caller import ImageMaker
 from .device.base import Device
 from .keywords import CallArguments, SharedOptions
 from .loras import LoraLibrary
-from .pipeline import Pipeline, follow
+from .pipeline import Pipeline
 from .prepare import Prepared
+from .progress import follow
 from .request import Request
 from .result import Result, ResultPart, Step, make_result
 

@@ -7,23 +7,22 @@ import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, NoReturn, Unpack
 
 import numpy as np
 
 from ..bundle import Bundle
-from ..engines import BuildOptions, Engine, RunOptions, Store, open_engines
+from ..engines import BuildOptions, Engine, RunOptions, Store
 from ..engines.find import command
 from ..engines.low_rank import Adapted
 from ..engines.memory import dims_for, largest_batch
 from ..errors import (
     ArgumentError,
     BlackImageError,
-    CancelledError,
     MismatchError,
     NonFiniteError,
     OutOfMemoryError,
@@ -32,8 +31,6 @@ from ..errors import (
 from ..families.image_prompt import IMAGE_ENCODER
 from ..schedules import Program
 from ..weights.embeddings import embedding_file
-from ..weights.lora import Fusion
-from .adapted import AdaptedEngines
 from .arguments import check_flag, check_integer
 from .arrays import Float32, Shape
 from .call import takes_a_call
@@ -46,20 +43,21 @@ from .device.pool import SlotPool
 from .keywords import CallArguments
 from .library import offer_backend, open_bundle
 from .loras import LoraLibrary
+from .opened import OpenedEngines
 from .pictures.image_prompt import ImagePrompts
 from .pictures.vae import Vae, check_images
 from .prepare import Prepared, prepare
-from .programs import shortest_call
+from .progress import follow
 from .prompts.encoders import TextEncoders
 from .prompts.lora_tags import read_loras
 from .request import MOST_IMAGES, Request, check_size, make_request
 from .result import Result, ResultPart, Step, StepLatents, make_result
-from .swapping import InFlight, Loading, check_fits, check_loaded, plan_loading, put_weights, shown_as
+from .swapping import InFlight
+from .warm_up import warm_up_calls
 
 MODES = ("latency", "shared")
-RELEASED = ("engines", "_on_device", "text", "vae", "image_prompts", "loras", "adapted", "_pool")
+RELEASED = ("engines", "_on_device", "_opened", "text", "vae", "image_prompts", "loras", "adapted", "_pool")
 """What a pipeline holds until it is closed."""
-T = TypeVar("T")
 log = logging.getLogger("fewstep.runtime")
 
 
@@ -114,7 +112,7 @@ class Pipeline(ImageMaker):
         self.batch = check_integer("batch", batch, 1, MOST_IMAGES)
         check_flag("swappable", swappable)
         run = self.device.run_options(RunOptions(threads=threads))
-        self._options: dict[str, Any] = {
+        options: dict[str, Any] = {
             "backend": backend,
             "run": replace(run, **(engine_options or {})),
             "store": store,
@@ -122,21 +120,21 @@ class Pipeline(ImageMaker):
             "progress": progress,
             "options": BuildOptions(refittable=True) if swappable else None,
         }
-        self._base, self._loaded = bundle, dict[str, Loading]()
-        self._opened: list[tuple[str, Engine]] = []
+        self._base = bundle
         self._requests = InFlight()
         self._closed = False
         self.size = check_size(bundle, size or (bundle.defaults.width, bundle.defaults.height))
+        self._opened = OpenedEngines(bundle, self.device, self._dims, options)
+        self.adapted = self._opened.adapted
         encoders = list(bundle.text_encoders)
-        self._on_device = self._open([*(encoders if keep_text_encoders else ()), "unet", "vae_decoder"])
+        self._on_device = self._opened.open([*(encoders if keep_text_encoders else ()), "unet", "vae_decoder"])
         check_engine(self._on_device["unet"], self.device)
         self.engines = {n: e if n == "unet" else self.device.on_host(e) for n, e in self._on_device.items()}
         self.loras = LoraLibrary(bundle, None if lora_folder is None else Path(lora_folder))
         self._embeddings: list[tuple[str | None, Path]] = []
-        self.adapted = AdaptedEngines(bundle, self._open_adapted)
         self.text = TextEncoders(
             bundle,
-            self.engines if keep_text_encoders else lambda: self._open_on_host(encoders, keep=False),
+            self.engines if keep_text_encoders else lambda: self._opened.open_on_host(encoders, keep=False),
             keep_engines=keep_text_encoders,
             changes=self.loras.changes,
             adapt=self.adapted.of,
@@ -144,13 +142,13 @@ class Pipeline(ImageMaker):
         self.vae = Vae(
             bundle,
             self.engines["vae_decoder"],
-            lambda: self._open_on_host(["vae_encoder"])["vae_encoder"],
+            lambda: self._opened.open_on_host(["vae_encoder"])["vae_encoder"],
             tiling=vae_tiling,
             slicing=vae_slicing,
         )
         for word, path in embeddings:
             self.load_embedding(path, word)
-        self.image_prompts = ImagePrompts(lambda: self._open_on_host([IMAGE_ENCODER])[IMAGE_ENCODER])
+        self.image_prompts = ImagePrompts(lambda: self._opened.open_on_host([IMAGE_ENCODER])[IMAGE_ENCODER])
         self._pool = SlotPool(self.make_slots, keep=check_integer("most_contexts", most_contexts, 0, 1024))
 
     def load_embedding(self, path: str | os.PathLike[str], name: str | None = None) -> tuple[str, ...]:
@@ -191,44 +189,13 @@ class Pipeline(ImageMaker):
         Raises `MismatchError` for another architecture, `UnsupportedError` for engines that cannot (`swappable`), and
         `GateError`; nothing has changed then.
         """
-        other = self._base if bundle is None else open_bundle(bundle)
-        check_fits(self._base, other)
+        other = None if bundle is None else open_bundle(bundle)
         (uses,) = read_loras(loras, 1)
-        fusion = self.loras.fusion(uses)
-        loadings = plan_loading(other, uses, [self.loras.find(n) for n, _, _ in uses], fusion, self._options["store"])
+        fusion, files = self.loras.fusion(uses), [self.loras.find(n) for n, _, _ in uses]
         with self._requests.change():
-            opened = [*self._opened, *self.adapted.opened()]
-            former = self._loaded or plan_loading(self._base, (), (), Fusion(), self._options["store"])
-            try:
-                took = put_weights(opened, loadings)
-                if gate and other is not self._base and not uses:
-                    check_loaded(other, self._opened)
-            except BaseException:
-                put_weights(opened, former)
-                raise
-            self._loaded = loadings
-            self.bundle = shown_as(self._base, other, loadings)
+            took, self.bundle = self._opened.swap(other, uses, files, fusion, gate=gate)
             self.text.forget()
         return took
-
-    def _open(self, names: Sequence[str], *, keep: bool = True) -> dict[str, Engine]:
-        with self.device.guard_memory("the engines"):
-            engines = open_engines(self._base, names, dims={n: self._dims(n) for n in names}, **self._options)
-        put_weights(list(engines.items()) if self._loaded else [], self._loaded)
-        self._opened += engines.items() if keep else ()
-        return engines
-
-    def _open_adapted(self, bundle: Bundle, name: str, dims: Mapping[str, int]) -> Engine:
-        """On the backend that the component is on already."""
-        plain = self._on_device.get(name)
-        options = {**self._options, **({} if plain is None else {"backend": plain.backend})}
-        with self.device.guard_memory("the engine that takes LoRAs"):
-            engine = open_engines(bundle, [name], dims={name: {**self._dims(name), **dims}}, **options)[name]
-        put_weights([(name, engine)] if self._loaded else [], self._loaded)
-        return engine if name == "unet" else self.device.on_host(engine)
-
-    def _open_on_host(self, names: Sequence[str], *, keep: bool = True) -> dict[str, Engine]:
-        return {n: self.device.on_host(e) for n, e in self._open(names, keep=keep).items()}
 
     def _dims(self, name: str) -> dict[str, int]:
         """The sizes an engine is opened for; an engine with dynamic shapes takes others too."""
@@ -248,7 +215,6 @@ class Pipeline(ImageMaker):
             return
         with self._requests.change():
             self._closed = True
-            self._opened.clear()
             for name in RELEASED:
                 self.__dict__.pop(name, None)
 
@@ -463,30 +429,15 @@ class Pipeline(ImageMaker):
         `image` opens the VAE's encoder too, for services that start from pictures. Where whole requests are recorded,
         they are for so many steps (`None`: the bundle's own).
         """
-        width, height = check_size(self.bundle, size or self.size)
         images = self.batch if batch is None else check_integer("batch", batch, 1, MOST_IMAGES)
-        if self.bundle.model.clips:
-            self._warm_clips((width, height), images)
-            return
-        first = shortest_call(self.bundle, (width, height), image=image)
-        calls: list[dict[str, Any]] = [{**first, "guidance": g} for g in (1.0, max(2.0, self.bundle.defaults.guidance))]
-        if self.mode == "latency" and self.device.records:
-            kept = {k: first[k] for k in ("size", "image") if self.bundle.model.pictures == "told" or k == "size"}
-            calls += [{**kept, "steps": n} for n in ((self.bundle.defaults.steps,) if steps is None else steps)]
-        for call in calls:
+        recorded = self.mode == "latency" and self.device.records
+        whole = ((self.bundle.defaults.steps,) if steps is None else steps) if recorded else ()
+        pixels = check_size(self.bundle, size or self.size)
+        for call in warm_up_calls(self.bundle, pixels, images, image=image, whole=whole):
             self.text.forget()
-            prompts = [f"warm-up {i}" for i in range(images)]
             with suppress(BlackImageError, NonFiniteError):  # one step of a nonsense prompt may well be black
-                self(prompts, seed=list(range(images)), **call)
+                self(**call)
         self.text.forget()
-
-    def _warm_clips(self, size: tuple[int, int], clips: int) -> None:
-        """One step of so many clips of a grey picture, guided and not."""
-        grey = np.full((size[1], size[0], 3), 128, np.uint8)
-        call: dict[str, Any] = {"steps": 1, "image": grey, "seed": list(range(clips)), "size": size}
-        for guidance in (1.0, max(2.0, self.bundle.defaults.guidance)):
-            with suppress(BlackImageError, NonFiniteError):
-                self(guidance=guidance, **call)
 
     def _would_fit(self, size: tuple[int, int], images: int) -> str:
         """How many images of this size the free memory takes, in words."""
@@ -495,25 +446,6 @@ class Pipeline(ImageMaker):
         if most < 1:
             return "a smaller size"
         return f"at most about {most} image{'s' * (most > 1)} of {size[0]}x{size[1]} at once"
-
-
-def follow(
-    stream: Generator[Step, None, T],
-    on_step: Callable[[Step], None] | None,
-    cancels: Sequence[threading.Event | None],
-) -> T:
-    """Run a stream of steps to its end; `CancelledError` between two of them once one of the events is set."""
-    with closing(stream):
-        while True:
-            try:
-                step = next(stream)
-            except StopIteration as stop:
-                outcome: T = stop.value
-                return outcome
-            if on_step is not None:
-                on_step(step)
-            if any(c is not None and c.is_set() for c in cancels):
-                raise CancelledError(f"the request was cancelled after {step.index + 1} of {step.total} evaluations")
 
 
 def _since(began: float) -> float:

@@ -1,11 +1,16 @@
-"""Progress for people: a bar of a call's evaluations with the time left."""
+"""Streams of steps: followed to their end, and shown to people as a bar with the time left."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from typing import TypeVar
 
+from ..errors import CancelledError
 from .result import Step
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -27,3 +32,22 @@ def step_bar(
                 on_step(step)
 
         yield told
+
+
+def follow(
+    stream: Generator[Step, None, T],
+    on_step: Callable[[Step], None] | None,
+    cancels: Sequence[threading.Event | None],
+) -> T:
+    """Run a stream of steps to its end; `CancelledError` between two of them once one of the events is set."""
+    with closing(stream):
+        while True:
+            try:
+                step = next(stream)
+            except StopIteration as stop:
+                outcome: T = stop.value
+                return outcome
+            if on_step is not None:
+                on_step(step)
+            if any(c is not None and c.is_set() for c in cancels):
+                raise CancelledError(f"the request was cancelled after {step.index + 1} of {step.total} evaluations")

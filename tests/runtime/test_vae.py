@@ -99,14 +99,14 @@ def test_text_encoders_are_let_go_of(both: dict[str, Any]) -> None:
     pipe = fewstep.load(both["bundle"], keep_text_encoders=False)
     assert not {"text_encoder", "text_encoder_2"} & set(pipe.engines)
     opened: list[weakref.ref[Any]] = []
-    real = pipe._open
+    real = pipe._opened.open
 
     def watched(names: Any, **more: Any) -> Any:
         made = real(names, **more)
         opened.extend(weakref.ref(engine._session) for engine in made.values())
         return made
 
-    pipe._open = watched  # type: ignore[method-assign]
+    pipe._opened.open = watched  # type: ignore[method-assign]
     np.testing.assert_array_equal(pipe("a circle", **call).images, kept.images)
     encoders = len(both["bundle"].tokenizers)
     gc.collect()
