@@ -10,7 +10,7 @@ from pathlib import Path
 from ...bundle import Bundle
 from ...engines.backends.registry import device_of
 from ...errors import ArgumentError
-from ...places import writing
+from ...places import put_in_place, staging_folder, writing
 from ...runtime.arguments import check_integer
 from ...runtime.request import check_size
 
@@ -67,16 +67,18 @@ def write_repository(
     model = folder / title
     if model.exists():
         raise ArgumentError(f"{str(model)!r} is there already", remedy="Choose another folder or --name, or remove it.")
-    with writing("the model repository", folder):
-        version = model / VERSION
-        version.mkdir(parents=True)
+    with writing("the model repository", folder), staging_folder(model) as staging:
+        version = staging / VERSION
+        version.mkdir()
         if link:
             (version / FOLDER).symlink_to(bundle.folder.resolve(), target_is_directory=True)
         else:
             shutil.copytree(bundle.folder, version / FOLDER)
         (version / "model.py").write_text(MODEL, encoding="utf-8")
         text = config_text(title, (width, height), max_batch=max_batch, delay_us=delay_us, backend=backend)
-        (model / "config.pbtxt").write_text(text, encoding="utf-8")
+        (staging / "config.pbtxt").write_text(text, encoding="utf-8")
+        staging.chmod(0o755)
+        put_in_place(staging, model)
     return model
 
 

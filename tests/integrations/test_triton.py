@@ -167,3 +167,13 @@ def test_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert call(capsys, "triton", "student", out, "--name", "../up")[0] == 2
     with pytest.raises(ArgumentError):
         write_repository(embedded_bundle("student")[0], tmp_path, size=(63, 64))
+
+
+def test_nothing_half_written_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fewstep.integrations.triton.repository, "config_text", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_repository(embedded_bundle("student")[0], tmp_path / "models")
+    assert not list((tmp_path / "models").iterdir())
