@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import ArgumentError, MissingError, MissingExtraError
+from ...places import put_in_place, staging_folder
 from ..arrays import UInt8
 from .images import pillow_images, save_picture
 from .texts import JSON_KEY
@@ -19,6 +21,7 @@ from .texts import JSON_KEY
 CODEC, PIXELS, QUALITY = "libx264", "yuv420p", "18"
 """What every player takes, and x264's constant rate factor at which a loss is hard to see."""
 GIF_UNIT_MS = 10
+_FRAME = re.compile(r"\d{4,}\.png")
 
 
 def check_clip_output(path: str | os.PathLike[str]) -> Path:
@@ -31,11 +34,23 @@ def check_clip_output(path: str | os.PathLike[str]) -> Path:
         )
     if not text or (target.suffix and target.is_dir()) or (not target.suffix and target.is_file()):
         raise ArgumentError(f"the output is {text!r}", expected="the name of a new file, or of a folder of PNGs")
+    if not target.suffix:
+        _check_folder(target)
     if not target.parent.is_dir():
         raise MissingError(f"no folder {str(target.parent)!r} to write the clip into", remedy="Make it first.")
     if target.suffix.lower() == ".mp4":
         open_av()
     return target
+
+
+def _check_folder(folder: Path) -> None:
+    """`ArgumentError` for one that frames cannot take the place of."""
+    others = [p.name for p in folder.iterdir() if not _FRAME.fullmatch(p.name)] if folder.is_dir() else []
+    if others:
+        raise ArgumentError(
+            f"the folder {str(folder)!r} holds {others[0][:80]!r}",
+            expected="a new folder, or one of an earlier clip's frames alone, which are replaced",
+        )
 
 
 def open_av() -> Any:
@@ -69,9 +84,13 @@ def save_clips(
 
 
 def _write_folder(folder: Path, clip: UInt8, parameters: Mapping[str, Any]) -> None:
-    folder.mkdir(exist_ok=True)
-    for i, frame in enumerate(clip):
-        save_picture(folder / f"{i:04d}.png", frame, parameters)
+    """All of a clip's frames or none, in the place of an earlier clip's, which may have been longer."""
+    _check_folder(folder)
+    with staging_folder(folder.absolute()) as staging:
+        for i, frame in enumerate(clip):
+            save_picture(staging / f"{i:04d}.png", frame, parameters)
+        staging.chmod(0o755)
+        put_in_place(staging, folder.absolute())
 
 
 def _write_mp4(path: Path, clip: UInt8, fps: int, parameters: Mapping[str, Any]) -> None:

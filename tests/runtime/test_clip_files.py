@@ -73,6 +73,20 @@ def test_a_folder_of_pictures_and_several_clips(clip: np.ndarray, tmp_path: Path
     np.testing.assert_array_equal(np.asarray(Image.open(files[0])), clip[0, 5])
 
 
+def test_frames_take_the_place_of_an_earlier_clips_and_of_nothing_else(clip: np.ndarray, tmp_path: Path) -> None:
+    for frames in (6, 2):
+        save_clips(tmp_path / "one", clip[:, :frames], 7, [MADE])
+        assert len(list((tmp_path / "one").iterdir())) == frames
+    theirs = tmp_path / "one" / "notes.txt"
+    theirs.touch()
+    with pytest.raises(ArgumentError, match=r"notes\.txt"):
+        check_clip_output(tmp_path / "one")
+    with pytest.raises(ArgumentError, match=r"notes\.txt"):
+        save_clips(tmp_path / "one", clip, 7, [MADE])
+    assert len(list(theirs.parent.iterdir())) == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one"]
+
+
 @pytest.mark.parametrize("name", ["a.avi", "a.png", "none/a.mp4", "there.mp4", "file"])
 def test_where_no_clip_can_go(tmp_path: Path, name: str) -> None:
     (tmp_path / "there.mp4").mkdir()
