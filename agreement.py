@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from .families import Family
 from .families.base import GUIDANCE_INPUT
+from .families.decoders import DECODERS
 from .families.image_prompt import IMAGE_ENCODER, IP_ADAPTER
 from .tensors import TensorSpec
 from .values import Reader
@@ -49,15 +50,12 @@ def check_graphs(
         _match(name, "inputs", encoder.inputs, ids, reading, more=more)
         hidden, pooled = {"hidden": ("prompts", None, None)}, {"pooled": ("prompts", None)}
         _match(name, "outputs", encoder.outputs, hidden, reading, more=pooled)
-    decoder, rows = components["vae_decoder"], model.decoder_rows
-    _match("vae_decoder", "inputs", decoder.inputs, {"latent": (rows, *cells)}, reading)
-    _match(
-        "vae_decoder",
-        "outputs",
-        decoder.outputs,
-        {"image": (rows, *pixels, 3), "finite": (rows,)},
-        reading,
-    )
+    rows = model.decoder_rows
+    for name in DECODERS.values():
+        if name in components:
+            images = {"image": (rows, *pixels, 3), "finite": (rows,)}
+            _match(name, "inputs", components[name].inputs, {"latent": (rows, *cells)}, reading)
+            _match(name, "outputs", components[name].outputs, images, reading)
     if IMAGE_ENCODER in components:
         _check_image_encoder(components[IMAGE_ENCODER], components["unet"], model, reading)
     if "vae_encoder" in components:

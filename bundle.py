@@ -18,6 +18,7 @@ from .agreement import check_graphs, check_tokenizers
 from .errors import ArgumentError, CorruptError, FewstepError, MissingError, UnknownNameError, UnsafeFileError
 from .families import Condition, Family, all_families, find_family
 from .families.configs import check_config
+from .families.decoders import TINY_DECODER
 from .families.image_prompt import IMAGE_ENCODER
 from .manifest import LOWERED as LOWERED
 from .manifest import MANIFEST as MANIFEST
@@ -144,7 +145,7 @@ class Bundle:
 
     def component(self, name: str) -> Component:
         """The component of this name; `UnknownNameError` for a word that is none, `MissingError` where it is absent."""
-        known = {IMAGE_ENCODER, *(c for f in all_families() for c in f.components)}
+        known = {IMAGE_ENCODER, TINY_DECODER, *(c for f in all_families() for c in f.components)}
         if name not in self.components and name not in known:
             raise UnknownNameError("component", name, self.components)
         if name not in self.components:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
+from ..families.decoders import DECODERS
 from .common import add_budget_option, add_engine_options, between, opened_schedule, say, size
 from .sampling import sampler_options
 
@@ -188,6 +189,9 @@ def add_picture_options(parser: argparse.ArgumentParser, *, many: bool) -> None:
     group.add_argument("--ip-adapter-scale", type=float, metavar="N", help="how much of it is taken (default: 1)")
     group.add_argument("--variation-seed", type=int, metavar="N", help="turn the seed's noise towards this one's")
     group.add_argument("--variation", type=float, metavar="N", help="how far, 0 to 1 (default: 0)")
+    group.add_argument(
+        "--decoder", choices=tuple(DECODERS), help="tiny: the tiny autoencoder's, if the bundle has one (default: full)"
+    )
     group.add_argument(
         "--seed-device", metavar="cpu|cuda", help="whose noise: torch's on the CPU or on CUDA (default: cpu)"
     )

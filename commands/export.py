@@ -54,6 +54,11 @@ def define(parser: argparse.ArgumentParser) -> None:
         "--image-encoder", metavar="FOLDER", help="the IP-Adapter's image encoder (default: image_encoder beside it)"
     )
     parser.add_argument(
+        "--tiny-decoder",
+        metavar="PATH",
+        help="a tiny autoencoder (a .safetensors file or a folder) beside the VAE, for requests that ask for it",
+    )
+    parser.add_argument(
         "--preset", help="what the checkpoint was distilled for, like sd-turbo (default: told from its names)"
     )
     parser.add_argument(
@@ -124,6 +129,7 @@ def execute(options: argparse.Namespace) -> int:
             controlnets=by_name("--controlnet", options.controlnet),
             ip_adapter=options.ip_adapter,
             image_encoder=options.image_encoder,
+            tiny_decoder=options.tiny_decoder,
             preset=options.preset,
             variant=options.variant,
             revision=options.revision,
@@ -162,5 +168,7 @@ def picture_lines(pictures: Mapping[str, Any]) -> list[str]:
         if words == "passed":
             psnr = verdict["psnr_db"]
             words = "diffusers' own, " + ("to the last bit" if psnr is None else f"at {psnr:.0f} dB")
+            if "tiny_decoder_db" in verdict:
+                words += f"; by the tiny decoder {verdict['tiny_decoder_db']:.1f} dB from it"
         lines.append(f"    {task.replace('_', ' ')}: {words}")
     return lines

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import MANIFEST, Bundle, Component, Defaults, Latent, Tokenizer, read_defaults, write_manifest
+from ..engines.graph.onnx_bytes import read_graph
+from ..engines.graph.relocate import place_weights, weights_of
 from ..errors import ArgumentError, CorruptError, MissingExtraError
 from ..families.t5 import T5
 from ..places import put_back, put_in_place, room_for, staging_folder, writing
 from ..presets import Preset, find_preset, preset_defaults, recognise_preset
 from ..values import Reader, read_json
 from ..version import __version__
-from ..weights.layout import SIZES
+from ..weights.layout import SIZES, plan_layout
 from ..weights.lora import Fusion, match_loras
 from .checkpoint.compose import compose_checkpoint, describe_part, names_of
 from .checkpoint.folder import Checkpoint
@@ -55,6 +57,7 @@ def export_bundle(
     controlnets: Mapping[str, str | Path] | None = None,
     ip_adapter: str | Path | None = None,
     image_encoder: str | Path | None = None,
+    tiny_decoder: str | Path | None = None,
     preset: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
@@ -73,6 +76,7 @@ def export_bundle(
     embeddings: files of textual inversion with the words that name them in prompts, or `None` for the files' own.
     controlnets: folders or hub ids of ControlNets, traced with the UNet, by the names that requests know them by.
     ip_adapter: an IP-Adapter's file, and image_encoder the folder of its image encoder where that is not beside it.
+    tiny_decoder: a tiny autoencoder's file or folder, whose decoder requests may ask for beside the VAE's own.
     dtype: a precision for all components, or one by component, like "fp16,text_encoder=fp32" (`plan.py`).
     without: the text encoders, to leave them out: requests then give embeddings of their prompts.
     preset: a name of `presets.py`, if it is not told by the checkpoint's own names.
@@ -100,6 +104,7 @@ def export_bundle(
         controlnets=controlnets,
         ip_adapter=ip_adapter,
         image_encoder=image_encoder,
+        tiny_decoder=tiny_decoder,
         revision=revision,
         variant=variant,
         offline=offline,
@@ -174,11 +179,12 @@ def export_component(
     weights = f"{plan.kind}.safetensors"
     patch = partial(fusion.fuse, plan.kind)
     digest = write_weights(graph, tensors, folder / weights, progress.bytes_written, patch)
-    (folder / f"{plan.kind}.onnx").write_bytes(graph.onnx)
+    onnx = graph.onnx if plan.kind == plan.network else _with_weights_in(graph, weights)
+    (folder / f"{plan.kind}.onnx").write_bytes(onnx)
     return Component(
         graph=f"{plan.kind}.onnx",
         weights=weights,
-        graph_sha256=hashlib.sha256(graph.onnx).hexdigest(),
+        graph_sha256=hashlib.sha256(onnx).hexdigest(),
         weights_sha256=digest,
         graph_key=graph.key,
         dtype=plan.dtype,
@@ -190,6 +196,14 @@ def export_component(
     )
 
 
+def _with_weights_in(traced: TracedGraph, file: str) -> bytes:
+    """A graph that looks for its weights in another file than that of its kind."""
+    graph = read_graph(traced.onnx)
+    layout = plan_layout([(p.name, p.dtype, p.shape) for p in traced.parameters])
+    place_weights(graph, list(weights_of(graph, len(traced.onnx)).values()), file, layout.places)
+    return graph.to_bytes()
+
+
 def _trace(plan: ComponentPlan) -> TracedGraph:
     for module in ("torch", "diffusers", "transformers", "onnxscript"):
         if importlib.util.find_spec(module) is None:
@@ -199,7 +213,7 @@ def _trace(plan: ComponentPlan) -> TracedGraph:
     from .trace.trace import trace_component
 
     log.info("tracing %s (%s)", plan.kind, plan.dtype)
-    graph = trace_component(plan.kind, plan.config, plan.dtype, plan.family, key=plan.key)
+    graph = trace_component(plan.network, plan.config, plan.dtype, plan.family, key=plan.key)
     keep_graph(graph)
     return graph
 

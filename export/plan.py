@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import ArgumentError, UnsupportedError
 from ..families import Family
+from ..families.decoders import TINY_DECODER
 from ..families.image_prompt import IMAGE_ENCODER, IP_ADAPTER, PROJECTION
 from ..schedules import NoiseSchedule, program_from_diffusers
 from ..schedules.compat.classes import CLASSES
@@ -48,8 +49,13 @@ class ComponentPlan:
         return ChainMap(*beside, dict(own)) if beside else own
 
     @property
+    def network(self) -> str:
+        """What kind of network it is; several components may be of one."""
+        return "vae_decoder" if self.kind == TINY_DECODER else self.kind
+
+    @property
     def key(self) -> str:
-        return graph_key(self.kind, self.config, self.dtype)
+        return graph_key(self.network, self.config, self.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +142,10 @@ def _plan(checkpoint: Checkpoint, kind: str, dtype: str, family: Family) -> Comp
         return ComponentPlan(
             kind=kind, part=adapter.encoder, config=config, dtype=dtype, family=family, adapter=adapter
         )
+    if kind == TINY_DECODER and checkpoint.tiny is not None:
+        tiny = checkpoint.tiny
+        config = component_config("vae_decoder", tiny.config, tiny.class_name, family)
+        return ComponentPlan(kind=kind, part=tiny, config=config, dtype=dtype, family=family)
     part = checkpoint.parts["vae" if kind.startswith("vae") else kind]
     config = component_config(kind, part.config, part.class_name, family)
     if kind != "unet":

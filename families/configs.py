@@ -12,6 +12,7 @@ from typing import Any
 
 from ..values import Reader
 from .control import CONTROL_CLASSES, CONTROLS, MOST_CONTROLS, is_control_name
+from .decoders import TINY_DECODER
 from .image_prompt import ADAPTER_KEYS, IMAGE_ENCODER, IP_ADAPTER, PLAIN, PLUS, PROJECTION
 
 MOST_LEVELS = 16
@@ -213,7 +214,7 @@ def check_config(kind: str, config: Mapping[str, Any], reading: Reader) -> None:
 
     kind: the part's or component's name; what has no table here and is of no VAE is a text encoder.
     """
-    table = _TABLES.get(kind) or (VAE if kind.startswith("vae") else TEXT)
+    table = _TABLES.get(kind) or (VAE if kind.startswith("vae") or kind == TINY_DECODER else TEXT)
     for key, value in config.items():
         if key in table:
             table[key](reading, key, value)

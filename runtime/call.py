@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 from ..errors import ArgumentError
+from ..families.decoders import FULL
 from ..schedules import FoundSchedules
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -72,6 +73,9 @@ class Call:
     one an image, `None` for images without. ip_adapter_scale: how much of it is taken (1), one for all attentions or
     one for each of those to prompts, down, up and middle blocks in this order.
 
+    decoder: `"full"`, or `"tiny"` for the tiny autoencoder's that the bundle was exported with: faster, and a little
+    another picture.
+
     Of models that make clips, whose `image` is what the clip begins with: frames: how many (the model's own number).
     fps: frames per second, of the file and as the model is told (7). motion_bucket: how much moves, 0 to 1023 (127).
     noise_augmentation: how much noise is laid over the picture, 0 to 10 (0.02). guidance: of the last frame, with
@@ -133,6 +137,7 @@ class Call:
     noise_augmentation: float | None = None
     min_guidance: float | None = None
     decode_chunk: int | None = None
+    decoder: str = FULL
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -153,6 +158,7 @@ RECORDED = (
     "negative_original_size",
     "negative_crop_top_left",
     "negative_target_size",
+    "decoder",
     *CLIP_ARGUMENTS,
 )
 """Arguments that a picture's parameters hold only where they were given."""

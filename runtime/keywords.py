@@ -100,6 +100,7 @@ class CallArguments(SamplerOptions, total=False):
     noise_augmentation: float | None
     min_guidance: float | None
     decode_chunk: int | None
+    decoder: str
     options: Mapping[str, Any]
 
 

@@ -28,6 +28,7 @@ from ..errors import (
     OutOfMemoryError,
     UnavailableError,
 )
+from ..families.decoders import DECODERS, TINY_DECODER
 from ..families.image_prompt import IMAGE_ENCODER
 from ..schedules import Program
 from ..weights.embeddings import embedding_file
@@ -126,8 +127,8 @@ class Pipeline(ImageMaker):
         self.size = check_size(bundle, size or (bundle.defaults.width, bundle.defaults.height))
         self._opened = OpenedEngines(bundle, self.device, self._dims, options)
         self.adapted = self._opened.adapted
-        encoders = list(bundle.text_encoders)
-        self._on_device = self._opened.open([*(encoders if keep_text_encoders else ()), "unet", "vae_decoder"])
+        encoders, decoders = list(bundle.text_encoders), [d for d in DECODERS.values() if d in bundle.components]
+        self._on_device = self._opened.open([*(encoders if keep_text_encoders else ()), "unet", *decoders])
         check_engine(self._on_device["unet"], self.device)
         self.engines = {n: e if n == "unet" else self.device.on_host(e) for n, e in self._on_device.items()}
         self.loras = LoraLibrary(bundle, None if lora_folder is None else Path(lora_folder))
@@ -143,6 +144,7 @@ class Pipeline(ImageMaker):
             bundle,
             self.engines["vae_decoder"],
             lambda: self._opened.open_on_host(["vae_encoder"])["vae_encoder"],
+            tiny=self.engines.get(TINY_DECODER),
             tiling=vae_tiling,
             slicing=vae_slicing,
         )
@@ -324,7 +326,7 @@ class Pipeline(ImageMaker):
         latents, decoded, ticks = np.empty_like(prepared.gaussians), None, TickTimes()
         with self._admitted(prepared) as (slots, admitted):
             if self.mode == "latency" and not previews and self._is_whole(slots, admitted):
-                decoded = slots.run(admitted, self._on_device["vae_decoder"])
+                decoded = slots.run(admitted, self._on_device[DECODERS[prepared.request.decoder]])
                 latents = decoded.latents
             else:
                 for i in range(program.evaluations):
@@ -344,7 +346,7 @@ class Pipeline(ImageMaker):
             yield self._step(program, program.evaluations - 1, None, lambda: latents, chunk)
         return ResultPart(
             device=self.device.name,
-            images=self.vae.decode(latents, chunk) if decoded is None else decoded.images,
+            images=self.vae.decode(latents, chunk, prepared.request.decoder) if decoded is None else decoded.images,
             latents=latents,
             denoise_ms=1e3 * (denoised - began),
             decode_ms=_since(denoised) if decoded is None else 0.0,
@@ -372,7 +374,7 @@ class Pipeline(ImageMaker):
             timestep=float(program.timesteps[index]),
             x0=x0,
             _latents=latents,
-            _decode=partial(self.vae.decode_unguarded, chunk=chunk),
+            _decode=partial(self.vae.preview, chunk=chunk),
         )
 
     @contextmanager

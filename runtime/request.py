@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from ..bundle import Bundle
-from ..errors import ArgumentError
+from ..errors import ArgumentError, UnknownNameError
 from ..families.base import latent_multiple
+from ..families.decoders import DECODERS, FULL
 from ..presets import preset_warnings
 from ..schedules import FoundSchedules, Program
 from ..schedules.names import SEARCHED
@@ -52,13 +53,13 @@ class Request:
     `shared_stream` draws all noise from the first seed's generator, as diffusers does for one generator. `sizes` are
     what the prompt's row and the negative's are told of them. `gaussians` float32 [B, C, h, w], if given, are the noise
     to start from; `generators` draw instead of the seeds', one an image, or one where the stream is shared. With
-    `first_draws` only the first of them draws for the latents of a picture that several images share, as diffusers
-    does in inpainting. `variation_seeds`, if any, are those whose noise that to start from is turned towards, by
-    `variation`. `start_latents` float32 [B, C, h, w] are begun with instead of the pictures' own. `told` are
-    pictures that the UNet is told of. `clip` is what is asked of a clip beside its picture, whose `guidance` then
-    is the largest of its frames'. `controls` and `image_prompt` are what networks beside the UNet are told.
-    `own_size` says that no size was asked for and the first picture's was taken. `found` are the schedules that the
-    program is one of, if they were found for the model. `warnings` say what goes against those, the bundle's preset
+    `first_draws` only the first of them draws for the latents of a picture that several images share, as diffusers does
+    in inpainting. `variation_seeds`, if any, are those whose noise that to start from is turned towards, by
+    `variation`. `start_latents` float32 [B, C, h, w] are begun with instead of the pictures' own. `told` are pictures
+    that the UNet is told of. `clip` is what is asked of a clip beside its picture, whose `guidance` then is the largest
+    of its frames'. `controls` and `image_prompt` are what networks beside the UNet are told. `decoder` makes the
+    pixels. `own_size` says that no size was asked for and the first picture's was taken. `found` are the schedules that
+    the program is one of, if they were found for the model. `warnings` say what goes against those, the bundle's preset
     or a picture's proportions. `recorded` are arguments for a picture's parameters that have no field here.
     """
 
@@ -79,6 +80,7 @@ class Request:
     clip: ClipTerms | None = None
     controls: tuple[Control, ...] = ()
     image_prompt: ImagePrompt | None = None
+    decoder: str = FULL
     gaussians: Float32 | None = None
     seed_device: str = "cpu"
     generators: tuple[Gaussians, ...] | None = None
@@ -216,6 +218,7 @@ def make_request(
         told=told,
         controls=controls,
         image_prompt=read_image_prompt(bundle, call, len(seeds)),
+        decoder=check_decoder(bundle, call.decoder),
         gaussians=_gaussians(bundle, call, (len(seeds), height, width), program),
         seed_device=call.seed_device,
         variation_seeds=_variation_seeds(call, len(seeds)),
@@ -311,6 +314,19 @@ def check_size(bundle: Bundle, size: tuple[int, int]) -> tuple[int, int]:
                 remedy=" ".join([f"Use {low} or {value // unit * unit + unit}.", *_finer(bundle)]),
             )
     return int(width), int(height)
+
+
+def check_decoder(bundle: Bundle, decoder: str) -> str:
+    """A decoder's name, if the bundle has that one."""
+    if decoder not in DECODERS:
+        raise UnknownNameError("decoder", str(decoder)[:40], DECODERS)
+    if DECODERS[decoder] not in bundle.components:
+        raise ArgumentError(
+            f"decoder {decoder!r}, which the bundle {bundle.name!r} has not",
+            expected=f"{FULL!r}",
+            remedy="Export the checkpoint again with --tiny-decoder PATH.",
+        )
+    return decoder
 
 
 def check_among(size: tuple[int, int], sizes: Sequence[tuple[int, int]], *, own: bool) -> None:

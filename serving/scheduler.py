@@ -167,7 +167,7 @@ class Scheduler:
         self._observer.tick(took_ms, rows=rows, bucket=max(rows, choice.bucket), slots=len(slot_ids))
         for job, _ in chosen:
             job.account(times)
-            job.report(slots, self._pipeline.vae.decode_unguarded)
+            job.report(slots, self._pipeline.vae.preview)
             if job.done:
                 self._collect(job, slots)
 

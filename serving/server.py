@@ -368,7 +368,7 @@ class Server:
         try:
             with self._cpu.before_ticks():
                 began = time.monotonic()
-                images = self.pipeline.vae.decode(job.out)
+                images = self.pipeline.vae.decode(job.out, decoder=ticket.request.decoder)
                 ended = time.monotonic()
         except FewstepError as error:
             ticket.fail(error)

@@ -281,7 +281,7 @@ def test_the_command_in_a_picture_parses() -> None:
     pairs = {n: [64, 64] for n in options if n.endswith("_size")} | {n: [0, 8] for n in options if "crop" in n}
     values = {"prompt_syntax": "a1111", "long_prompts": "chunk", "clip_skip": 1, "fit": "cover", "seed_device": "cuda"}
     values |= {"frames": 14, "fps": 7, "motion_bucket": 90, "noise_augmentation": 0.1, "min_guidance": 1.5}
-    values |= {"decode_chunk": 4}
+    values |= {"decode_chunk": 4, "decoder": "tiny"}
     parameters = {
         **{"bundle": "sd 1", "prompt": "a 'cat'", "negative": "a dog", "prompt_2": "b", "negative_2": "c"},
         **{"steps": 4, "sampler": "euler", "schedule": "karras", "guidance": 5.0, "compat": "diffusers", "seed": 1},

@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from ...errors import ArgumentError, CorruptError, MissingError, UnsafeFileError, UnsupportedError
 from ...families import all_families
-from ...families.base import LATENT_STATISTICS
+from ...families.base import LATENT_STATISTICS, vae_factor
 from ...weights.delta import LoraFile
 from ...weights.embeddings import embedding_file, read_words, with_words
 from ...weights.stored import PICKLES, Stored, open_tensors
@@ -57,6 +57,7 @@ def compose_checkpoint(
     controlnets: Mapping[str, str | Path] | None = None,
     ip_adapter: str | Path | None = None,
     image_encoder: str | Path | None = None,
+    tiny_decoder: str | Path | None = None,
     revision: str | None = None,
     variant: str | None = None,
     offline: bool = False,
@@ -103,7 +104,9 @@ def compose_checkpoint(
     pictured = None if ip_adapter is None else open_ip_adapter(composed, ip_adapter, image_encoder)
     if image_encoder is not None and pictured is None:
         raise ArgumentError("an image encoder without an IP-Adapter", remedy="Name the adapter by --ip-adapter.")
+    tiny = None if tiny_decoder is None else _tiny(opened, parts["vae"], Path(tiny_decoder))
     given: dict[str, Any] = {
+        "tiny_decoder": None if tiny_decoder is None else str(tiny_decoder),
         "variant": variant,
         "base": str(opened.folder) if single else None,
         "unet": None if unet is None else str(unet),
@@ -125,6 +128,7 @@ def compose_checkpoint(
         loras=fused,
         controls=controls,
         adapter=pictured,
+        tiny=tiny,
         options={k: v for k, v in given.items() if v},
     )
 
@@ -216,6 +220,27 @@ def _replaced(base: Checkpoint, part: Part, path: Path) -> Part:
         config = {"_class_name": "AutoencoderTiny", **TINY_DEFAULTS}
         replacement = replace(replacement, class_name="AutoencoderTiny", config=config)
     return replacement
+
+
+def _tiny(base: Checkpoint, vae: Part, path: Path) -> Part:
+    """A tiny autoencoder beside the VAE, of the same latents and as many pixels a cell."""
+    if base.model.vae is None or base.model.clips:
+        raise ArgumentError(f"a tiny decoder for {base.model.title}", remedy="Leave --tiny-decoder out.")
+    part = _replaced(base, vae, path)
+    if part.class_name != "AutoencoderTiny":
+        raise ArgumentError(
+            f"{path.name} is an {part.class_name}",
+            expected="a tiny autoencoder (AutoencoderTiny)",
+            remedy="Another VAE in the place of the checkpoint's own is --vae.",
+        )
+    _check_vae(part, int(vae.config["latent_channels"]))
+    if vae_factor(part.config) != vae_factor(vae.config):
+        raise ArgumentError(
+            f"the tiny autoencoder makes {vae_factor(part.config)} pixels of a cell",
+            expected=f"{vae_factor(vae.config)}, as the VAE",
+            remedy="Give one of the same family.",
+        )
+    return part
 
 
 def _check_vae(vae: Part, ours: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...families import Family
 from ...families.base import TextEncoder
+from ...families.decoders import TINY_DECODER
 from ...families.image_prompt import IMAGE_ENCODER
 from ...weights.delta import LoraFile
 from ...weights.embeddings import Word
@@ -76,6 +77,7 @@ class Checkpoint:
     loras: tuple[LoraFile, ...] = ()
     controls: Mapping[str, Part] = field(default_factory=dict)
     adapter: IpAdapter | None = None
+    tiny: Part | None = None
     noising: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -86,7 +88,8 @@ class Checkpoint:
     def components(self) -> tuple[str, ...]:
         """What its bundle holds, in the order of an export."""
         absent = {e.name for e in self.model.text_encoders} - self.parts.keys()
-        return (*(c for c in self.model.components if c not in absent), *((IMAGE_ENCODER,) if self.adapter else ()))
+        beside = (*((IMAGE_ENCODER,) if self.adapter else ()), *((TINY_DECODER,) if self.tiny else ()))
+        return (*(c for c in self.model.components if c not in absent), *beside)
 
     @property
     def text_encoders(self) -> tuple[TextEncoder, ...]:

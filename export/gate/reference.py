@@ -100,7 +100,7 @@ def _load(checkpoint: Checkpoint, plan: ComponentPlan, dtype: str) -> Traceable:
 
 
 def _in(plan: ComponentPlan, model: nn.Module, dtype: str) -> Traceable:
-    return wrap(plan.kind, model if dtype == "float32" else model.to(DTYPES[dtype]), plan.config, dtype, plan.family)
+    return wrap(plan.network, model if dtype == "float32" else model.to(DTYPES[dtype]), plan.config, dtype, plan.family)
 
 
 @torch.no_grad()
@@ -119,7 +119,7 @@ def _own_errors(
 ) -> list[dict[str, float]]:
     """How far torch itself is from the reference in the component's precision, by case: {dtype: relative L2 error}."""
     if plan.dtype == "float32":
-        if sum(p.numel() for p in traceable.module.parameters()) > DOUBLE_LIMIT or plan.kind == "vae_decoder":
+        if sum(p.numel() for p in traceable.module.parameters()) > DOUBLE_LIMIT or plan.network == "vae_decoder":
             return [{} for _ in inputs]
         exact = [_run_double(traceable, case) for case in inputs]
         return [{"float32": _distance(output, true)} for output, true in zip(outputs, exact, strict=True)]

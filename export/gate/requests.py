@@ -21,6 +21,7 @@ from ...engines.base import Engine
 from ...engines.gate.gate import compare
 from ...errors import GateError, NonFiniteError
 from ...families.control import controls_of, picture_input
+from ...families.decoders import FULL, TINY, TINY_DECODER
 from ...families.image_prompt import IMAGE_ENCODER
 from ...runtime.arrays import Float32, UInt8
 from ...runtime.clip_prepare import prepare_clips
@@ -70,8 +71,11 @@ def _judge(bundle: Bundle, task: str, stated: Mapping[str, Any], pictures: Mappi
     try:
         controls = {n: pictures.get(f"picture/{task}/in/{picture_input(n)}") for n in _controls(bundle)}
         prompting = pictures.get(f"picture/{task}/in/ip_adapter_image")
-        made = make_clip(bundle, stated, image) if clip else make_picture(bundle, stated, image, controls, prompting)
-        report = compare(made, expected)
+        if clip:
+            made = {FULL: make_clip(bundle, stated, image)}
+        else:
+            made = make_picture(bundle, stated, image, controls, prompting)
+        report = compare(made[FULL], expected)
     except NonFiniteError as error:
         raise _failure(task, error.found, limit) from error
     if report.psnr < limit:
@@ -80,6 +84,7 @@ def _judge(bundle: Bundle, task: str, stated: Mapping[str, Any], pictures: Mappi
         "status": "passed",
         "psnr_db": report.psnr if math.isfinite(report.psnr) else None,
         "limit_db": limit,
+        **({"tiny_decoder_db": compare(made[TINY], made[FULL]).psnr} if TINY in made else {}),
         **{k: stated[k] for k in ("width", "height", "steps", "seed")},
     }
 
@@ -110,8 +115,8 @@ def make_picture(
     image: UInt8 | None,
     controls: Mapping[str, UInt8 | None] | None = None,
     prompting: UInt8 | None = None,
-) -> UInt8:
-    """The picture of one request under the checkpoint's own scheduler, uint8 [H, W, 3]."""
+) -> dict[str, UInt8]:
+    """The picture of one request under the checkpoint's own scheduler, uint8 [H, W, 3], by each decoder there is."""
     plain = _with_own_scheduler(bundle)
     text = TextEncoders(plain, lambda: {n: _open(plain, n) for n in plain.text_encoders}, keep_engines=False)
     vae = Vae(plain, _open(plain, "vae_decoder"), lambda: _open(plain, "vae_encoder"))
@@ -125,7 +130,12 @@ def make_picture(
         call |= {"ip_adapter_image": prompting}
     prompts = ImagePrompts(lambda: _open(plain, IMAGE_ENCODER))
     prepared = prepare(plain, text, vae, prompts, make_request(plain, stated["prompt"], **call))
-    return vae.decode_unguarded(_sampled(plain, prepared))[0]
+    latent = _sampled(plain, prepared)
+    decoded = {FULL: vae.decode_unguarded(latent)[0]}
+    if TINY_DECODER in plain.components:
+        tiny = Vae(plain, _open(plain, TINY_DECODER), lambda: _open(plain, "vae_encoder"))
+        decoded[TINY] = tiny.decode_unguarded(latent)[0]
+    return decoded
 
 
 def make_clip(bundle: Bundle, stated: Mapping[str, Any], image: UInt8 | None) -> UInt8:

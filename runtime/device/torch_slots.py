@@ -71,7 +71,7 @@ class TorchSlots(Slots):
             names = list(conditioning_inputs(engine.inputs))
             self._factors = StepFactors(names, slots + 1, longest_program, self.device)
         self._copies = DeviceCopies(self.device)
-        self._decoder: Decoder | None = None
+        self._decoders: dict[int, Decoder] = {}
         self._clock = DeviceClock(self.device)
 
     @property
@@ -156,11 +156,12 @@ class TorchSlots(Slots):
         return decoding.taken(tensor)
 
     def _bind_decoder(self, decoder: Engine, images: int) -> Decoder:
-        """The binding of a VAE's decoder, made once: recorded work holds its buffers."""
-        if self._decoder is None or not self._decoder.serves(decoder, images):
+        """The binding of a decoder, made once for each: recorded work holds its buffers."""
+        known = self._decoders.get(id(decoder))
+        if known is None or not known.serves(decoder, images):
             with guard_memory(self.device, f"decoding {images} images"):
-                self._decoder = Decoder(decoder, images, self._sides)
-        return self._decoder
+                known = self._decoders[id(decoder)] = Decoder(decoder, images, self._sides)
+        return known
 
     def _do(
         self,

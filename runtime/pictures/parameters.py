@@ -16,6 +16,7 @@ from functools import cache
 from typing import Any
 
 from ...errors import CorruptError
+from ...families.decoders import DECODERS
 from ...schedules.compat.classes import CLASSES, COMMON
 from ...schedules.found import METHODS
 from ...schedules.solvers.registry import SAMPLERS
@@ -34,6 +35,7 @@ CHOICES = {
     "fit": ("stretch", "cover", "contain", "diffusers"),
     "prompt_syntax": ("plain", "a1111"),
     "long_prompts": ("truncate", "chunk"),
+    "decoder": tuple(DECODERS),
 }
 """Of recorded arguments that are words of a list."""
 MOST_STAGES = 8

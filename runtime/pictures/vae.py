@@ -11,16 +11,20 @@ from ...bundle import Bundle
 from ...engines.base import Binding, Engine
 from ...errors import ArgumentError, BlackImageError, NonFiniteError
 from ...families.base import vae_samples
+from ...families.decoders import FULL, TINY
 from ..arrays import Float32, Shape, UInt8
 from ..noise.seeds import RequestNoise
 from .tiles import Tiling, check_when, run_tiled
 
 MOST_PIXELS = 1024 * 1024
 KEPT_BINDINGS = 4
+ENCODER = "encoder"
 
 
 class Vae:
     """Decodes and encodes; the encoder is opened when it is first needed. Thread-safe: one batch at a time each way.
+
+    tiny: a tiny autoencoder's decoder beside the own one, which previews are decoded by, and images that ask for it.
 
     tiling: whether large pictures go through in tiles; `"auto"` from `AUTO_PIXELS` on. slicing: whether a batch goes
     through one by one; `"auto"` as many at once as make `MOST_PIXELS`. Frames of clips go through whole, as many at
@@ -33,6 +37,7 @@ class Vae:
         decoder: Engine,
         open_encoder: Callable[[], Engine],
         *,
+        tiny: Engine | None = None,
         tiling: str | bool = "auto",
         slicing: str | bool = "auto",
     ) -> None:
@@ -48,24 +53,28 @@ class Vae:
         self._tile = Tiling.of(bundle.component("vae_decoder").config, bundle.latent.factor)
         self._factor = bundle.latent.factor
         self.samples = vae_samples(bundle.component("vae_decoder").config)
-        self._decoder, self._open_encoder = decoder, open_encoder
-        self._encoder: Engine | None = None
+        self._engines = {FULL: decoder} | ({} if tiny is None else {TINY: tiny})
+        self._open_encoder = open_encoder
         self._bindings: dict[tuple[str, int, int, int], Binding] = {}
         self._decoding, self._encoding, self._binds = threading.Lock(), threading.Lock(), threading.Lock()
 
-    def decode(self, latents: Float32, chunk: int | None = None) -> UInt8:
+    def decode(self, latents: Float32, chunk: int | None = None, decoder: str = FULL) -> UInt8:
         """Latents float32 [B, C, h, w] to images uint8 [B, H, W, 3]; of clips [B, F, C, h, w] to [B, F, H, W, 3].
 
         chunk: how many frames of a clip the decoder sees together, all of them if `None`. Raises `NonFiniteError` for
         NaN or infinity before the clamp, `BlackImageError` for an image, or a clip, all of zeros.
         """
-        images, finite = self._decode(latents, chunk)
+        images, finite = self._decode(latents, chunk, decoder)
         check_images(images, finite)
         return images
 
     def decode_unguarded(self, latents: Float32, chunk: int | None = None) -> UInt8:
-        """As `decode`, for previews: whatever comes out is returned."""
-        return self._decode(latents, chunk)[0]
+        """As `decode`, without its guards: whatever comes out is returned."""
+        return self._decode(latents, chunk, FULL)[0]
+
+    def preview(self, latents: Float32, chunk: int | None = None) -> UInt8:
+        """The same as fast as it goes: by the tiny decoder, where there is one."""
+        return self._decode(latents, chunk, TINY if TINY in self._engines else FULL)[0]
 
     def in_one_pass(self, count: int, height: int, width: int) -> bool:
         """Whether so many latents of this height and width are decoded whole and at once."""
@@ -78,7 +87,7 @@ class Vae:
             return 1 if self.slicing else count
         return max(1, MOST_PIXELS // (height * width * self._factor**2))
 
-    def _decode(self, latents: Float32, chunk: int | None) -> tuple[UInt8, np.ndarray]:
+    def _decode(self, latents: Float32, chunk: int | None, decoder: str) -> tuple[UInt8, np.ndarray]:
         if self._clips:
             clips = [self._decode_clip(clip, chunk or len(clip)) for clip in latents]
             return np.stack([images for images, _ in clips]), np.array([finite for _, finite in clips])
@@ -90,7 +99,7 @@ class Vae:
         with self._decoding:
             for at in range(0, count, each):
                 decode = self._decode_tiled if tiled else self._decode_whole
-                images[at : at + each], finite[at : at + each] = decode(latents[at : at + each])
+                images[at : at + each], finite[at : at + each] = decode(latents[at : at + each], decoder)
         return images, finite
 
     def _decode_clip(self, latents: Float32, chunk: int) -> tuple[UInt8, bool]:
@@ -99,23 +108,23 @@ class Vae:
         images, finite = np.empty((frames, height * self._factor, width * self._factor, 3), np.uint8), True
         with self._decoding:
             for at in range(0, frames, chunk):
-                images[at : at + chunk], fine = self._decode_whole(latents[at : at + chunk])
+                images[at : at + chunk], fine = self._decode_whole(latents[at : at + chunk], FULL)
                 finite = finite and bool(fine.all())
         return images, finite
 
-    def _decode_whole(self, latents: Float32) -> tuple[UInt8, np.ndarray]:
+    def _decode_whole(self, latents: Float32, decoder: str) -> tuple[UInt8, np.ndarray]:
         """In one pass; what it gives back holds until the next one."""
-        binding = self._binding("decoder", len(latents), *latents.shape[2:])
+        binding = self._binding(decoder, len(latents), *latents.shape[2:])
         np.copyto(binding.inputs["latent"], latents)
         binding.enqueue()
         return binding.outputs["image"], binding.outputs["finite"]
 
-    def _decode_tiled(self, latents: Float32) -> tuple[UInt8, np.ndarray]:
+    def _decode_tiled(self, latents: Float32, decoder: str) -> tuple[UInt8, np.ndarray]:
         count, _, height, width = latents.shape
         finite = np.ones(count, bool)
 
         def run(part: Float32) -> Float32:
-            images, ok = self._decode_whole(part)
+            images, ok = self._decode_whole(part, decoder)
             np.logical_and(finite, ok, out=finite)
             return images.transpose(0, 3, 1, 2).astype(np.float32)
 
@@ -151,18 +160,18 @@ class Vae:
         """The mean of a picture's latent: [3, H, W] in [-1, 1] to float32 [C, h, w]."""
         with self._encoding:
             self._ensure_encoder()
-            binding = self._binding("encoder", 1, *(side // self._factor for side in picture.shape[1:]))
+            binding = self._binding(ENCODER, 1, *(side // self._factor for side in picture.shape[1:]))
             np.copyto(binding.inputs["image"][0], picture)
             binding.enqueue()
             return np.array(binding.outputs["mean"][0])
 
     def _ensure_encoder(self) -> None:
-        if self._encoder is None:
-            self._encoder = self._open_encoder()
+        if ENCODER not in self._engines:
+            self._engines[ENCODER] = self._open_encoder()
 
     def _moments(self, picture: Float32) -> Float32:
         """Mean and logarithm of the standard deviation, which tiles blend, float32 [2 C, h, w]."""
-        binding = self._binding("encoder", 1, *(side // self._factor for side in picture.shape[1:]))
+        binding = self._binding(ENCODER, 1, *(side // self._factor for side in picture.shape[1:]))
         np.copyto(binding.inputs["image"][0], picture)
         binding.enqueue()
         with np.errstate(divide="ignore"):  # a VAE that gives no distribution says 0
@@ -172,11 +181,10 @@ class Vae:
         key = (which, batch, height, width)
         with self._binds:
             if key not in self._bindings:
-                engine = self._encoder if which == "encoder" and self._encoder is not None else self._decoder
                 while len(self._bindings) >= KEPT_BINDINGS:
                     self._bindings.pop(next(iter(self._bindings)))
-                rows = "batch" if which == "encoder" else self._rows
-                self._bindings[key] = engine.bind({rows: batch, "height": height, "width": width})
+                rows = "batch" if which == ENCODER else self._rows
+                self._bindings[key] = self._engines[which].bind({rows: batch, "height": height, "width": width})
             return self._bindings[key]
 
 

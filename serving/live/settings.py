@@ -12,6 +12,7 @@ import numpy as np
 
 from ...bundle import Bundle
 from ...errors import ArgumentError, UnknownNameError
+from ...families.decoders import FULL, TINY, TINY_DECODER
 from ...runtime.pipeline import Pipeline
 from ...runtime.programs import asked_or_own, choose_sampling, usual_steps
 from ...runtime.request import Request, check_integer
@@ -30,7 +31,8 @@ class LiveSettings:
     are spaced by it where the bundle's pipeline does that (`respaces`). sampler_options: of sampler and schedule, by
     name. noise:
     `"fixed"` (the seed's own for every frame, so that frames hang together), `"walk"` (moves on by `walk` of the way
-    to the next seed's noise a frame) or `"fresh"` (another seed a frame). size: (width, height) in pixels.
+    to the next seed's noise a frame) or `"fresh"` (another seed a frame). size: (width, height) in pixels. decoder:
+    `"full"` or `"tiny"`; where the bundle has a tiny one, that is taken.
     """
 
     prompt: str = ""
@@ -45,6 +47,7 @@ class LiveSettings:
     size: tuple[int, int] | None = None
     noise: str = "fixed"
     walk: float = 0.05
+    decoder: str | None = None
 
     def __post_init__(self) -> None:
         check_integer("seed", self.seed, 0, 2**63)
@@ -60,7 +63,7 @@ class LiveSettings:
             raise ArgumentError(
                 f"sampler_options is {str(self.sampler_options)[:40]!r}", expected='options by name, like {"rho": 5}'
             )
-        for name in ("sampler", "schedule", "negative"):
+        for name in ("sampler", "schedule", "negative", "decoder"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise ArgumentError(f"{name} is {value!r}", expected="a string")
@@ -105,6 +108,7 @@ class LiveSettings:
             size=self.size or pipeline.size,
             image=np.full((8, 8, 3), 128, np.uint8) if image else None,
             strength=strength if image else 1.0,
+            decoder=self.decoder or (TINY if TINY_DECODER in pipeline.bundle.components else FULL),
         )
 
     def _spaced_anew(self, bundle: Bundle, steps: int) -> bool:
