@@ -105,6 +105,11 @@ class Ground:
         search, choose, held_out, _ = self.pace.journal.value("plan", measured)
         return Counts(search=int(search), choose=int(choose), held_out=int(held_out))
 
+    def seconds(self, evaluations: int) -> float:
+        """What so many evaluations take at the pace at which the search was planned."""
+        *_, each = self.pace.journal.value("plan", list)
+        return float(each) * evaluations
+
     def reserve(self, problem: Problem, sets: Sets, place: int) -> float:
         """Seconds for what comes after the descent for `steps[place]`, verdicts and tables, and a tenth more.
 

@@ -315,6 +315,11 @@ def find_klub(
     return {count: search.knots(found[count]) for count in sorted(set(counts))}
 
 
+def sweep_evaluations(points: int) -> int:
+    """What a sweep over the levels that are searched first costs at most: each but the ends is tried at other places."""
+    return points * 2 * SIDE * (FIRST - 2)
+
+
 class _Search:
     """Descent over levels, one after another; levels are positive, both ends among them, and the ends stay."""
 

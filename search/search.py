@@ -21,7 +21,7 @@ from .descent import Descent
 from .ground import Ground
 from .journal import Journal
 from .judging import short
-from .klub import find_klub
+from .klub import find_klub, sweep_evaluations
 from .known import PUBLISHED, known_schedules
 from .noise import draws_of
 from .pace import Pace, Progress
@@ -174,6 +174,7 @@ class _Conductor:
         order = min(2, find_sampler(s.sampler).order)
         deadline = self.pace.deadline(KLUB_SHARE)
         sweeps, most = itertools.count(), KLUB_SWEEPS * (len(s.steps) + 1)
+        sweep = self.ground.seconds(sweep_evaluations(len(data)))
 
         def search() -> Mapping[int, Knots]:
             usual = [k for k in known_schedules(self.problem, 10) if k.name in PUBLISHED]
@@ -187,7 +188,7 @@ class _Conductor:
                 seed=s.seed,
                 low=self.problem.range[0],
                 judge=lambda knots: mean_distance(self.problem.errors([knots], judge)[0]),
-                go_on=lambda: next(sweeps) < most and self.pace.in_time(deadline),
+                go_on=lambda: next(sweeps) < most and self.pace.in_time(deadline - sweep),
             )
 
         levels = self.journal.value("klub", lambda: {str(n): list(knots.sigmas) for n, knots in search().items()})
