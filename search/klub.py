@@ -316,7 +316,7 @@ def find_klub(
 
 
 def sweep_evaluations(points: int) -> int:
-    """What a sweep over the levels that are searched first costs at most: each but the ends is tried at other places."""
+    """What a sweep over the levels that are searched first costs at most: each but the ends is tried elsewhere."""
     return points * 2 * SIDE * (FIRST - 2)
 
 
