@@ -115,7 +115,7 @@ bindings-check: $(FULL)
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest build/bindings tensorrt-cu13-bindings==11.4.0.106
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest build/bindings tensorrt-cu12-bindings==10.16.1.11
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest build/bindings tensorrt-cu12-bindings==10.12.0.36
-	$(BIN)/python -m pytest tests/engines/test_bindings.py
+	FEWSTEP_SLOW_TESTS=1 $(BIN)/python -m pytest tests/engines/test_bindings.py
 
 # Two replicas on Ray Serve, one of which is killed. Ray is large (80 MB) and slow to start (20 s), so it has a target of its own.
 ray-test: $(FULL)

@@ -17,6 +17,7 @@ pytest.importorskip("mypy")
 
 from bindings import ROOT, WHEELS, Bindings, from_wheel, installed_rtx
 
+pytestmark = pytest.mark.slow  # make bindings-check runs it
 FILES = tuple(f"fewstep.engines.backends.tensorrt{part}" for part in ("", "_build", "_refit"))
 RTX_ALONE = {
     "BuilderFlag.REQUIRE_USER_ALLOCATION",

@@ -92,7 +92,11 @@ def stored(engines: tuple[Path, dict[str, Plan]], library: Library, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("family", "batches"),
-    [("student", [1, 8]), ("sd2_bundle", [1, 2]), pytest.param("sdxl_bundle", [1, 2], marks=pytest.mark.slow)],
+    [
+        ("sd2_bundle", [1, 2]),
+        pytest.param("student", [1, 8], marks=pytest.mark.slow),
+        pytest.param("sdxl_bundle", [1, 2], marks=pytest.mark.slow),
+    ],
 )
 def test_a_life_from_the_graph_to_the_replay(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, family: str, batches: list[int]
