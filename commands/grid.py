@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ArgumentError
+from ..errors import (
+    ArgumentError,
+    BlackImageError,
+    FewstepError,
+    NonFiniteError,
+    OutOfMemoryError,
+    UnknownNameError,
+)
 from .asking import (
     add_clip_options,
     add_load_options,
@@ -25,11 +32,15 @@ from .common import (
     emit,
     open_bundle,
     register_torch,
+    say,
 )
 from .sampling import add_sampler_options
 
 if TYPE_CHECKING:
     from ..runtime.arrays import UInt8
+
+OF_A_CELL = (ArgumentError, OutOfMemoryError, NonFiniteError, BlackImageError)
+"""Errors that one picture may have and the next not."""
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +49,7 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--columns",
         metavar="AXIS=A,B,...",
-        help=f"one of {', '.join(AXES)}, and its values, by | where they hold commas",
+        help=f"one of {', '.join(AXES)}, and its values, by | where they hold commas; numbers may be ranges: 1-5",
     )
     parser.add_argument("--rows", metavar="AXIS=A,B,...", help="the other axis")
     parser.add_argument(
@@ -81,36 +92,59 @@ def execute(options: argparse.Namespace) -> int:
     pipe = load(bundle, **load_options(options, bundle))
     cells = _cells(pipe, columns, rows, call_options(options))
     title = "" if "prompt" in (columns[0], rows[0]) else options.prompt or ""
-    sheets = _sheets([[r.images[0] for r in row] for row in cells], heads, sides, title=title, cell=options.cell)
+    drawn = [[str(c) if isinstance(c, FewstepError) else c.images[0] for c in row] for row in cells]
+    results = [None if isinstance(c, FewstepError) else c for row in cells for c in row]
+    made = [c for c in results if c is not None]
+    sheets = _sheets(drawn, heads, sides, title=title, cell=options.cell)
     if clips:
-        save_clips(target, sheets[None], cells[0][0].fps, [{}])
+        save_clips(target, sheets[None], made[0].fps, [{}])
     else:
-        made = {**cells[0][0].parameters[0], "bundle": plain_name(options.bundle), "grid": described(options)}
-        save_picture(target, sheets[0], made)
-    seconds = [round(r.timings["total"] / 1e3, 4) for row in cells for r in row]
+        told = {**made[0].parameters[0], "bundle": plain_name(options.bundle), "grid": described(options)}
+        save_picture(target, sheets[0], told)
+    seconds = [
+        None if isinstance(c, FewstepError) else round(c.timings["total"] / 1e3, 4) for row in cells for c in row
+    ]
     data = {"file": str(target), "columns": heads, "rows": sides, "seconds": seconds}
     emit(options, data, f"{target}: {len(heads)} x {len(sides)} {'clips' if clips else 'pictures'}")
     return 0
 
 
 def _cells(pipe: Any, columns: Axis, rows: Axis, shared: dict[str, Any]) -> list[list[Any]]:
-    """The results by row and column."""
+    """The results by row and column; where one cannot be, the error that says so, as long as another can.
+
+    A name that no table holds is raised at once: it is a slip, and no picture.
+    """
     cells: list[list[Any]] = []
     with warnings_shown(), bar(len(columns[1]) * len(rows[1]), "image", "grid") as progress:
         for down in rows[1]:
             cells.append([])
             for across in columns[1]:
-                cells[-1].append(pipe(**cell_call(shared, columns, rows, across, down)))
+                try:
+                    cells[-1].append(pipe(**cell_call(shared, columns, rows, across, down)))
+                except UnknownNameError:
+                    raise
+                except OF_A_CELL as error:
+                    cells[-1].append(error)
                 progress.update(1)
+    errors = [c for row in cells for c in row if isinstance(c, FewstepError)]
+    if len(errors) == len(columns[1]) * len(rows[1]):
+        raise errors[0]
+    for text in dict.fromkeys(map(str, errors)):
+        say(f"warning: not every picture can be: {text}")
     return cells
 
 
-def _sheets(cells: list[list[Any]], heads: list[str], sides: list[str], *, title: str, cell: int | None) -> UInt8:
-    """Sheets uint8 [F, H, W, 3], as many as the cells have frames: one of pictures."""
+def _sheets(
+    cells: list[list[UInt8 | str]], heads: list[str], sides: list[str], *, title: str, cell: int | None
+) -> UInt8:
+    """Sheets uint8 [F, H, W, 3], as many as the cells have frames: one of pictures. Texts stand where none is."""
     import numpy as np
 
     from .sheet import draw_sheet
 
-    moving = cells[0][0].ndim == 4
-    frames = [[[c[f] if moving else c for c in row] for row in cells] for f in range(len(cells[0][0]) if moving else 1)]
+    counts = {len(c) for row in cells for c in row if not isinstance(c, str) and c.ndim == 4}
+    frames = [
+        [[c if isinstance(c, str) or not counts else c[f] for c in row] for row in cells]
+        for f in range(max(counts, default=1))
+    ]
     return np.stack([np.asarray(draw_sheet(f, heads, sides, title=title, cell=cell)) for f in frames])

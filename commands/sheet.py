@@ -17,18 +17,22 @@ MOST_LINES = 3
 
 
 def draw_sheet(
-    cells: Sequence[Sequence[UInt8]],
+    cells: Sequence[Sequence[UInt8 | str]],
     heads: Sequence[str],
     sides: Sequence[str],
     *,
     title: str = "",
     cell: int | None = None,
 ) -> Image:
-    """Draw images uint8 [H, W, 3], all of one size, `cells[row][column]`, under column and beside row labels."""
+    """Draw images uint8 [H, W, 3], `cells[row][column]`, under column and beside row labels; a text where none is.
+
+    All are enlarged alike; a cell is as large as the largest of them.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(13)
-    height, width = cells[0][0].shape[:2]
+    shapes = [c.shape[:2] for row in cells for c in row if not isinstance(c, str)]
+    height, width = (max(s[i] for s in shapes) for i in range(2))
     scale = max(1.0, (cell or SMALLEST) / width) if cell is None else cell / width
     wide, high = round(width * scale), round(height * scale)
     wide = max(wide, 16)
@@ -48,24 +52,27 @@ def draw_sheet(
     sampling = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
     for r, row in enumerate(cells):
         draw.text((GAP, top + r * (high + GAP) + high // 2 - 8), sides[r], fill="black", font=font)
-        for c, pixels in enumerate(row):
-            sheet.paste(
-                Image.fromarray(pixels).resize((wide, high), sampling),
-                (side + c * (wide + GAP), top + r * (high + GAP)),
-            )
+        for c, shown in enumerate(row):
+            left, upper = side + c * (wide + GAP), top + r * (high + GAP)
+            if isinstance(shown, str):
+                for i, line in enumerate(_wrap(shown, wide, font.getlength, most=max(1, high // LABEL))):
+                    draw.text((left, upper + LABEL * i), line, fill="black", font=font)
+                continue
+            own = round(shown.shape[1] * scale), round(shown.shape[0] * scale)
+            sheet.paste(Image.fromarray(shown).resize(own, sampling), (left, upper))
     return sheet
 
 
-def _wrap(text: str, width: float, measure: Callable[[str], float]) -> list[str]:
-    """The text in lines of at most `width` pixels, `MOST_LINES` of them; what is longer is cut."""
+def _wrap(text: str, width: float, measure: Callable[[str], float], most: int = MOST_LINES) -> list[str]:
+    """The text in lines of at most `width` pixels, `most` of them; what is longer is cut."""
     lines: list[str] = []
     for word in text.split():
         if lines and measure(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
         else:
             lines.append(word)
-    if len(lines) > MOST_LINES:
-        lines[MOST_LINES - 1 :] = [" ".join(lines[MOST_LINES - 1 :])]
+    if len(lines) > most:
+        lines[most - 1 :] = [" ".join(lines[most - 1 :])]
     return [_fit(line, width, measure) for line in lines or [""]]
 
 
