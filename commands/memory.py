@@ -7,17 +7,19 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import FewstepError, UnsupportedError
+from ..errors import FewstepError, OutOfMemoryError, UnsupportedError
 from .common import BACKENDS, BUNDLE_HELP, add_budget_option, between, emit, open_bundle, register_torch, say, size
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
 
+KILLED = -9
+"""How the system ends a process that takes too much."""
 MEASURED = (1, 2)
 """The batches that are run: two, so that what grows with the batch is told from what does not."""
 
@@ -76,7 +78,8 @@ def _lines(data: dict[str, Any]) -> list[str]:
     lines = [f"{width}x{height}, {data['batch']} at once; MB: weights + buffers + intermediate; peak, measured peak"]
     for stage in data["stages"]:
         parts = " + ".join(f"{stage[n] / 1e6:9.1f}" for n in ("weights", "buffers", "activations"))
-        measured = f", measured {stage['measured'] / 1e6:9.1f}" if "measured" in stage else ""
+        peak = stage.get("measured", "")
+        measured = ", does not fit" if peak is None else f", measured {peak / 1e6:9.1f}" if peak != "" else ""
         lines.append(f"{stage['component']:16} {parts}; {stage['total'] / 1e6:9.1f}{measured}")
     largest = data["largest_batch"]
     fits = ", ".join(f"{n} {'unknown' if v is None else v}" for n, v in largest.items())
@@ -91,14 +94,21 @@ def _largest_predicted(bundle: Bundle, pixels: tuple[int, int], free: int | None
 
 
 def _largest_measured(measured: _Measured, stages: list[dict[str, Any]], free: int | None) -> int | None:
-    """Cautious: as if every stage were at its peak at once. Two batches are measured, a third is a straight line."""
+    """Cautious: as if every stage were at its peak at once. Two batches are measured, a third is a straight line.
+
+    The second is not tried where the first does not fit.
+    """
     from ..runtime.request import MOST_IMAGES
 
     if free is None:
         return None
-    one, two = (sum(measured.peak(str(s["component"]), batch) for s in stages) for batch in MEASURED)
-    if one > free:
+    names = [str(s["component"]) for s in stages]
+    one = measured.together(names, MEASURED[0])
+    if one is None or one > free:
         return 0
+    two = measured.together(names, MEASURED[1])
+    if two is None:
+        return 1
     return min(MOST_IMAGES, 1 + (free - one) // max(two - one, 1))
 
 
@@ -135,15 +145,24 @@ class _Measured:
 
     def __init__(self, options: argparse.Namespace, pixels: tuple[int, int]) -> None:
         self._options, self._pixels = options, pixels
-        self._peaks: dict[tuple[str, int], int] = {}
+        self._peaks: dict[tuple[str, int], int | None] = {}
 
-    def peak(self, component: str, batch: int) -> int:
-        """A stage's peak in bytes. Raises `FewstepError` where its process ends without one."""
+    def together(self, components: Sequence[str], batch: int) -> int | None:
+        """The sum of the stages' peaks in bytes; `None` where one of them does not fit."""
+        peaks = [self.peak(c, batch) for c in components]
+        held = [p for p in peaks if p is not None]
+        return sum(held) if len(held) == len(peaks) else None
+
+    def peak(self, component: str, batch: int) -> int | None:
+        """A stage's peak in bytes, `None` where memory does not suffice for it.
+
+        Raises `FewstepError` where its process ends without one for another reason.
+        """
         if (component, batch) not in self._peaks:
             self._peaks[component, batch] = self._measure(component, batch)
         return self._peaks[component, batch]
 
-    def _measure(self, component: str, batch: int) -> int:
+    def _measure(self, component: str, batch: int) -> int | None:
         say(f"measuring {component}, {batch} at once")
         options, (width, height) = self._options, self._pixels
         command = [sys.executable, "-m", "fewstep", "memory", options.bundle, "--json", "--stage", component]
@@ -152,13 +171,18 @@ class _Measured:
         command += [] if options.budget is None else ["--budget", options.budget]
         command += [] if options.lora_rank is None else ["--lora-rank", str(options.lora_rank)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 this interpreter, or a program of this project, with a list of arguments and no shell
-        try:
-            return int(json.loads(done.stdout)["measured"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise FewstepError(
-                f"{component!r} could not be measured: {done.stderr.strip()[-300:] or f'exit code {done.returncode}'}",
-                remedy="Ask for a smaller size or batch, or pass --no-measure.",
-            ) from error
+        with suppress(ValueError):
+            told = json.loads(done.stdout)
+            if told.get("error", {}).get("type") == OutOfMemoryError.__name__:
+                return None
+            if "measured" in told:
+                return int(told["measured"])
+        if done.returncode == KILLED:
+            return None
+        raise FewstepError(
+            f"{component!r} could not be measured: {done.stderr.strip()[-300:] or f'exit code {done.returncode}'}",
+            remedy="Ask for a smaller size or batch, or pass --no-measure.",
+        )
 
 
 def _alone(bundle: Bundle, options: argparse.Namespace, pixels: tuple[int, int]) -> tuple[dict[str, Any], str]:

@@ -247,21 +247,28 @@ def aligned_array(shape: Sequence[int], dtype: str) -> NDArray[Any]:
     return raw[start : start + count].view(element).reshape(tuple(shape))
 
 
+FATAL = 4
+"""ONNX Runtime's level of a log that says no more than what is raised anyway: an evaluation's errors are."""
+
+
 class OrtBinding:
     """NumPy buffers bound to a session on the CPU."""
 
-    __slots__ = ("_io", "_lock", "_session", "_values", "inputs", "outputs")
+    __slots__ = ("_io", "_lock", "_options", "_session", "_values", "inputs", "outputs")
 
     def __init__(
         self, session: Any, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec], dims: Mapping[str, int]
     ) -> None:
         from onnxruntime import OrtValue
+        from onnxruntime import RunOptions as OrtRunOptions
 
         with memory_told("an engine's inputs and outputs"):
             own = [{n: aligned_array(s.resolve(dims), s.dtype) for n, s in of.items()} for of in (inputs, outputs)]
         self.inputs: dict[str, NDArray[Any]] = own[0]
         self.outputs: dict[str, NDArray[Any]] = own[1]
         self._session, self._io, self._lock = session, session.io_binding(), threading.Lock()
+        self._options = OrtRunOptions()
+        self._options.log_severity_level = FATAL
         # The values alias the arrays; they are kept because the binding holds only their addresses.
         self._values = {n: OrtValue.ortvalue_from_numpy(a) for n, a in (*self.inputs.items(), *self.outputs.items())}
         for name in self.inputs:
@@ -280,7 +287,7 @@ class OrtBinding:
         try:
             self._prepare()
             with memory_told("an evaluation"):
-                self._session.run_with_iobinding(self._io)
+                self._session.run_with_iobinding(self._io, self._options)
         finally:
             self._lock.release()
 

@@ -14,7 +14,7 @@ from ..graph.accounting import FUSED, Forms
 from ..options import BuildOptions, RunOptions
 from ..profile import check_dims
 from ..streams import take_stream
-from .ort import OrtEngine, Provider
+from .ort import FATAL, OrtEngine, Provider, memory_told
 from .ort_build import OrtBackend
 from .ort_cuda_graph import rewrite_for_cuda
 from .registry import BuildJob, OpenJob, register
@@ -75,6 +75,7 @@ class OrtCudaBinding:
                 name, "cuda", run.device, _element_type(tensor), tuple(tensor.shape), tensor.data_ptr()
             )
         self._options = onnxruntime.RunOptions()
+        self._options.log_severity_level = FATAL
         # Without this entry each run ends with a synchronisation of the host.
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         # One graph for each set of addresses; -1 tells ONNX Runtime not to capture.
@@ -88,7 +89,8 @@ class OrtCudaBinding:
             caller = torch.cuda.ExternalStream(stream, device=self._stream.device)
         if caller != self._stream:
             self._stream.wait_stream(caller)
-        self._session.run_with_iobinding(self._io, self._options)
+        with memory_told("an evaluation"):
+            self._session.run_with_iobinding(self._io, self._options)
         if caller != self._stream:
             caller.wait_stream(self._stream)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from checkpoints import make_sd1
 from fewstep.bundle import Bundle, read_bundle
 from fewstep.cli import main
+from fewstep.commands.memory import _lines
 from fewstep.engines.memory import ADAPTED, WITHIN, dims_for, predict_stage
 from fewstep.export import export_bundle
 
@@ -150,7 +152,23 @@ def test_running_out_of_memory_is_typed(folder: str) -> None:
     done = subprocess.run(["/bin/bash", "-c", limited], capture_output=True, text=True, check=False)
     error = json.loads(done.stdout)
     assert (done.returncode, error["error"]["type"]) == (3, "OutOfMemoryError"), done.stderr[-2000:]
-    assert "Traceback" not in done.stderr
+    assert done.stderr == f"fewstep: {error['error']['found']}; expected a smaller size. {error['error']['remedy']}\n"
+
+
+def test_what_does_not_fit_is_said_by_what_the_error_names(folder: str) -> None:
+    """The remedy of running out of memory is this command: it has to answer where memory does not suffice."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (1_500_000_000,) * 2)"
+    command = [folder, "--backend=ort-cpu", "--size=4096x4096", "--json"]
+    run = f"{limit}; from fewstep.cli import main; raise SystemExit(main(['memory', *{command!r}]))"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    data = json.loads(done.stdout)
+    measured = {s["component"]: s["measured"] for s in data["stages"]}
+    assert measured["unet"] is None
+    assert measured["text_encoder"] > 0
+    assert data["largest_batch"]["measured"] == 0
+    assert any(n.startswith("unet") and n.endswith("does not fit") for n in _lines(data))
 
 
 def test_what_cannot_be_measured_says_why(capsys: pytest.CaptureFixture[str], folder: str) -> None:
