@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -275,6 +276,11 @@ def _is_infinite(value: object) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
+def _checkpoint(root: Path) -> str:
+    """A checkpoint's folder that stands where a bundle was expected, as a shell takes it."""
+    return shlex.quote(str(root)) if (root / "model_index.json").is_file() else "CHECKPOINT"
+
+
 def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
     """Read `bundle.json`.
 
@@ -287,7 +293,7 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
         raise MissingError(
             f"no bundle in {str(folder)!r}",
             expected=f"a folder with {MANIFEST}",
-            remedy="Make one with: fewstep export CHECKPOINT FOLDER",
+            remedy=f"Make one with: fewstep export {_checkpoint(root)} FOLDER",
         )
     data = read_json(manifest, MANIFEST, remedy=READING.remedy, finite=True)
     if not isinstance(data, dict) or type(data.get("format")) is not int or data["format"] != FORMAT:

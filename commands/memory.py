@@ -59,7 +59,7 @@ def execute(options: argparse.Namespace) -> int:
         emit(options, *_alone(bundle, options, pixels))
         return 0
     predicted = predict(bundle, pixels, options.batch, on_cpu=options.device == "cpu", lora_rank=options.lora_rank)
-    stages = [s.to_json() for s in predicted]
+    stages: list[dict[str, Any]] = [s.to_json() for s in predicted]
     free = _free_bytes(options.device)
     data: dict[str, Any] = {"size": list(pixels), "batch": options.batch, "free_bytes": free, "stages": stages}
     data["largest_batch"] = {"predicted": _largest_predicted(bundle, pixels, free, options.device)}

@@ -6,11 +6,15 @@ import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any, TypeVar
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, UnknownNameError
 from ..families.decoders import FULL
 from ..schedules import FoundSchedules
+from ..schedules.compat.classes import CLASSES, COMMON
+from ..schedules.solvers.registry import SAMPLERS
+from ..schedules.spacing import SPACINGS
 
 F = TypeVar("F", bound=Callable[..., Any])
 RESERVED = frozenset({"start", "noise", "prediction"})
@@ -167,14 +171,28 @@ CONTROL_WORDS = ("control", "control_guidance_start", "control_guidance_end", "c
 IMAGE_PROMPT = ("ip_adapter_image", "ip_adapter_scale")
 
 
+@cache
+def option_names() -> frozenset[str]:
+    """The names of every sampler's and schedule's options, and of diffusers' schedulers'."""
+    ours = [*(s.options for s in SAMPLERS.values()), *(s.options for s in SPACINGS.values())]
+    theirs = [(*c.reads, *c.step_options) for c in CLASSES.values()]
+    return frozenset({"eta", "last_sigma", *COMMON}.union(*ours, *theirs))
+
+
 def make_call(prompt: str | Sequence[str] | None, given: Mapping[str, Any]) -> Call:
-    """A call from keyword arguments; what `Call` does not name is an option of the sampler."""
+    """A call from keyword arguments; what `Call` does not name is an option of the sampler.
+
+    Raises `UnknownNameError` for what is an option of none.
+    """
     own = given.get("options") or {}
     if not isinstance(own, Mapping) or not all(isinstance(k, str) for k in own):
         raise ArgumentError(
             f"options is {str(own)[:60]!r}", expected='options of the sampler by name, like {"eta": 0.5}'
         )
-    options = {**own, **{k: v for k, v in given.items() if k not in NAMES and k != "options"}}
+    loose = {k: v for k, v in given.items() if k not in NAMES and k != "options"}
+    if unknown := next((k for k in loose if k not in option_names() | RESERVED), None):
+        raise UnknownNameError("argument of a call", unknown, (*NAMES, *option_names()))
+    options = {**own, **loose}
     taken = {*RESERVED, *NAMES} & set(options)
     if taken:
         raise ArgumentError(

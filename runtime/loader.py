@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Unpack, overload
 
 from ..bundle import Bundle
-from ..errors import ArgumentError, OutOfMemoryError
+from ..errors import ArgumentError, OutOfMemoryError, UnknownNameError
 from .group import PipelineGroup
 from .keywords import LoadOptions, SharedOptions
 from .library import open_bundle
@@ -46,6 +46,9 @@ def load(
     """
     if devices is not None and options.get("device") is not None:
         raise ArgumentError("device beside devices", expected="one of the two")
+    if unknown := next((n for n in options if n not in LoadOptions.__annotations__), None):
+        known = (*LoadOptions.__annotations__, "devices", "budget")
+        raise UnknownNameError("option of fewstep.load", unknown, known)
     bundle = open_bundle(folder)
     if budget is not None:
         bundle = bundle.within(budget)

@@ -12,18 +12,14 @@ import os
 import re
 import shlex
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 from ...errors import CorruptError
 from ...families.decoders import DECODERS
-from ...schedules.compat.classes import CLASSES, COMMON
 from ...schedules.found import METHODS
-from ...schedules.solvers.registry import SAMPLERS
-from ...schedules.spacing import SPACINGS
 from ...values import Reader, escape, has_controls, parse_json
 from ..arguments import LARGEST_SEED
-from ..call import CLIP_ARGUMENTS, CONTROL_WORDS, IMAGE_PROMPT, RECORDED
+from ..call import CLIP_ARGUMENTS, CONTROL_WORDS, IMAGE_PROMPT, RECORDED, option_names
 from ..prompts.lora_tags import MOST_SCALE
 from .infotext import Carried, read_infotext
 from .texts import JSON_KEY, MOST_TEXT, TEXT_KEY, read_texts
@@ -44,14 +40,6 @@ _SIZE = re.compile(r"\d{1,8}x\d{1,8}")
 LARGEST_SIDE = 2**24
 GRID = ("columns", "rows", "matrix", "cell")
 """Axes of a sheet of pictures, as the command line has them."""
-
-
-@cache
-def known_options() -> frozenset[str]:
-    """The names of every sampler's and schedule's options, and of diffusers' schedulers'."""
-    ours = [*(s.options for s in SAMPLERS.values()), *(s.options for s in SPACINGS.values())]
-    theirs = [(*c.reads, *c.step_options) for c in CLASSES.values()]
-    return frozenset({*NAMED_OPTIONS, "last_sigma", *COMMON}.union(*ours, *theirs))
 
 
 def read_parameters(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -123,7 +111,7 @@ def check_parameters(p: Mapping[str, Any], reading: Reader) -> None:
             reading.text("a LoRA's component", component)
             reading.number("a LoRA's scale", scale, -MOST_SCALE, MOST_SCALE)
     for name, value in reading.mapping("options", p.get("options") or {}).items():
-        reading.choice("an option's name", name, sorted(known_options()))
+        reading.choice("an option's name", name, sorted({*option_names(), *NAMED_OPTIONS}))
         _check_option(name, value, reading)
     for name, value in reading.mapping("recorded", p.get("recorded") or {}).items():
         reading.choice(

@@ -20,7 +20,7 @@ import fewstep
 import numpy as np
 import pytest
 from fewstep.commands import common, sampling
-from fewstep.errors import ArgumentError, CancelledError, MissingError, UnavailableError
+from fewstep.errors import ArgumentError, CancelledError, MissingError, UnavailableError, UnknownNameError
 from fewstep.export.embedded import MODELS, embedded_bundle
 from fewstep.runtime import Call, Cascade, Pipeline
 from fewstep.runtime.diffusers_adapter import StableDiffusionPipeline
@@ -111,6 +111,25 @@ def test_a_wrong_call_fails_to_type_check(tmp_path: Path) -> None:
         about = [s for s in said if f"snippet.py:{at}: error" in s and not s.endswith("[unused-coroutine]")]
         assert bool(about) == bool(fault), (line, about, done.stderr)
         assert all(s.endswith(f"[{fault}]") for s in about), (line, about)
+
+
+def test_a_wrong_argument_is_refused_with_the_nearest(pipe: Pipeline, tmp_path: Path) -> None:
+    for call, near in (
+        (lambda: pipe(CIRCLE, stepz=3), "steps"),
+        (lambda: pipe.request(CIRCLE, guidence=1.0), "guidance"),
+        (lambda: pipe(CIRCLE, etaa=0.5), "eta"),
+        (lambda: fewstep.Server("student", batchh=3), "batch"),
+        (lambda: fewstep.load("student", thread=3), "threads"),
+        (lambda: fewstep.load("student", devicez=["cpu"]), "devices"),
+    ):
+        with pytest.raises(UnknownNameError) as refused:
+            call()
+        assert near in refused.value.near[:2]
+    with pytest.raises(UnknownNameError, match="option of euler"):
+        pipe(CIRCLE, steps=1, order=2)
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(MissingError, match=re.escape(f"fewstep export {tmp_path} FOLDER")):
+        fewstep.load(tmp_path)
 
 
 def test_a_pipeline_is_closed_at_the_end_of_a_with() -> None:
