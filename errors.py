@@ -84,6 +84,17 @@ class UnsafeFileError(FewstepError):
     exit_code = 4
 
 
+class PickledFileError(UnsafeFileError):
+    """Weights in a pickle, which can run code when it is loaded."""
+
+    def __init__(self, name: str, *, expected: str = "a .safetensors file") -> None:
+        super().__init__(
+            f"{name} is a pickle, which can run code when it is loaded",
+            expected=expected,
+            remedy="Take its .safetensors file where there is one; else docs/checkpoints.md says how to convert it.",
+        )
+
+
 class MismatchError(FewstepError):
     """An engine or bundle made for something else: another machine, version, shape or graph."""
 

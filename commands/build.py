@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
-from .common import BACKENDS, BUNDLE_HELP, add_budget_option, bar, emit, open_bundle, register_torch, size
+from .common import BACKENDS, BUNDLE_HELP, add_budget_option, bar, emit, log_shown, open_bundle, register_torch, size
 
 if TYPE_CHECKING:
     from ..engines import Span
@@ -32,6 +32,7 @@ def define(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be built, how large, and why")
     parser.add_argument("--no-preflight", action="store_true", help="do not check memory and disk first")
+    parser.add_argument("--verbose", action="store_true", help="show what the backend says while it builds")
     parser.add_argument("--force", action="store_true", help="build even what is there already")
     parser.add_argument("--optimization-level", type=int, help="TensorRT's, 0 to 5")
     parser.add_argument("--workspace", type=int, metavar="MIB", help="TensorRT's scratch memory")
@@ -98,7 +99,7 @@ def execute(options: argparse.Namespace) -> int:
     if not options.no_preflight:
         check_resources(planned, _existing(default_store().root))
     began = time.monotonic()
-    with bar(100, "%", "build") as progress:
+    with log_shown(options.verbose), bar(100, "%", "build") as progress:
 
         def report(component: str, stage: str, fraction: float) -> None:
             progress.set_description(f"{component}: {stage}")

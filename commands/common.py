@@ -166,6 +166,24 @@ def say(message: str) -> None:
 
 
 @contextmanager
+def log_shown(shown: bool) -> Iterator[None]:
+    """Have everything that the library logs on stderr, a line each, if it is to be shown."""
+    import logging
+
+    handler, logger = logging.StreamHandler(sys.stderr), logging.getLogger("fewstep")
+    before = logger.level
+    if shown:
+        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+@contextmanager
 def bar(total: int | None, unit: str, description: str = "") -> Iterator[Any]:
     """A progress bar on stderr; silent when that is not a terminal."""
     from tqdm import tqdm

@@ -70,7 +70,8 @@ def define(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--output",
-        help="the .png, .jpg, .webp or .avif to write (default: image.png); of a clip an .mp4, .webp or .gif, or a "
+        help="the .png, .jpg, .webp or .avif to write (default: image.png, replaced if it is there); of a clip an "
+        ".mp4, .webp or .gif, or a "
         "folder (default: clip.mp4)",
     )
     add_image_options(parser)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..bundle import Bundle
 from ..errors import ArgumentError, MissingExtraError
 from .asking import add_adapter_options
+from .carrying import plain_name
 from .common import BUNDLE_HELP, add_budget_option, add_engine_options, between, open_bundle, register_torch, say, size
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help=BUNDLE_HELP)
     parser.add_argument("--host", default="127.0.0.1", help="beyond loopback FEWSTEP_TOKEN or --keys (%(default)s)")
     parser.add_argument("--port", type=between(0, 65535), default=8000, help="(default: %(default)s)")
-    parser.add_argument("--name", help="what requests call the model (default: the bundle's name)")
+    parser.add_argument("--name", help="what requests call the model (default: the bundle's name, or its folder's)")
     parser.add_argument("--alias", action="append", default=[], help="another name of the model; repeatable")
     parser.add_argument(
         "--model",
@@ -97,7 +98,7 @@ def execute(options: argparse.Namespace) -> int:
     bundle = open_bundle(options.bundle, options.budget)
     settings = Settings(
         model=options.name or bundle.name,
-        aliases=tuple(options.alias),
+        aliases=other_names(options, bundle),
         token=token,
         keys=keys,
         origins=tuple(options.cors),
@@ -124,6 +125,14 @@ def execute(options: argparse.Namespace) -> int:
     if service.error is not None:
         raise service.error
     return 0
+
+
+def other_names(options: argparse.Namespace, bundle: Bundle) -> tuple[str, ...]:
+    """The other names of the first model: without a `--name`, the word by which the command line has it too."""
+    word = plain_name(options.bundle)
+    own = options.name is None and NAME.fullmatch(word) is not None and word != bundle.name
+    taken = (*options.alias, *(n for n, _ in options.model))
+    return (*options.alias, *([word] if own and word not in taken else []))
 
 
 def named_bundle(text: str) -> tuple[str, str]:

@@ -67,4 +67,8 @@ def check_seed(seed: object) -> None:
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
         raise ArgumentError(f"seed is {shown(seed)}", expected="an integer")
     if not 0 <= int(seed) <= LARGEST_SEED:
-        raise ArgumentError(f"seed is {shown(seed)}", expected=f"an integer from 0 to {LARGEST_SEED}")
+        raise ArgumentError(
+            f"seed is {shown(seed)}",
+            expected=f"an integer from 0 to {LARGEST_SEED}",
+            remedy="Leave it out for a random one." if int(seed) == -1 else "",
+        )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import ArgumentError, MissingExtraError
+from ..places import writing
 from .program import Program
 
 FLOOR = 1e-3
@@ -41,4 +42,5 @@ def plot_schedules(programs: Sequence[Program], path: str | Path, *, title: str 
     axes.legend(fontsize=8)
     axes.set_title(title or "noise level at each evaluation")
     figure.tight_layout()
-    figure.savefig(path)
+    with writing("the plot", Path(path).absolute().parent):
+        figure.savefig(path)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MissingExtraError
+from ..places import writing
 from ..schedules import FoundSchedules, NoiseSchedule, compile_program
 
 BESIDE = ("trailing", "karras", "ays_sd", "gits")
@@ -42,7 +43,8 @@ def plot_found(found: FoundSchedules, path: str | Path, *, noise_config: Mapping
         axes.grid(True, which="both", alpha=0.25)
         axes.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path)
+    with writing("the plot", Path(path).absolute().parent):
+        figure.savefig(path)
 
 
 def _plot_errors(axes: Any, reports: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ArgumentError, CorruptError, MissingError, UnsafeFileError, UnsupportedError
+from ..errors import ArgumentError, CorruptError, MissingError, PickledFileError, UnsupportedError
 from .stored import PICKLES, Stored, convert, open_tensors
 
 FOLDER_FILE = "learned_embeds.safetensors"
@@ -40,9 +40,7 @@ def embedding_file(name: str | None, path: str | Path) -> tuple[str | None, Path
     if file.is_dir():
         file = file / FOLDER_FILE
     if file.suffix in PICKLES:
-        raise UnsafeFileError(
-            f"{file.name} is a pickle, which can run code when it is loaded", expected="a .safetensors file"
-        )
+        raise PickledFileError(file.name)
     if not file.is_file():
         raise MissingError(f"no embedding {str(path)!r}", expected=f"a .safetensors file, or a folder of {FOLDER_FILE}")
     if name is not None and not name.strip():

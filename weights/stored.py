@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ..errors import CorruptError, MissingError, UnsafeFileError, UnsupportedError
+from ..errors import CorruptError, MissingError, PickledFileError, UnsupportedError
 from ..values import parse_json
 
 _FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -43,11 +43,7 @@ def open_tensors(paths: Iterable[Path]) -> dict[str, Stored]:
     stored: dict[str, Stored] = {}
     for path in paths:
         if path.suffix in PICKLES:
-            raise UnsafeFileError(
-                f"{path.name} is a pickle, which can run code when it is loaded",
-                expected="a .safetensors file",
-                remedy="Convert it on a machine that may be lost, or take the checkpoint's safetensors files.",
-            )
+            raise PickledFileError(path.name)
         if not path.is_file():
             raise MissingError(f"no file {str(path)!r}", expected="a .safetensors file")
         try:

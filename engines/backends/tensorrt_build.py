@@ -104,7 +104,7 @@ class TensorRT(Backend):
                 f"{self.name} built no engine of {job.name!r}: {errors_said() or 'it gave no reason'}",
                 remedy="Build refittable and stripped engines on a machine with a GPU: the library runs parts of them."
                 if (options.refittable or options.stripped) and not machine.has_gpu_driver()
-                else "Run again with logging at DEBUG for its full report.",
+                else "For its full report run: fewstep build BUNDLE --verbose",
             )
         if timing is not None:
             write_cache(timing, bytes(memoryview(config.get_timing_cache().serialize())))

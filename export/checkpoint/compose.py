@@ -16,7 +16,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from ...errors import ArgumentError, CorruptError, MissingError, UnsafeFileError, UnsupportedError
+from ...errors import ArgumentError, CorruptError, MissingError, PickledFileError, UnsupportedError
 from ...families import all_families
 from ...families.base import LATENT_STATISTICS, vae_factor
 from ...weights.delta import LoraFile
@@ -196,9 +196,7 @@ def _single_file_parts(base: Checkpoint, file: Path, *, skip: set[str]) -> dict[
 def _replaced(base: Checkpoint, part: Part, path: Path) -> Part:
     """A part with its weights from another file, or with everything from another folder."""
     if path.suffix in PICKLES:
-        raise UnsafeFileError(
-            f"{path.name} is a pickle, which can run code when it is loaded", expected="a .safetensors file"
-        )
+        raise PickledFileError(path.name)
     if path.is_dir():
         return _from_folder(base, part, path)
     if not path.is_file():
@@ -321,9 +319,7 @@ def _another_family(path: Path, theirs: Any, ours: Any) -> ArgumentError:
 def _lora_file(path: str | Path, scale: float) -> LoraFile:
     file = Path(path)
     if file.suffix in PICKLES:
-        raise UnsafeFileError(
-            f"{file.name} is a pickle, which can run code when it is loaded", expected="a .safetensors file"
-        )
+        raise PickledFileError(file.name)
     if not file.is_file():
         raise MissingError(f"no LoRA file {str(path)!r}", expected="a .safetensors file")
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):

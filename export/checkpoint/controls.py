@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...errors import ArgumentError, UnsafeFileError, UnsupportedError
+from ...errors import ArgumentError, PickledFileError, UnsupportedError
 from ...families.base import vae_factor
 from ...families.control import CONTROL_CLASSES, CONTROLS, MOST_CONTROLS, is_control_name, misfit
 from ...weights.stored import PICKLES, Stored, open_tensors
@@ -47,10 +47,7 @@ def open_controls(
 def _open(checkpoint: Checkpoint, source: str | Path, *, variant: str | None, offline: bool) -> Part:
     path = Path(source)
     if path.suffix in PICKLES:
-        raise UnsafeFileError(
-            f"{path.name} is a pickle, which can run code when it is loaded",
-            expected="a diffusers folder with .safetensors weights",
-        )
+        raise PickledFileError(path.name, expected="a diffusers folder with .safetensors weights")
     if path.is_file():
         raise UnsupportedError(
             f"{path.name} is a single file", expected="a ControlNet's diffusers folder, which has config.json"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import values
-from ...errors import CorruptError, MissingError, MissingExtraError, UnsafeFileError, UnsupportedError
+from ...errors import CorruptError, MissingError, MissingExtraError, PickledFileError, UnsafeFileError, UnsupportedError
 from ...families import Family, all_families, known_models
 from ...families.configs import check_config
 from ...families.image_prompt import CLIP_DEVIATION, CLIP_MEAN, IMAGE_ENCODER
@@ -58,10 +58,7 @@ def open_checkpoint(
     """
     path = Path(source)
     if path.suffix in PICKLES:
-        raise UnsafeFileError(
-            f"{path.name} is a pickle, which can run code when it is loaded",
-            expected="a diffusers folder with .safetensors weights",
-        )
+        raise PickledFileError(path.name, expected="a diffusers folder with .safetensors weights")
     if path.is_file():
         raise UnsupportedError(
             f"{path.name} is a single file",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...errors import ArgumentError, CorruptError, MissingError, UnsafeFileError, UnsupportedError
+from ...errors import ArgumentError, CorruptError, MissingError, PickledFileError, UnsupportedError
 from ...families.image_prompt import IMAGE_ENCODER, PLAIN, PLUS, VISION_KEYS
 from ...weights.stored import PICKLES, Stored, open_tensors
 from .folder import Checkpoint, read_network
@@ -32,9 +32,7 @@ def open_ip_adapter(checkpoint: Checkpoint, source: str | Path, encoder: str | P
     """
     path = Path(source)
     if path.suffix in PICKLES:
-        raise UnsafeFileError(
-            f"{path.name} is a pickle, which can run code when it is loaded", expected="a .safetensors file"
-        )
+        raise PickledFileError(path.name)
     if not path.is_file():
         raise MissingError(f"no IP-Adapter file {str(source)!r}", expected="a .safetensors file")
     tensors = open_tensors([path])

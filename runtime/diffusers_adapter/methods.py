@@ -39,7 +39,7 @@ QUIET = ("set_progress_bar_config", "maybe_free_model_hooks", "remove_all_hooks"
 """Nobody need be told of these."""
 
 REFUSED: Mapping[str, str] = {
-    "load_ip_adapter": "IP-Adapters are not done.",
+    "load_ip_adapter": "Export the checkpoint with it: fewstep export CHECKPOINT FOLDER --ip-adapter FILE",
     "enable_freeu": "FreeU is not done.",
     "enable_layerwise_casting": "Choose precisions when the checkpoint is exported, with --dtype.",
     "encode_prompt": "Pass prompt_embeds made with diffusers' pipeline, or prompts.",

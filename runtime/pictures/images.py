@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import ArgumentError, MissingError
+from ...places import writing
 from ..arrays import Float32, UInt8
 from .infotext import infotext
 from .texts import JSON_KEY, PROMPT_KEY, TEXT_KEY, exif_of, png_texts
@@ -35,6 +36,8 @@ def check_output(path: str | os.PathLike[str]) -> Path:
     text = os.fspath(path)
     if not text or text.endswith(("/", os.sep)) or target.is_dir():
         raise ArgumentError(f"the output is {text!r}", expected="the name of a picture's file")
+    if text == "-":
+        raise ArgumentError("the output is '-'", expected="a file's name: no picture goes to standard output")
     if target.suffix.lower() not in {"", *FORMATS}:
         raise ArgumentError(f"the output is {target.name!r}", expected=f"a name that ends in {', '.join(FORMATS)}")
     if not target.parent.is_dir():
@@ -81,8 +84,8 @@ def save_picture(path: str | os.PathLike[str], image: UInt8, parameters: Mapping
     """Write uint8 [H, W, 3] in the format of the suffix, whole or not at all, with the parameters that made it.
 
     They stand in it three times: as fewstep's own JSON, as the web UI of A1111 writes them, and in PNGs, of calls that
-    its nodes do, as a prompt for ComfyUI. Raises `ArgumentError` for another suffix, and `MissingError` where there is
-    no folder.
+    its nodes do, as a prompt for ComfyUI. Raises `ArgumentError` for another suffix, `MissingError` where there is no
+    folder, and `WriteError` where it cannot be written.
     """
     from PIL import Image as pillow
 
@@ -92,8 +95,9 @@ def save_picture(path: str | os.PathLike[str], image: UInt8, parameters: Mapping
     beside: dict[str, Any] = {"pnginfo": png_texts(texts)} if kind == "PNG" else {"exif": exif_of(texts)}
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        pillow.fromarray(image).save(part, format=kind, **QUALITY[kind], **(beside if texts else {}))
-        part.replace(target)
+        with writing(f"the picture {target.name!r}", target.absolute().parent):
+            pillow.fromarray(image).save(part, format=kind, **QUALITY[kind], **(beside if texts else {}))
+            part.replace(target)
     finally:
         part.unlink(missing_ok=True)
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import ArgumentError, MissingError, MissingExtraError
-from ...places import put_in_place, staging_folder
+from ...places import put_in_place, staging_folder, writing
 from ..arrays import UInt8
 from .images import pillow_images, save_picture
 from .texts import JSON_KEY
@@ -27,6 +27,8 @@ _FRAME = re.compile(r"\d{4,}\.png")
 def check_clip_output(path: str | os.PathLike[str]) -> Path:
     """Where a clip is to go, if one can be written there; asked before it is made."""
     target, text = Path(path), os.fspath(path)
+    if text == "-":
+        raise ArgumentError("the output is '-'", expected="a file's name: no clip goes to standard output")
     if target.suffix.lower() not in {"", *WRITERS}:
         raise ArgumentError(
             f"the output is {target.name!r}",
@@ -76,8 +78,9 @@ def save_clips(
         whole = Path(name)
         part = whole.with_name(f".{whole.name}.{os.getpid()}.part")
         try:
-            WRITERS[suffix.lower()](part, clip, fps, made)
-            part.replace(whole)
+            with writing(f"the clip {whole.name!r}", whole.absolute().parent):
+                WRITERS[suffix.lower()](part, clip, fps, made)
+                part.replace(whole)
         finally:
             part.unlink(missing_ok=True)
     return names

@@ -49,11 +49,15 @@ def refuse_marks(text: str, *, tags: bool, joins: bool) -> None:
 
 
 def plain_warnings(texts: Iterable[str | None]) -> list[str]:
-    """A warning where plain prompts hold what A1111's syntax would read, else none; it does not quote them."""
-    held = [kind for kind, mark in _A1111.items() if any(text and mark.search(text) for text in texts)]
-    if not held:
-        return []
-    return [
-        f"A prompt holds {' and '.join(held)}, read here as words: "
-        "prompt_syntax='a1111' (--prompt-syntax a1111) reads such marks."
-    ]
+    """Warnings where plain prompts hold what A1111 would read as something else; they do not quote them."""
+    given = [t for t in texts if t]
+    warnings = []
+    held = [kind for kind, mark in _A1111.items() if any(mark.search(text) for text in given)]
+    if held:
+        warnings.append(
+            f"A prompt holds {' and '.join(held)}, read here as words: "
+            "prompt_syntax='a1111' (--prompt-syntax a1111) reads such marks."
+        )
+    if any(_AND.search(text) and text != text.upper() for text in given):  # in capitals throughout it is but a word
+        warnings.append("A prompt holds AND, read here as a word: an image has one prompt.")
+    return warnings

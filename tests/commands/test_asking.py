@@ -76,6 +76,7 @@ def test_cut_prompts_are_told(capsys: pytest.CaptureFixture[str], sd1_bundle: An
     assert code == 0
     assert json.loads(out)["truncated"] == [True, False]
     assert "warning: 1 prompt(s) are longer than the text encoder takes" in err
+    assert "--long-prompts chunk" in err
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from commandline import call, flags_of, verb_parsers
 from fewstep.cli import VERBS
+from fewstep.commands.common import bar
 
 MOST_IN_A_GROUP = 32
 
@@ -31,6 +32,7 @@ MOST_IN_A_GROUP = 32
         (["run", "student", "--prompt", "x", "--sedd", "3"], 2, "expected one like --seed"),
         (["run", "student", "--prompt", "x", "--bogus=1"], 2, "unrecognized arguments: --bogus=1. See: fewstep run"),
         (["schedule", "show", "euler", "--stepz", "3"], 2, "unrecognized arguments: --stepz"),
+        (["run", "student", "--prompt", "x", "--seed", "-1"], 2, "Leave it out for a random one."),
         (["inspect", "nosuch.png"], 3, "there is no file 'nosuch.png'"),
         (["run", "student", "--prompt", "x", "--sampler", "DPM fast"], 4, "known and not done, for its fixed orders"),
         (["paint"], 2, "See: fewstep --help"),
@@ -112,6 +114,23 @@ def test_every_verb_and_flag_is_completed(bash: Path, capsys: pytest.CaptureFixt
                 assert re.search(rf"from {verb}' -l {re.escape(flag[2:])}( |$)", fish, re.MULTILINE), flag
     assert call(capsys, "completion", "zsh")[1].startswith("autoload -U +X bashcompinit")
     assert fish.replace(r"\'", "").count("'") % 2 == 0
+
+
+def test_a_build_says_what_its_backend_does_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ("build", "student", "--component", "vae_encoder", "--force")
+    code, _, quiet = call(capsys, *command)
+    assert (code, "fewstep.engines" in quiet) == (0, False)
+    code, _, err = call(capsys, *command, "--verbose")
+    assert (code, err.count("fewstep.engines: building vae_encoder: ")) == (0, 1), err
+
+
+def test_a_bar_whose_end_is_not_known_names_its_stage_once() -> None:
+    with bar(None, "B", "weights") as drawn:
+        drawn.set_description_str("weights unet")
+        drawn.update(177_000)
+        drawn.disable = False
+        assert str(drawn).startswith("weights unet: "), str(drawn)
+        assert ": :" not in str(drawn)
 
 
 def test_run_shows_a_bar_with_the_time_left_on_a_terminal(tmp_path: Path) -> None:

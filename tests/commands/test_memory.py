@@ -13,6 +13,7 @@ from checkpoints import make_sd1
 from fewstep.bundle import Bundle, read_bundle
 from fewstep.cli import main
 from fewstep.commands.memory import _lines
+from fewstep.engines.machine import peak_memory
 from fewstep.engines.memory import ADAPTED, WITHIN, dims_for, predict_stage
 from fewstep.export import export_bundle
 
@@ -169,6 +170,15 @@ def test_what_does_not_fit_is_said_by_what_the_error_names(folder: str) -> None:
     assert measured["text_encoder"] > 0
     assert data["largest_batch"]["measured"] == 0
     assert any(n.startswith("unet") and n.endswith("does not fit") for n in _lines(data))
+
+
+def test_a_peak_is_in_bytes_where_the_system_tells_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    kibibytes = peak_memory()
+    monkeypatch.setattr(sys, "platform", "darwin")  # whose kernel counts bytes
+    counted = peak_memory()
+    assert kibibytes is not None
+    assert counted is not None
+    assert 0.9 < kibibytes / (1024 * counted) < 1.1
 
 
 def test_what_cannot_be_measured_says_why(capsys: pytest.CaptureFixture[str], folder: str) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +17,19 @@ from fewstep.errors import (
     CorruptError,
     FewstepError,
     MissingError,
+    PickledFileError,
     UnsafeFileError,
     UnsupportedError,
 )
 from fewstep.export import export_bundle
 from fewstep.export.trace.trace import _refusing
-from fewstep.weights.stored import Stored, convert
+from fewstep.weights.stored import Stored, convert, open_tensors
 from refusals import edit, refused
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "checkpoints.md"
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
@@ -73,6 +78,25 @@ def test_no_such_folder(tmp_path: Path) -> None:
 def test_a_pickle_is_refused(tmp_path: Path, suffix: str) -> None:
     (tmp_path / f"model{suffix}").write_bytes(b"\x80\x04.")
     refused(tmp_path / f"model{suffix}", tmp_path / "b", UnsafeFileError, "pickle")
+
+
+def test_a_pickle_is_converted_as_the_document_says(tmp_path: Path) -> None:
+    """Its lines make the same tensors of it, and load no pickle that holds anything else."""
+    (script,) = re.findall(r"```python\n(import sys\n.*?weights_only=True.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    kept = {"a.weight": torch.arange(6.0).reshape(2, 3).t(), "b": torch.ones(2)}
+    torch.save({"state_dict": {**kept, "b again": kept["b"]}, "epoch": 3}, tmp_path / "model.ckpt")
+    torch.save({"state_dict": kept, "callback": Path("x")}, tmp_path / "evil.ckpt")
+    done = {}
+    for name in ("model", "evil"):
+        files = [str(tmp_path / f"{name}.{end}") for end in ("ckpt", "safetensors")]
+        done[name] = subprocess.run([sys.executable, "-c", script, *files], capture_output=True, text=True, check=False)
+    made = load_file(tmp_path / "model.safetensors")
+    assert made.keys() == {*kept, "b again"}
+    assert all(np.array_equal(made[n], t.numpy()) for n, t in kept.items())
+    assert done["evil"].returncode, "only tensors are read"
+    assert not (tmp_path / "evil.safetensors").exists()
+    with pytest.raises(PickledFileError, match=r"docs/checkpoints\.md"):
+        open_tensors([tmp_path / "model.ckpt"])
 
 
 def test_pickled_weights_in_a_folder_are_refused(tiny_sd1: Path, tmp_path: Path) -> None:

@@ -15,10 +15,11 @@ import pytest
 from commandline import call
 from fewstep.errors import ArgumentError, CorruptError
 from fewstep.export.embedded import embedded_bundle
-from fewstep.runtime.pictures.images import save_picture
+from fewstep.runtime.pictures.images import check_output, save_picture
 from fewstep.runtime.pictures.infotext import MOST_LINE, infotext, read_infotext
 from fewstep.runtime.pictures.parameters import read_call, read_parameters
 from fewstep.runtime.pictures.texts import JSON_KEY, MOST_EXIF, TEXT_KEY, exif_of, read_texts
+from fewstep.runtime.pictures.video import check_clip_output
 from fewstep.schedules.a1111 import SAMPLER_LABELS, SCHEDULE_LABELS, read_labels
 from fewstep.schedules.names import resolve_sampler, resolve_schedule
 from hostile import edits
@@ -105,6 +106,9 @@ def test_exif_is_typed_as_its_standard_says_and_fits_a_jpeg(result: Any, tmp_pat
 def test_outputs_that_are_no_pictures(result: Any, tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match=r"ends in .*\.avif"):
         result.save(tmp_path / "x.bmp")
+    for check in (check_output, check_clip_output):
+        with pytest.raises(ArgumentError, match="goes to standard output"):
+            check("-")
     result.save(tmp_path / "x.PNG")
     assert (tmp_path / "x.PNG").is_file()
 

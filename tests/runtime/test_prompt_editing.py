@@ -234,6 +234,7 @@ def test_marks_that_nothing_does_are_refused_by_name(pipe: Pipeline, prompt: str
         ({"prompt": "x", "negative": "[a:b:.5]"}, "[from:to:0.5]"),
         ({"prompt": ["x", "[a|b]"]}, "[one|other]"),
         ({"prompt": "a BREAK b"}, "BREAK"),
+        ({"prompt": "a cat AND a dog"}, "holds AND, read here as a word"),
         ({"prompt": "x", "negative": "blue", "guidance": 1.0}, "no effect at guidance 1"),
         ({"prompt": "x", "sampler": "lcm"}, "does not suit embedded-base"),
         ({"prompt": "x", "fit": "cover"}, "without a picture"),
@@ -250,6 +251,7 @@ def test_what_has_its_effect_is_not_said(pipe: Pipeline) -> None:
         {"prompt": "a red circle (on a blue one), 3:2 [sic]", "negative": "grey", "sampler": "dpmpp_2m"},
         {"prompt": "a (red:1.3) [b|c] circle", "prompt_syntax": "a1111"},
         {"prompt": "x", "negative": "", "guidance": 0.0},
+        {"prompt": "A RED CIRCLE AND A STAR"},
     ):
         assert pipe.request(**given).warnings == ()
 

@@ -18,6 +18,8 @@ import httpx
 import numpy as np
 import pytest
 from fewstep.bundle import Bundle
+from fewstep.cli import make_parser
+from fewstep.commands.serve import other_names
 from fewstep.errors import ArgumentError, FewstepError, UnavailableError
 from fewstep.export.embedded import embedded_bundle
 from fewstep.serving import Server
@@ -76,6 +78,20 @@ def bundles() -> dict[str, Bundle]:
 @pytest.fixture
 def two(bundles: dict[str, Bundle]) -> list[ServedModel]:
     return [served("one", bundles["student"], 100), served("two", bundles["base"], 100)]
+
+
+def test_the_first_model_goes_by_the_command_lines_word_too() -> None:
+    bundle = embedded_bundle("student")[0]
+    for words, names in (
+        (["student"], ("embedded-student", "student")),
+        (["models/tiny/", "--alias=a"], ("embedded-student", "a", "tiny")),
+        (["student", "--name=mine"], ("mine",)),
+        (["student", "--model=student=base"], ("embedded-student",)),
+        (["student", "--alias=student"], ("embedded-student", "student")),
+        (["a b"], ("embedded-student",)),
+    ):
+        options = make_parser("serve").parse_args(["serve", *words])
+        assert (options.name or bundle.name, *other_names(options, bundle)) == names
 
 
 def test_each_request_gets_its_models_picture_though_one_fits_at_a_time(
