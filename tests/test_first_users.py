@@ -136,7 +136,11 @@ ROWS = [
         "negative=red",
     ),
     ("no ranges, and no cfg", f"{GRID}::test_ranges_are_read_as_the_web_ui_writes_them", "cfg=1-2[3]"),
-    ("one impossible cell stopped it", f"{GRID}::test_where_none_can_be_the_reason_is_the_error", ""),
+    (
+        "one impossible cell stopped it",
+        f"{GRID}::test_pictures_of_several_sizes_and_one_that_cannot_be",
+        "not every picture can be",
+    ),
     # HTTP
     ("no inpainting", f"{HTTP}::test_a_masked_edit_repaints_what_is_clear", ""),
     ("no prompt weights and no clip skip", f"{FIELDS}::test_prompts_are_read_as_the_pipeline_reads_them", ""),
