@@ -54,7 +54,11 @@ ROWS = [
     # an install without torch, a machine without a driver, memory that does not suffice
     ("documented commands ended in tracebacks", f"{LEAN}::test_every_documented_command_ends_in_our_words", ""),
     ("a backend of torch's named no extra", MISSING, ""),
-    ("so did bench", "test_lean.py", '(["bench", "student", "--backend", "torch"], 3, "fewstep[export]")'),
+    (
+        "bench, which loads as Python does, told to import a module",
+        f"{LEAN}::test_python_s_doors_end_in_our_errors",
+        'fewstep.load("student", backend="torch")',
+    ),
     (
         "backends of GPUs named a module instead of the driver",
         f"{LEAN}::test_a_missing_driver_is_told_before_what_would_be_of_no_use",

@@ -58,7 +58,6 @@ def test_every_documented_command_ends_in_our_words(cpu: Path, tmp_path: Path) -
 
 MISSING = [
     ([*RUN, "--backend", "torch"], 3, "fewstep[export]"),
-    (["bench", "student", "--backend", "torch"], 3, "fewstep[export]"),
     ([*RUN, "--backend", "ort-openvino"], 3, "fewstep[openvino]"),
     (["build", "student", "--backend", "ort-openvino-bf16"], 3, "fewstep[openvino]"),
     (["serve", "student"], 3, "fewstep[serve]"),

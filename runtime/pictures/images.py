@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import ArgumentError, MissingError
-from ...places import writing
+from ...places import write_whole
 from ..arrays import Float32, UInt8
 from .infotext import infotext
 from .texts import JSON_KEY, PROMPT_KEY, TEXT_KEY, exif_of, png_texts
@@ -93,13 +93,9 @@ def save_picture(path: str | os.PathLike[str], image: UInt8, parameters: Mapping
     kind = FORMATS[target.suffix.lower()]
     texts = {} if parameters is None else picture_texts(parameters)
     beside: dict[str, Any] = {"pnginfo": png_texts(texts)} if kind == "PNG" else {"exif": exif_of(texts)}
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        with writing(f"the picture {target.name!r}", target.absolute().parent):
-            pillow.fromarray(image).save(part, format=kind, **QUALITY[kind], **(beside if texts else {}))
-            part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
+    written = io.BytesIO()  # as Pillow itself writes a JPEG to a full disk cut off, and says nothing
+    pillow.fromarray(image).save(written, format=kind, **QUALITY[kind], **(beside if texts else {}))
+    write_whole(target.absolute(), written.getvalue())
 
 
 def picture_texts(parameters: Mapping[str, Any]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -117,14 +118,18 @@ def _write_webp(path: Path, clip: UInt8, fps: int, parameters: Mapping[str, Any]
     exif[0x9286] = json.dumps({JSON_KEY: dict(parameters)}, ensure_ascii=False)  # UserComment
     first, *others = pillow_images(clip)
     shared: dict[str, Any] = {"save_all": True, "append_images": others, "loop": 0, "quality": 90, "exif": exif}
-    first.save(path, format="WEBP", duration=_durations(len(clip), fps, 1), **shared)
+    written = io.BytesIO()  # see `save_picture`
+    first.save(written, format="WEBP", duration=_durations(len(clip), fps, 1), **shared)
+    path.write_bytes(written.getvalue())
 
 
 def _write_gif(path: Path, clip: UInt8, fps: int, parameters: Mapping[str, Any]) -> None:
     first, *others = pillow_images(clip)
     comment = json.dumps({JSON_KEY: dict(parameters)}, ensure_ascii=True).encode()
     shared: dict[str, Any] = {"save_all": True, "append_images": others, "loop": 0, "comment": comment}
-    first.save(path, format="GIF", duration=_durations(len(clip), fps, GIF_UNIT_MS), **shared)
+    written = io.BytesIO()  # see `save_picture`
+    first.save(written, format="GIF", duration=_durations(len(clip), fps, GIF_UNIT_MS), **shared)
+    path.write_bytes(written.getvalue())
 
 
 def _durations(frames: int, fps: int, unit_ms: int) -> list[int]:

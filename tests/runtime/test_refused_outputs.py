@@ -53,5 +53,5 @@ def test_a_full_disk_is_told_with_what_and_where(disk: SmallDisk, kind: str, suf
     with pytest.raises(WriteError, match="the disk is full") as told:
         write(kind)(disk.path / f"{kind}{suffix}")
     assert str(disk.path) in told.value.found
-    assert f"the {kind if suffix else 'picture'}" in told.value.found
+    assert ("the plot" if kind == "plot" else f"{kind}{suffix}" if suffix else ".png") in told.value.found
     assert not [p for p in disk.path.rglob("*") if p.is_file() and p.name.endswith(".part")]
