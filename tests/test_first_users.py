@@ -57,7 +57,7 @@ ROWS = [
     (
         "bench, which loads as Python does, told to import a module",
         f"{LEAN}::test_python_s_doors_end_in_our_errors",
-        'fewstep.load("student", backend="torch")',
+        "",
     ),
     (
         "backends of GPUs named a module instead of the driver",
