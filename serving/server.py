@@ -7,7 +7,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any, Unpack
 
 from ..bundle import Bundle
@@ -29,16 +28,14 @@ from ..runtime.loader import load
 from ..runtime.pipeline import Pipeline
 from ..runtime.prepare import Prepared, latent_shape
 from ..runtime.request import Request, check_among, check_integer, check_size
-from ..runtime.result import Result, ResultPart, make_result
+from ..runtime.result import Result
+from .coders import Coders
 from .cpu_lock import CpuLock
-from .job import Job, check_prepared
 from .observe import Counters, Observer, ServerStats
-from .policy import STRETCHES
 from .room import Held, Room, kept
 from .scheduler import Scheduler
 from .ticket import Ticket
 from .warm_up import make_pools
-from .worker import DueWorker
 
 log = logging.getLogger("fewstep.serving")
 WATCH_S = 0.1
@@ -118,12 +115,20 @@ class Server:
             self._pools,
             most_slots=self.most_slots,
             estimates=self._estimates,
-            finished=lambda job: self._decoder.put(_turn(job.ticket), lambda: self._decode(job)),
+            finished=lambda job: self._coders.decode(job),
             failed=self._engine_failed,
             observer=self._counters,
             cpu=self._cpu,
         )
-        self._encoder, self._decoder = DueWorker("fewstep-encode"), DueWorker("fewstep-decode")
+        self._coders = Coders(
+            self.pipeline,
+            most_images=self.most_slots,
+            estimates=self._estimates,
+            prepared=self._scheduler.put,
+            failed=self._engine_failed,
+            observer=self._counters,
+            cpu=self._cpu,
+        )
         self._stop = threading.Event()
         self._watch = threading.Thread(target=self._watch_over, name="fewstep-watch", daemon=True)
         self._scheduler.start()
@@ -222,7 +227,7 @@ class Server:
             self._outstanding[ticket] = held
             self._accepted += 1
         ticket.on_done(self._settled)
-        self._encoder.put(ticket.arrival + alone_s, lambda: self._prepare(ticket, prepare))
+        self._coders.encode(ticket, prepare)
         return ticket
 
     def generate(self, prompt: str | Sequence[str], **options: Unpack[SubmitArguments]) -> Result:
@@ -294,8 +299,7 @@ class Server:
         self.give_up()
         self._stop.set()
         self._scheduler.close(timeout=self._hung_s)
-        self._encoder.close(timeout=self._hung_s)
-        self._decoder.close(timeout=self._hung_s)
+        self._coders.close(timeout=self._hung_s)
         self._watch.join()
         for parallel in self._split.values():
             parallel.close()
@@ -339,57 +343,6 @@ class Server:
             self._counters.rejected("QueueFullError")
             raise
 
-    def _prepare(self, ticket: Ticket, prepare: Callable[[], Prepared] | None) -> None:
-        """On the encode thread: text and picture encoded, noise drawn."""
-        if ticket.done:
-            return
-        try:
-            with self._cpu.before_ticks() if ticket.request.has_image else nullcontext():
-                prepared = prepare() if prepare else self.pipeline.prepare(ticket.request)
-            check_prepared(prepared, dict(self.pipeline.engines["unet"].inputs), self.most_slots)
-        except FewstepError as error:
-            ticket.fail(error)
-            return
-        except BaseException as error:  # a thread of the server outlives whatever a library raises
-            log.exception("%s could not be prepared", ticket.name)
-            ticket.fail(FewstepError(f"the request could not be prepared ({type(error).__name__})"))
-            return
-        self._counters.observe("text", prepared.text_ms)
-        self._estimates.observe_text(prepared.text_ms)
-        if prepared.latents is not None:
-            self._counters.observe("encode_image", prepared.encode_image_ms)
-        self._scheduler.put(Job(ticket, prepared))
-
-    def _decode(self, job: Job) -> None:
-        """On the decode thread: latents to images, and the ticket settled."""
-        ticket, prepared = job.ticket, job.prepared
-        if ticket.done:
-            return
-        try:
-            with self._cpu.before_ticks():
-                began = time.monotonic()
-                images = self.pipeline.vae.decode(job.out, decoder=ticket.request.decoder)
-                ended = time.monotonic()
-        except FewstepError as error:
-            ticket.fail(error)
-            return
-        except BaseException as error:  # a thread of the server outlives whatever a library raises
-            log.exception("%s could not be decoded", ticket.name)
-            self._engine_failed(EngineFailedError(f"decoding failed ({type(error).__name__})"))
-            return
-        self._counters.observe("decode", 1e3 * (ended - began))
-        self._estimates.observe_decode(prepared.shape, 1e3 * (ended - began), job.images)
-        part = ResultPart(
-            device=self.pipeline.device.name,
-            images=images,
-            latents=job.out,
-            denoise_ms=1e3 * (job.denoised_at - job.admitted_at),
-            decode_ms=1e3 * (ended - began),
-            ticks=job.ticks,
-        )
-        total_ms = 1e3 * (ended - ticket.arrival)
-        ticket.finish(make_result(self.pipeline.bundle, prepared, [part], total_ms=total_ms, queue_ms=job.queue_ms))
-
     def _settled(self, ticket: Ticket) -> None:
         error = ticket.error
         outcome = "ok" if error is None else type(error).__name__
@@ -432,15 +385,6 @@ def refuse_clips(source: Bundle | str | os.PathLike[str]) -> None:
             expected="one that makes pictures, for a server",
             remedy="Make clips with: fewstep run BUNDLE --image FILE",
         )
-
-
-def _turn(ticket: Ticket) -> float:
-    """What the decoder goes by: when the ticket is due, or if that is past, when it would be if it had come now."""
-    now, allowed_s = time.monotonic(), STRETCHES[-1] * ticket.alone_s
-    due = ticket.arrival + allowed_s
-    if ticket.deadline is not None:
-        due = min(due, ticket.deadline)
-    return due if due > now else now + allowed_s
 
 
 def _ways(pipeline: Pipeline, asked: int | None) -> int:
