@@ -11,8 +11,9 @@ import numpy as np
 
 from ..errors import ArgumentError
 from .arguments import check_real
-from .arrays import UInt8
 from .cascade import counted_among, once_an_image
+from .pictures.images import pillow_images, to_unit
+from .pictures.resize import Pictures
 from .pictures.upscale import check_upscaler, enlarge_latents, enlarge_pictures
 from .pipeline import Pipeline
 from .request import Request
@@ -61,6 +62,74 @@ class SecondPass:
         return wide, high
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TwoPasses:
+    """A call in two passes, checked before the first evaluation.
+
+    first: its first request. checked: the second, which holds no picture yet. asked: the pass. factor: pixels a side of
+    a latent's cell.
+    """
+
+    first: Request
+    checked: Request
+    asked: SecondPass
+    factor: int
+
+    @property
+    def evaluations(self) -> int:
+        """Of both."""
+        return self.first.program.evaluations + self.checked.program.evaluations
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*self.first.warnings, *self.checked.warnings)))
+
+    def second(self, made: Result) -> Request:
+        """The second pass's request, after what the first made."""
+        width, height = self.checked.width, self.checked.height
+        if self.asked.upscaler.startswith("latent"):
+            cells = width // self.factor, height // self.factor
+            return replace(self.checked, start_latents=enlarge_latents(made.latents, cells, self.asked.upscaler))
+        larger = enlarge_pictures(made.images, (width, height), self.asked.upscaler)
+        pixels = np.stack([to_unit(p, width, height) for p in pillow_images(np.stack(larger))])
+        return replace(self.checked, pictures=Pictures(pixels=pixels, masks=None))
+
+    def result(self, made: Result, last: Result) -> Result:
+        """The second pass's result, whose parameters are the first's and the pass."""
+        total = last.timings["total"] + made.timings["total"]
+        timings = {**last.timings, "first": dict(made.timings), "total": total}
+        parameters = tuple({**p, "hires": self.asked.described()} for p in made.parameters)
+        return replace(last, parameters=parameters, truncated=made.truncated, timings=timings)
+
+
+def plan_passes(
+    pipe: Pipeline,
+    prompt: str | Sequence[str] | None,
+    asked: SecondPass,
+    given: Mapping[str, Any],
+    *,
+    sizes: Sequence[tuple[int, int]] | None = None,
+) -> TwoPasses:
+    """A call in two passes; given: its arguments. sizes: (width, height) that may be made, where not any may.
+
+    Raises `ArgumentError` for what is wrong with either pass, and for models that do not start from pictures.
+    """
+    if pipe.bundle.model.pictures != "start" or pipe.bundle.model.clips:
+        raise ArgumentError(f"a second pass of {pipe.bundle.model.title}", expected="a model that starts from pictures")
+    among: dict[str, Any] = {} if sizes is None else {"sizes": sizes}
+    first = pipe.request(prompt, **among, **given)
+    size = asked.size_from(first.width, first.height, pipe.bundle.latent.unit)
+    if sizes is not None and size not in sizes:
+        raise ArgumentError(
+            f"the second pass's size is {size[0]}x{size[1]}",
+            expected=f"one of {', '.join(f'{w}x{h}' for w, h in sizes)}",
+        )
+    checked = _second(pipe, prompt, given, first, asked, size)
+    return TwoPasses(
+        first=first, checked=replace(checked, pictures=None), asked=asked, factor=pipe.bundle.latent.factor
+    )
+
+
 def in_two_passes(
     pipe: Pipeline,
     prompt: str | Sequence[str] | None = None,
@@ -76,40 +145,17 @@ def in_two_passes(
     call. Everything of both is checked before the first evaluation; on_step is told of all evaluations. Raises
     `ArgumentError` for models that do not start from pictures.
     """
-    asked = SecondPass() if second is None else second
-    if pipe.bundle.model.pictures != "start" or pipe.bundle.model.clips:
-        raise ArgumentError(f"a second pass of {pipe.bundle.model.title}", expected="a model that starts from pictures")
-    first = pipe.request(prompt, **given)
-    width, height = asked.size_from(first.width, first.height, pipe.bundle.latent.unit)
-    blank = [np.zeros((height, width, 3), np.uint8)] * first.images
-    checked = _second(pipe, prompt, given, first, asked, blank, (width, height))
-    total = first.program.evaluations + checked.program.evaluations
-    shown = None if on_step is None else counted_among(on_step, 0, total)
-    made = pipe.run(first, cancel=cancel, on_step=shown)
-    if asked.upscaler.startswith("latent"):
-        factor = pipe.bundle.latent.factor
-        latents = enlarge_latents(made.latents, (width // factor, height // factor), asked.upscaler)
-        request = replace(checked, start_latents=latents)
-    else:
-        larger = enlarge_pictures(made.images, (width, height), asked.upscaler)
-        request = _second(pipe, prompt, given, first, asked, larger, (width, height))
-    shown = None if on_step is None else counted_among(on_step, first.program.evaluations, total)
-    result = pipe.run(request, cancel=cancel, on_step=shown)
-    timings = {**result.timings, "first": dict(made.timings), "total": result.timings["total"] + made.timings["total"]}
-    parameters = tuple({**p, "hires": asked.described()} for p in made.parameters)
-    return replace(result, parameters=parameters, truncated=made.truncated, timings=timings)
+    passes = plan_passes(pipe, prompt, SecondPass() if second is None else second, given)
+    total, done = passes.evaluations, passes.first.program.evaluations
+    made = pipe.run(passes.first, cancel=cancel, on_step=on_step and counted_among(on_step, 0, total))
+    again = passes.second(made)
+    return passes.result(made, pipe.run(again, cancel=cancel, on_step=on_step and counted_among(on_step, done, total)))
 
 
 def _second(
-    pipe: Pipeline,
-    prompt: Any,
-    given: Mapping[str, Any],
-    first: Request,
-    asked: SecondPass,
-    pictures: Sequence[UInt8],
-    size: tuple[int, int],
+    pipe: Pipeline, prompt: Any, given: Mapping[str, Any], first: Request, asked: SecondPass, size: tuple[int, int]
 ) -> Request:
-    """The request of the second pass, which begins with these pictures."""
+    """The request of the second pass, from an empty picture."""
     shared = {k: v for k, v in given.items() if k not in OF_THE_FIRST}
     each = int(given.get("images_per_prompt") or 1)
     if each > 1:
@@ -118,5 +164,5 @@ def _second(
     shared |= {"variation_seed": list(first.variation_seeds)} if first.variation_seeds else {}
     if asked.steps is not None:
         shared = {k: v for k, v in shared.items() if k not in ("timesteps", "sigmas")} | {"steps": asked.steps}
-    shown = list(pictures) if first.images > 1 else pictures[0]
-    return pipe.request(prompt, **shared, seed=seeds, image=shown, strength=asked.strength, size=size)
+    blank = np.zeros((size[1], size[0], 3), np.uint8)
+    return pipe.request(prompt, **shared, seed=seeds, image=blank, strength=asked.strength, size=size)

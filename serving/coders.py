@@ -13,7 +13,7 @@ from ..runtime.prepare import Prepared
 from ..runtime.result import ResultPart, make_result
 from .cpu_lock import CpuLock
 from .estimates import Estimates
-from .job import Job, check_prepared
+from .job import FirstPass, Job, check_prepared
 from .observe import Observer
 from .policy import STRETCHES
 from .ticket import Ticket
@@ -46,10 +46,10 @@ class Coders:
 
     def encode(self, ticket: Ticket, prepare: Callable[[], Prepared] | None = None) -> None:
         """Have texts and pictures encoded and noise drawn; `prepare` in place of `Pipeline.prepare`."""
-        self._encoder.put(ticket.arrival + ticket.alone_s, lambda: self._prepare(ticket, prepare))
+        self._encode(ticket, prepare or (lambda: self._pipeline.prepare(ticket.request)))
 
     def decode(self, job: Job) -> None:
-        """Have a job's latents made images, and its ticket settled."""
+        """Have a job's latents made images, and its ticket settled, or its second pass begun."""
         self._decoder.put(_turn(job.ticket), lambda: self._decode(job))
 
     def close(self, timeout: float | None = None) -> None:
@@ -57,12 +57,15 @@ class Coders:
         self._encoder.close(timeout)
         self._decoder.close(timeout)
 
-    def _prepare(self, ticket: Ticket, prepare: Callable[[], Prepared] | None) -> None:
+    def _encode(self, ticket: Ticket, prepare: Callable[[], Prepared], first: FirstPass | None = None) -> None:
+        self._encoder.put(ticket.arrival + ticket.alone_s, lambda: self._prepare(ticket, prepare, first))
+
+    def _prepare(self, ticket: Ticket, prepare: Callable[[], Prepared], first: FirstPass | None) -> None:
         if ticket.done:
             return
         try:
-            with self._cpu.before_ticks() if ticket.request.has_image else nullcontext():
-                prepared = prepare() if prepare else self._pipeline.prepare(ticket.request)
+            with self._cpu.before_ticks() if first or ticket.request.has_image else nullcontext():
+                prepared = prepare()
             check_prepared(prepared, dict(self._pipeline.engines["unet"].inputs), self._most_images)
         except FewstepError as error:
             ticket.fail(error)
@@ -75,7 +78,7 @@ class Coders:
         self._estimates.observe_text(prepared.text_ms)
         if prepared.latents is not None:
             self._observer.observe("encode_image", prepared.encode_image_ms)
-        self._prepared(Job(ticket, prepared))
+        self._prepared(Job(ticket, prepared, first))
 
     def _decode(self, job: Job) -> None:
         ticket, prepared = job.ticket, job.prepared
@@ -103,8 +106,16 @@ class Coders:
             decode_ms=1e3 * (ended - began),
             ticks=job.ticks,
         )
-        total_ms = 1e3 * (ended - ticket.arrival)
-        ticket.finish(make_result(self._pipeline.bundle, prepared, [part], total_ms=total_ms, queue_ms=job.queue_ms))
+        total_ms = 1e3 * (ended - job.began_at)
+        result = make_result(self._pipeline.bundle, prepared, [part], total_ms=total_ms, queue_ms=job.queue_ms)
+        passes = ticket.passes
+        if passes is None:
+            ticket.finish(result)
+        elif job.first is not None:
+            ticket.finish(passes.result(job.first.result, result))
+        else:
+            first = FirstPass(result=result, ended_at=ended)
+            self._encode(ticket, lambda: self._pipeline.prepare(passes.second(result)), first)
 
 
 def _turn(ticket: Ticket) -> float:

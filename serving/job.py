@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,17 +14,29 @@ from ..runtime.arrays import Float32, Shape, UInt8
 from ..runtime.conditioning import check_conditioning
 from ..runtime.device.base import Slots, TickTimes
 from ..runtime.prepare import Prepared
-from ..runtime.result import Step
+from ..runtime.result import Result, Step
 from .batch_sizes import BatchSizes
 from .policy import Candidate
 from .ticket import Ticket
 
 
-class Job:
-    """The tick thread's view of a request. `slots` are its images' slots, in order, once it is admitted."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstPass:
+    """What the first of two passes made, and when it was there, in seconds of `time.monotonic`."""
 
-    def __init__(self, ticket: Ticket, prepared: Prepared) -> None:
-        self.ticket, self.prepared = ticket, prepared
+    result: Result
+    ended_at: float
+
+
+class Job:
+    """The tick thread's view of a request, or of one of its two passes: `first` is what came before the second.
+
+    `slots` are its images' slots, in order, once it is admitted.
+    """
+
+    def __init__(self, ticket: Ticket, prepared: Prepared, first: FirstPass | None = None) -> None:
+        self.ticket, self.prepared, self.first = ticket, prepared, first
+        self.began_at = ticket.arrival if first is None else first.ended_at
         self.slots: list[int] = []
         self.out: Float32 = np.empty_like(prepared.gaussians)
         self.queue_ms = 0.0
@@ -31,6 +44,7 @@ class Job:
         self.admitted_at = 0.0
         self.denoised_at = 0.0
         self._x0: Float32 | None = np.zeros_like(self.out) if ticket.previews else None
+        self._before = 0 if first is None else ticket.request.program.evaluations
         self._reported = 0
 
     @property
@@ -62,6 +76,11 @@ class Job:
     def done(self) -> bool:
         return all(s.done for s in self.prepared.samplings)
 
+    @property
+    def second_s(self) -> float:
+        """Seconds that what comes after it should take alone: of a first pass the second one."""
+        return self.ticket.second_s if self.first is None else 0.0
+
     def candidate(self, buckets: BatchSizes, *, alone_s: float, tail_s: float, in_turn: bool) -> Candidate:
         return Candidate(
             lane=self.lane,
@@ -80,7 +99,7 @@ class Job:
         """Give each image a slot; there must be enough."""
         self.admitted_at = time.monotonic()
         spent_ms = self.prepared.text_ms + self.prepared.encode_image_ms
-        self.queue_ms = max(0.0, 1e3 * (self.admitted_at - self.ticket.arrival) - spent_ms)
+        self.queue_ms = max(0.0, 1e3 * (self.admitted_at - self.began_at) - spent_ms)
         latents = self.prepared.latents
         for i, sampling in enumerate(self.prepared.samplings):
             latent = None if latents is None else latents[i]
@@ -118,8 +137,8 @@ class Job:
         latents = np.stack([slots.latent(s) for s in self.slots]) if self.ticket.previews else None
         self.ticket.report(
             Step(
-                index=evaluated - 1,
-                total=program.evaluations,
+                index=self._before + evaluated - 1,
+                total=self.ticket.evaluations,
                 timestep=float(program.timesteps[evaluated - 1]),
                 x0=None if self._x0 is None else self._x0.copy(),
                 _latents=None if latents is None else lambda: latents,

@@ -186,5 +186,5 @@ class Scheduler:
 
     def _candidate(self, job: Job) -> Candidate:
         shape = job.prepared.shape
-        tail_s = self._estimates.decode_s(shape, job.images)
+        tail_s = self._estimates.decode_s(shape, job.images) + job.second_s
         return job.candidate(self._pools[shape][1], alone_s=job.ticket.alone_s, tail_s=tail_s, in_turn=self._cpu.used)

@@ -6,7 +6,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Unpack
 
 from ..bundle import Bundle
@@ -17,7 +18,6 @@ from ..errors import (
     ArgumentError,
     EngineFailedError,
     FewstepError,
-    QueueFullError,
     UnavailableError,
     UnsupportedError,
 )
@@ -29,6 +29,7 @@ from ..runtime.pipeline import Pipeline
 from ..runtime.prepare import Prepared, latent_shape
 from ..runtime.request import Request, check_among, check_integer, check_size
 from ..runtime.result import Result
+from ..runtime.second_pass import SecondPass, TwoPasses, plan_passes
 from .coders import Coders
 from .cpu_lock import CpuLock
 from .observe import Counters, Observer, ServerStats
@@ -48,6 +49,7 @@ class SubmitArguments(CallArguments, total=False):
     previews: bool
     name: str | None
     owner: str | None
+    second: SecondPass | None
 
 
 class Server:
@@ -155,22 +157,27 @@ class Server:
         previews: bool = False,
         name: str | None = None,
         owner: str | None = None,
+        second: SecondPass | None = None,
         **options: Unpack[CallArguments],
     ) -> Ticket:
         """Accept a request; returns at once.
 
         Takes what a pipeline's call takes, and `deadline_s`: seconds from now after which it ends with
         `DeadlineError`. previews: its steps can show what they see. name: for logs. owner: whose it is; one caller's
-        requests take three quarters of the room at most.
+        requests take three quarters of the room at most. second: a second pass, as `in_two_passes` makes it, of one of
+        the server's sizes.
 
         Raises `ArgumentError` for what is wrong with it, `QueueFullError` when there is too much work already and
         `UnavailableError` when the server is draining, closed or failed.
         """
         arrival = time.monotonic()  # making the request is a part of the work
-        request = self.request(prompt, **options)
-        return self.submit_request(
-            request, deadline_s=deadline_s, previews=previews, name=name, owner=owner, arrival=arrival
-        )
+        about: dict[str, Any] = {"deadline_s": deadline_s, "previews": previews, "name": name, "owner": owner}
+        if second is None:
+            return self.submit_request(self.request(prompt, **options), arrival=arrival, **about)
+        self._check_open()
+        with self._counting_refusals():
+            passes = plan_passes(self.pipeline, prompt, second, options, sizes=self.sizes)
+        return self.submit_request(passes.first, passes=passes, arrival=arrival, **about)
 
     def _in_parallel(self, engine: Engine) -> Engine:
         """The engine with its rows evaluated in parallel, where that pays: the same for the same engine."""
@@ -186,16 +193,14 @@ class Server:
         Raises `ArgumentError`, and `UnavailableError` when the server is draining, closed or failed.
         """
         self._check_open()
-        try:
+        with self._counting_refusals():
             return self.pipeline.request(prompt, sizes=self.sizes, **options)
-        except FewstepError as error:
-            self._counters.rejected(type(error).__name__)
-            raise
 
     def submit_request(
         self,
         request: Request,
         *,
+        passes: TwoPasses | None = None,
         prepare: Callable[[], Prepared] | None = None,
         deadline_s: float | None = None,
         previews: bool = False,
@@ -205,21 +210,19 @@ class Server:
     ) -> Ticket:
         """As `submit`, for a request that was made before.
 
-        prepare: called on the encode thread in place of `Pipeline.prepare`, for noise or latents of the caller's own.
-        arrival: when it was asked for, in seconds of `time.monotonic`; now by default.
+        passes: the call whose first request it is, where it has two. prepare: called on the encode thread in place of
+        `Pipeline.prepare`, for noise or latents of the caller's own. arrival: when it was asked for, in seconds
+        of `time.monotonic`; now by default.
         """
         self._check_open()
         if deadline_s is not None:
             _positive("deadline_s", deadline_s)
-        try:
-            shape, rows = self.check(request)
-        except FewstepError as error:
-            self._counters.rejected(type(error).__name__)
-            raise
-        work_s = self._estimates.work_s(request, shape, rows)
-        alone_s = self._estimates.alone_s(request, shape, rows)
-        about: dict[str, Any] = {"previews": previews, "name": name, "alone_s": alone_s, "arrival": arrival}
-        ticket = Ticket(request, deadline_s=deadline_s, **about)
+        with self._counting_refusals():
+            each = [(r, *self.check(r)) for r in (request, *([passes.checked] if passes else []))]
+        work_s = sum(self._estimates.work_s(*one) for one in each)
+        alone_s, *later_s = (self._estimates.alone_s(*one) for one in each)
+        about: dict[str, Any] = {"previews": previews, "name": name, "arrival": arrival, "passes": passes}
+        ticket = Ticket(request, deadline_s=deadline_s, alone_s=alone_s + sum(later_s), second_s=sum(later_s), **about)
         held = Held(images=request.images, work_s=work_s, owner=owner)
         with self._lock:
             self._check_open()
@@ -337,10 +340,15 @@ class Server:
 
     def _admit(self, held: Held) -> bool:
         """Whether there is room, and the request is short; `QueueFullError` where there is none."""
-        try:
+        with self._counting_refusals():
             return self._room.admit(held, self._outstanding.values())
-        except QueueFullError:
-            self._counters.rejected("QueueFullError")
+
+    @contextmanager
+    def _counting_refusals(self) -> Iterator[None]:
+        try:
+            yield
+        except FewstepError as error:
+            self._counters.rejected(type(error).__name__)
             raise
 
     def _settled(self, ticket: Ticket) -> None:

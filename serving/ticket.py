@@ -15,6 +15,7 @@ from typing import Any
 from ..errors import CancelledError, DeadlineError, FewstepError
 from ..runtime.request import Request
 from ..runtime.result import Result, Step
+from ..runtime.second_pass import TwoPasses
 
 KEPT_STEPS = 16
 _numbers = itertools.count(1)
@@ -24,7 +25,8 @@ class Ticket:
     """A request that a server has accepted: wait for it, follow it, or cancel it. Thread-safe.
 
     `arrival` and `deadline` are seconds of `time.monotonic`; `alone_s` is what it should take alone. A ticket is
-    settled once, with a `Result` or an error. `short` says that it may have places kept for short requests.
+    settled once, with a `Result` or an error. `short` says that it may have places kept for short requests. `passes` is
+    the call where it has two, `request` then being the first, and `second_s` what the second should take alone.
     """
 
     def __init__(
@@ -36,8 +38,11 @@ class Ticket:
         name: str | None = None,
         alone_s: float = 0.0,
         arrival: float | None = None,
+        passes: TwoPasses | None = None,
+        second_s: float = 0.0,
     ) -> None:
         self.request, self.previews, self.alone_s = request, previews, alone_s
+        self.passes, self.second_s = passes, second_s
         self.short = False
         self.number = next(_numbers)
         self.name = name or f"request-{self.number}"
@@ -49,6 +54,16 @@ class Ticket:
         self._steps: deque[Step] = deque(maxlen=KEPT_STEPS)
         self._changed = threading.Condition()
         self._listeners: list[Callable[[], object]] = []
+
+    @property
+    def evaluations(self) -> int:
+        """Of all passes."""
+        return self.request.program.evaluations if self.passes is None else self.passes.evaluations
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What of the request went against the model or had no effect."""
+        return self.request.warnings if self.passes is None else self.passes.warnings
 
     @property
     def done(self) -> bool:

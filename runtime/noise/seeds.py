@@ -189,7 +189,7 @@ def check_seed_device(device: str) -> int | None:
     if device == "cpu":
         return None
     kind, _, threads = str(device).partition(":")
-    if kind != "cuda" or (threads and not threads.isdigit()):
+    if kind != "cuda" or (threads and not (threads.isascii() and threads.isdigit())):
         raise UnknownNameError("seed device", str(device), ("cpu", "cuda", "cuda:THREADS"))
     return check_integer("threads", int(threads), 256, 2**31) if threads else THREADS
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from .errors import HttpError, shown
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MOST_FIELDS = 40
+MOST_FIELDS = 64
 MOST_FILES = 8
 IP_FILE = "ip_adapter"
 _CONTROL_FILE = re.compile(r"control\[([A-Za-z0-9_]{1,64})\]")
@@ -77,9 +77,12 @@ def check_content_type(request: Request, expected: str) -> None:
         raise HttpError(415, "unsupported_media_type", f"the content type must be {expected}")
 
 
-async def read_form(request: Request, limit: int) -> tuple[dict[str, Any], dict[str, list[bytes]]]:
+async def read_form(
+    request: Request, limit: int, *, lists: Collection[str] = ()
+) -> tuple[dict[str, Any], dict[str, list[bytes]]]:
     """The fields of a multipart form, and its files, of `limit` bytes together.
 
+    Each field is there once, but `lists`, which come as a list where they are there more often.
     Files are `image` (or `image[]`) and `mask`, which are there even if empty, `control[NAME]` and `ip_adapter`.
     """
     check_content_type(request, "multipart/form-data")
@@ -105,6 +108,8 @@ async def read_form(request: Request, limit: int) -> tuple[dict[str, Any], dict[
                         f"the form has a file {shown(name)}; image, mask, control[NAME] and ip_adapter are taken, once",
                     )
                 files.setdefault(kind, []).append(await value.read())
+            elif name in fields and name in lists:
+                fields[name] = [*(fields[name] if isinstance(fields[name], list) else [fields[name]]), value]
             elif name in fields:
                 raise HttpError(400, "invalid_request", f"the form has the field {shown(name)} twice")
             else:

@@ -20,6 +20,7 @@ from ...runtime.prompts.lora_tags import take_tags
 from ...runtime.result import Result, Step
 from ..server import Server
 from ..ticket import Ticket
+from .arguments import arguments, editing_arguments
 from .bodies import (
     BodyBudget,
     check_content_type,
@@ -30,7 +31,7 @@ from .bodies import (
     read_body,
     read_form,
 )
-from .calls import FITS, Calls, arguments, make_calls, parse_body
+from .calls import LISTS, Calls, make_calls, parse_body
 from .control import control_arguments, is_controlled
 from .errors import HttpError, describe, json_response, no_model, shown
 from .service import Service
@@ -102,13 +103,14 @@ class ImageRoutes:
         return float(call.deadline_s or self._settings.deadline_s)
 
     async def _accepted(self, model: str, request: Request, server: Server, call: Any) -> Ticket:
-        """On a thread the first time, for a program that is new takes a while to compile, and LoRAs are files.
+        """On a thread the first time, for a program that is new takes a while to compile, and where it takes long.
 
+        LoRAs are files, and a second pass is a request more.
         At once for what differs from an earlier one in words and seeds alone: handing it to a thread takes longer.
         """
-        words = {"negative": None, "seed": None}
-        reads_files = call.loras or call.prompt_syntax not in (None, "plain")  # whose tags may name LoRAs
-        form = None if reads_files else msgspec.json.encode({**arguments(call), **words, "model": model})
+        words = {"negative": None, "seed": None, "prompt_2": None, "negative_2": None, "variation_seed": None}
+        slow = call.loras or call.hires or call.prompt_syntax not in (None, "plain")  # whose tags may name LoRAs
+        form = None if slow else msgspec.json.encode({**arguments(call), **words, "model": model})
         if form is not None and form in self._forms:
             self._forms.move_to_end(form)
             return self._submit(request, server, call)
@@ -124,7 +126,7 @@ class ImageRoutes:
         if not self._service.others:
             self._service.server.check_room()  # before anything of it is read
         with self._bodies.hold(request, self._settings.body_bytes):
-            fields, files = await read_form(request, self._settings.body_bytes)
+            fields, files = await read_form(request, self._settings.body_bytes, lists=LISTS)
             model = self._asked_model(fields)
             call = self._calls_of(model).edit_from(fields)
             async with self._service.using(model, timeout=self._deadline_s(call)) as server:
@@ -137,7 +139,7 @@ class ImageRoutes:
         pictures = control_arguments(call, files, most)
         if files:
             pictures |= _pictures(files, most, call.mask_kind)
-            pictures |= {"strength": call.strength, "fit": call.fit or FITS[0]}
+            pictures |= editing_arguments(call)
         return self._submit(request, server, call, **pictures)
 
     def _submit(self, request: Request, server: Server, call: Any, **more: Any) -> Ticket:
@@ -289,7 +291,7 @@ def _answer(result: Result, call: Any, pictures: list[str], *, encode_ms: float)
 
 def _warnings(ticket: Ticket, result: Result) -> dict[str, list[str]]:
     """What of the request went against the model or had no effect, for its caller; nothing where nothing did."""
-    words = [*ticket.request.warnings, *([CUT] if any(result.truncated) else [])]
+    words = [*ticket.warnings, *([CUT] if any(result.truncated) else [])]
     return {"warnings": list(dict.fromkeys(words))} if words else {}
 
 

@@ -50,13 +50,13 @@ class Settings:
     def uploads_bytes(self, images: int, size: tuple[int, int], *, beside: int = 0) -> int:
         """The most memory that bodies, decoding, and the pictures of so many waiting images of this size take together.
 
-        beside: pictures of an image that it does not start from, for controls and as prompts.
+        beside: pictures of an image that it does not start from, for controls and as prompts, of each of two passes.
 
         Decoding takes a picture as it is stored, a turned copy, and one in RGB: 4 bytes a pixel each at most, and half
         of that again while it is resized. An image waits in float32, with a mask.
         """
         decoding = self.decoders * self.picture_pixels * 18
-        return self.bodies_bytes + decoding + images * size[0] * size[1] * (4 + 3 * beside) * 4
+        return self.bodies_bytes + decoding + images * size[0] * size[1] * (4 + 2 * 3 * beside) * 4
 
     @property
     def models(self) -> tuple[str, ...]:

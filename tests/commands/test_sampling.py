@@ -20,7 +20,8 @@ from fewstep.schedules.compat.classes import CLASSES, THRESHOLD, admits_threshol
 from fewstep.schedules.names import SAMPLER_ALIASES, SCHEDULE_ALIASES, resolve_sampler, resolve_schedule
 from fewstep.schedules.solvers.registry import SAMPLERS
 from fewstep.schedules.spacing import SPACINGS
-from fewstep.serving.http.calls import arguments, make_calls, parse_body
+from fewstep.serving.http.arguments import arguments
+from fewstep.serving.http.calls import make_calls, parse_body
 from fewstep.serving.http.errors import HttpError
 from fewstep.serving.http.settings import Settings
 

@@ -110,7 +110,7 @@ def test_files_of_a_form_are_pictures_of_controls_and_prompts(url: str, pipe: fe
         ({"control": {"pose": {"image": text_of(1)}}}, 422, None),
         ({"control": {"canny": {"image": text_of(1), "scale": 1e9}}}, 400, "control[...].scale"),
         ({"control": {"canny": {"image": text_of(1), "start": 0.9, "end": 0.2}}}, 422, None),
-        ({"control": {"canny": {"picture": text_of(1)}}}, 400, "picture"),
+        ({"control": {"canny": {"picture": text_of(1)}}}, 400, "control[...].picture"),
         ({"control": ["canny"]}, 400, "control"),
         ({"guess_mode": True}, 422, None),
         ({"ip_adapter": {"scale": 1.0}}, 422, "ip_adapter"),
