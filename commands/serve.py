@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -25,7 +24,6 @@ USUAL_RANK = 32
 """Of LoRAs, for the estimate of what a model takes that is served with some."""
 LOG_FORMATS = ("auto", "plain", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +39,9 @@ def define(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME=BUNDLE",
         help="another model, which requests name; repeatable",
+    )
+    parser.add_argument(
+        "--models-folder", metavar="DIR", help="bundles that may be loaded over HTTP, by the names of their folders"
     )
     parser.add_argument(
         "--memory-mib",
@@ -90,6 +91,7 @@ def execute(options: argparse.Namespace) -> int:
         from ..serving.http.logs import logging_to
         from ..serving.http.run import allowed_hosts, listen, serve
         from ..serving.live.socket import add_live
+        from ..serving.model_folder import ModelFolder
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "starlette", "serve", purpose="fewstep serve") from error
     token = os.environ.get("FEWSTEP_TOKEN") or None
@@ -112,12 +114,18 @@ def execute(options: argparse.Namespace) -> int:
     metrics = Metrics()
     bundles = {settings.model: bundle, **_others(options, settings.models)}
     budget = None if options.memory_mib is None else options.memory_mib << 20
-    models = _models(options, bundles, metrics)
-    service = Service(models, budget=budget, observer=metrics)
+    describe = partial(_model, options, metrics)
+    models = [describe(name, b, words=options.embedding if b is bundle else ()) for name, b in bundles.items()]
+    folder = None if options.models_folder is None else ModelFolder(options.models_folder, describe)
+    service = Service(models, budget=budget, observer=metrics, folder=folder)
     waiting = (options.slots + options.queue) * len(bundles)
     largest = max((s for b in bundles.values() for s in _sizes(options, b)), key=lambda s: s[0] * s[1])
     bound = settings.uploads_bytes(waiting, largest, beside=max(m.pictures for m in models)) / 2**30
     say(f"bodies and pictures that come in take {bound:.2f} GiB at most, beside the model's memory")
+    if folder is not None:
+        say(
+            f"in {options.models_folder}: {', '.join(folder.names) or 'no bundle yet'}; each takes as much for pictures"
+        )
     say(f"loading {', '.join(bundles)}")
     app = make_app(service, settings, metrics=metrics, routes=add_live(service, settings, metrics))
     with logging_to(sys.stderr, form=options.log_format, level=options.log_level):
@@ -137,6 +145,8 @@ def other_names(options: argparse.Namespace, bundle: Bundle) -> tuple[str, ...]:
 
 def named_bundle(text: str) -> tuple[str, str]:
     """`NAME=BUNDLE`, for `--model`."""
+    from ..serving.model_folder import NAME
+
     name, _, bundle = text.partition("=")
     if not NAME.fullmatch(name) or not bundle:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=BUNDLE, with a name of letters, digits, . _ and -")
@@ -156,32 +166,29 @@ def _sizes(options: argparse.Namespace, bundle: Bundle) -> list[tuple[int, int]]
     return options.size or [(bundle.defaults.width, bundle.defaults.height)]
 
 
-def _models(options: argparse.Namespace, bundles: dict[str, Bundle], metrics: Metrics) -> list[ServedModel]:
+def _model(
+    options: argparse.Namespace, metrics: Metrics, name: str, bundle: Bundle, *, words: Sequence[Any] = ()
+) -> ServedModel:
     from ..engines.backends.registry import choose_backend, load_backend, makes_in_memory
     from ..engines.memory import predicted_peak
     from ..runtime.pictures.control import pictures_beside
     from ..serving.resident import ServedModel
     from ..serving.server import refuse_clips
 
+    refuse_clips(bundle)
     backend, _ = choose_backend(options.backend)
     on_cpu = makes_in_memory(backend) or load_backend(backend).device == "cpu"
+    sizes = _sizes(options, bundle)
+    images = max(1, options.rows // (2 if bundle.defaults.guidance > 1 else 1))
+    largest = max(sizes, key=lambda s: s[0] * s[1])
     rank = None if options.lora_folder is None else USUAL_RANK
-    models = []
-    for i, (name, bundle) in enumerate(bundles.items()):
-        refuse_clips(bundle)
-        sizes = _sizes(options, bundle)
-        images = max(1, options.rows // (2 if bundle.defaults.guidance > 1 else 1))
-        largest = max(sizes, key=lambda s: s[0] * s[1])
-        models.append(
-            ServedModel(
-                name=name,
-                load=partial(_load, options, bundle, metrics, words=options.embedding if i == 0 else ()),
-                nbytes=predicted_peak(bundle, largest, images, on_cpu=on_cpu, lora_rank=rank),
-                sizes=tuple(sizes),
-                pictures=pictures_beside(bundle),
-            )
-        )
-    return models
+    return ServedModel(
+        name=name,
+        load=partial(_load, options, bundle, metrics, words=words),
+        nbytes=predicted_peak(bundle, largest, images, on_cpu=on_cpu, lora_rank=rank),
+        sizes=tuple(sizes),
+        pictures=pictures_beside(bundle),
+    )
 
 
 def _load(options: argparse.Namespace, bundle: Bundle, metrics: Metrics, *, words: Sequence[Any]) -> Server:

@@ -91,6 +91,7 @@ class Lease:
 @dataclass(slots=True)
 class _Residence:
     model: ServedModel
+    listed: bool = True
     server: Server | None = None
     leaving: bool = False
     loading: bool = False
@@ -117,11 +118,7 @@ class Residents:
         if len(self._places) < len(models) or not models:
             names = ", ".join(sorted(m.name for m in models)) or "none"
             raise ArgumentError(f"models named {names}", expected="one or more, each with a name of its own")
-        largest = max(models, key=lambda m: m.nbytes)
-        if budget is not None and largest.nbytes > budget:
-            raise ArgumentError(
-                f"{largest.name!r} takes {largest.nbytes} bytes", expected=f"at most the budget of {budget} bytes"
-            )
+        _check_fits(max(models, key=lambda m: m.nbytes), budget)
         self.budget, self._observer = budget, observer
         self._changed = threading.Condition()
         self._jobs: queue.SimpleQueue[tuple[str, str, Future[None]] | None] = queue.SimpleQueue()
@@ -142,12 +139,27 @@ class Residents:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(self._places)
+        return tuple(n for n, p in tuple(self._places.items()) if p.listed)
+
+    def offer(self, model: ServedModel) -> None:
+        """Have a model more, or again after `withdraw`; `ArgumentError` for one that the budget does not take."""
+        _check_fits(model, self.budget)
+        with self._changed:
+            place = self._places.setdefault(model.name, _Residence(model))
+            place.listed = True
+            if place.server is None and not place.loading:
+                place.model, place.error = model, None
+
+    def withdraw(self, name: str) -> None:
+        """List a model no more, unless it is loaded or about to be; what waits for it is served all the same."""
+        with self._changed:
+            place = self._places[name]
+            place.listed = place.server is not None or place.loading
 
     @property
     def with_pictures(self) -> bool:
         """Whether a model says that its requests may come with pictures of controls or as prompts."""
-        return any(p.model.pictures for p in self._places.values())
+        return any(p.model.pictures for p in tuple(self._places.values()))
 
     def model(self, name: str) -> ServedModel:
         return self._places[name].model
@@ -343,6 +355,13 @@ class Residents:
         gc.collect()  # engines are large, and whether a cycle holds one is not left to chance
         if self._observer is not None:
             self._observer.model_left(place.model.name)
+
+
+def _check_fits(model: ServedModel, budget: int | None) -> None:
+    if budget is not None and model.nbytes > budget:
+        raise ArgumentError(
+            f"{model.name!r} takes {model.nbytes} bytes", expected=f"at most the budget of {budget} bytes"
+        )
 
 
 def _settle(future: Future[None], error: BaseException | None) -> None:

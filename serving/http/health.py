@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from concurrent.futures import Future
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ...errors import FewstepError, UnavailableError
-from .errors import json_response, no_model
+from ...errors import FewstepError, MissingError, UnavailableError
+from ..model_folder import ModelFolder
+from ..resident import ServedModel
+from .errors import HttpError, json_response, no_model, shown
 from .metrics import Metrics
 from .service import Service
 from .settings import Settings
+
+log = logging.getLogger("fewstep.serving.http")
 
 
 class StatusRoutes:
     def __init__(self, service: Service, settings: Settings, metrics: Metrics, *, created: int) -> None:
         self._service, self._settings, self._metrics, self._created = service, settings, metrics, created
+        self._given = service.residents.names
 
     async def live(self, request: Request) -> Response:
         """The process answers."""
@@ -39,15 +45,37 @@ class StatusRoutes:
 
     async def load(self, request: Request) -> Response:
         """Load a model, those used least recently making room; answers when it is there."""
-        name = self._asked(request)
-        await self._done(self._service.residents.load(self._own(name)))
+        name: str = request.path_params["model"]
+        folder = self._service.folder
+        if folder is None or name in self._settings.models or name in self._given:
+            await self._done(self._service.residents.load(self._own(self._asked(request))))
+            return json_response(self._model(name))
+        self._service.residents.offer(await asyncio.to_thread(self._opened, folder, name))
+        try:
+            await self._done(self._service.residents.load(name))
+        finally:
+            self._service.residents.withdraw(name)  # unless it is there
         return json_response(self._model(name))
 
     async def unload(self, request: Request) -> Response:
         """Have a model finish what it has accepted and leave; answers when it is gone."""
         name = self._asked(request)
         await self._done(self._service.residents.unload(self._own(name)))
-        return json_response(self._model(name))
+        answer = json_response(self._model(name))
+        if self._own(name) not in self._given:
+            self._service.residents.withdraw(name)
+        return answer
+
+    def _opened(self, folder: ModelFolder, name: str) -> ServedModel:
+        """A model of the folder; its errors name no path."""
+        try:
+            return folder.open(name)
+        except MissingError as error:
+            raise no_model((*self._names, *folder.names)) from error
+        except FewstepError as error:
+            log.warning("the bundle %s: %s", name, error)
+            message = f"the bundle {shown(name)} cannot be served ({type(error).__name__}); the log says why"
+            raise HttpError(422, "invalid_bundle", message, param="model") from error
 
     async def _done(self, future: Future[None]) -> None:
         try:

@@ -49,7 +49,7 @@ class ImageRoutes:
 
     def __init__(self, service: Service, settings: Settings) -> None:
         self._service, self._settings = service, settings
-        self._calls: dict[str, Calls] = {}
+        self._calls: dict[tuple[tuple[int, int], ...], Calls] = {}
         self._bodies = BodyBudget(settings.bodies_bytes)
         self._decoders = asyncio.Semaphore(settings.decoders)
         # threads of their own: what a thread has let go of may stay with it, and any of many would keep its share
@@ -58,9 +58,10 @@ class ImageRoutes:
 
     def _calls_of(self, model: str) -> Calls:
         """What requests of a model may hold; `UnavailableError` while that is not known."""
-        if model not in self._calls:
-            self._calls[model] = make_calls(self._settings, self._service.sizes(model))
-        return self._calls[model]
+        sizes = self._service.sizes(model)
+        if sizes not in self._calls:
+            self._calls[sizes] = make_calls(self._settings, sizes)
+        return self._calls[sizes]
 
     def _asked_model(self, fields: Mapping[str, Any]) -> str:
         """The model that a request names, the first where it names none; `HttpError` 404 for one that is not here."""

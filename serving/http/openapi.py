@@ -72,7 +72,8 @@ SUMMARIES = {
     "edit": "Pictures from a picture, or with a mask from a part of one: OpenAI's call, with fields of our own.",
     "models": "The models there are, and whether they are loaded.",
     "model": "One of them.",
-    "load": "Have a model loaded, those used least recently making room. For whoever runs the service.",
+    "load": "Have a model loaded, those used least recently making room; one of the service's folder of bundles too, "
+    "by its folder's name. For whoever runs the service.",
     "unload": "Have a model finish what it has accepted and leave. For whoever runs the service.",
     "live": "Whether the process answers.",
     "ready": "Whether every size is warm and the engine works.",
@@ -103,7 +104,7 @@ def openapi_document(settings: Settings, sizes: Sequence[tuple[int, int]]) -> di
             "/v1/images/edits": {"post": _maker("edit", "multipart/form-data", "ImageEdit")},
             "/v1/models": {"get": _getter("models", {"200": _json(MODELS)})},
             "/v1/models/{model}": {"get": _of_a_model("model")},
-            "/v1/models/{model}/load": {"post": _of_a_model("load")},
+            "/v1/models/{model}/load": {"post": _of_a_model("load", "422")},
             "/v1/models/{model}/unload": {"post": _of_a_model("unload")},
             "/health/live": {"get": _getter("live", {"200": _json(_ref("Status"))}, open_=True)},
             "/health/ready": {
@@ -140,9 +141,10 @@ def _getter(name: str, answers: dict[str, Any], *, open_: bool = False) -> dict[
     return {**about, "responses": answers | refusals} | ({"security": []} if open_ else {})
 
 
-def _of_a_model(name: str) -> dict[str, Any]:
+def _of_a_model(name: str, *refusals: str) -> dict[str, Any]:
+    answers = {"200": _json(_ref("Model")), **{status: _refusal(status) for status in ("404", *refusals)}}
     return {
-        **_getter(name, {"200": _json(_ref("Model")), "404": _refusal("404")}),
+        **_getter(name, answers),
         "parameters": [{"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}],
     }
 

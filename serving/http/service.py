@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager, contextmanager, nullcontext
 
 from ...errors import DeadlineError, FewstepError, QueueFullError, UnavailableError
 from ...runtime.pictures.control import pictures_beside
+from ..model_folder import ModelFolder
 from ..resident import Lease, ResidentObserver, Residents, ServedModel
 from ..server import Server
 
@@ -21,7 +22,8 @@ class Service:
     """Loads servers on a thread of its own, so that health can be asked for meanwhile.
 
     models: what requests can name, the first being what they get where they name none; or what makes the one server
-    that there is. budget: bytes of the models that are loaded at a time (see `Residents`).
+    that there is. budget: bytes of the models that are loaded at a time (see `Residents`). folder: where models lie
+    that may be loaded beside those.
     """
 
     def __init__(
@@ -30,7 +32,9 @@ class Service:
         *,
         budget: int | None = None,
         observer: ResidentObserver | None = None,
+        folder: ModelFolder | None = None,
     ) -> None:
+        self.folder = folder
         listed = [ServedModel(name="model", load=models)] if callable(models) else models
         self.residents = Residents(listed, budget=budget, observer=observer)
         self.first = self.residents.names[0]
