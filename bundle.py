@@ -44,6 +44,8 @@ USUAL_TOKENS = 77
 OPTIONAL = "vae_encoder"
 """The component that a bundle can do without, where its family makes pictures."""
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,255}")
+_OF_ONE_FILE = frozenset({"part", "files", "precision", "relative_l2"})
+"""What the source of a component says to which nothing was added."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -198,6 +200,23 @@ class Bundle:
         `weights_sha256`, one after the other."""
         unet = self.component("unet")
         return hashlib.sha256((unet.graph_sha256 + unet.weights_sha256).encode()).hexdigest()
+
+    @property
+    def checkpoint_sha256(self) -> str | None:
+        """The SHA-256 of the one checkpoint file that all components are of, with nothing fused or traced with them.
+
+        `None` where they are of several files, were replaced, or do not say.
+        """
+        if "replaced" in self.source:
+            return None
+        digests: set[str] = set()
+        for component in self.components.values():
+            files = component.source.get("files")
+            if set(component.source) - _OF_ONE_FILE or not isinstance(files, list) or len(files) != 1:
+                return None
+            digests.add(str(files[0].get("sha256") if isinstance(files[0], Mapping) else None))
+        digest = digests.pop() if len(digests) == 1 else ""
+        return digest if SHA256.fullmatch(digest) else None
 
     @property
     def model(self) -> Family:

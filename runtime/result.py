@@ -227,6 +227,8 @@ def picture_parameters(bundle: Bundle, request: Request) -> tuple[Mapping[str, A
         "version": __version__,
         "unet_sha256": bundle.components["unet"].weights_sha256,
     }
+    if bundle.checkpoint_sha256 is not None:
+        shared["checkpoint_sha256"] = bundle.checkpoint_sha256
     if request.found is not None:
         shared["schedule_digest"] = request.found.digest[:DIGITS]
         shared["schedule_method"] = request.found.entry(request.steps).method

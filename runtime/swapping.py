@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..bundle import Bundle
+from ..bundle import Bundle, Component
 from ..engines import Engine
 from ..engines.base import Swappable
 from ..engines.digest import sha256_file
@@ -136,8 +136,15 @@ def check_loaded(bundle: Bundle, engines: Sequence[tuple[str, Engine]]) -> None:
 
 
 def shown_as(base: Bundle, other: Bundle, loadings: Mapping[str, Loading]) -> Bundle:
-    """The bundle as pictures tell of it: the other's name, scheduler and defaults, and the digests of what is held."""
-    components = {
-        n: replace(p, weights_sha256=loadings[n].digest) if n in loadings else p for n, p in other.components.items()
-    }
+    """The bundle as pictures tell of it: the other's name, scheduler and defaults, and the digests of what is held.
+
+    What LoRAs were merged into is of no file.
+    """
+    components = {n: _as_held(p, loadings.get(n)) for n, p in other.components.items()}
     return replace(other, components={n: components[n] for n in base.components})
+
+
+def _as_held(component: Component, loading: Loading | None) -> Component:
+    if loading is None or loading.digest == component.weights_sha256:
+        return component
+    return replace(component, weights_sha256=loading.digest, source={})

@@ -58,6 +58,7 @@ def infotext(p: Mapping[str, Any]) -> str:
         ("CFG scale", None if guidance is None else f"{max(guidance, 1.0):g}"),
         ("Seed", p.get("seed")),
         ("Size", f"{p.get('width')}x{p.get('height')}"),
+        ("Model hash", _short(p.get("checkpoint_sha256"))),
         ("Model", p.get("model")),
         ("Variation seed", p.get("variation_seed")),
         ("Variation seed strength", p.get("variation")),
@@ -75,6 +76,11 @@ def infotext(p: Mapping[str, Any]) -> str:
     ]
     lines.append(", ".join(f"{k}: {_quoted(v)}" for k, v in parts if v is not None))
     return "\n".join(lines)
+
+
+def _short(sha256: str | None) -> str | None:
+    """A checkpoint file's digest as the web UI shows it."""
+    return None if sha256 is None else sha256[:10]
 
 
 def _number(value: float | None) -> str | None:

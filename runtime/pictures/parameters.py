@@ -36,6 +36,7 @@ CHOICES = {
 """Of recorded arguments that are words of a list."""
 MOST_STAGES = 8
 _DIGEST = re.compile(r"[0-9a-f]{8,64}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _SIZE = re.compile(r"\d{1,8}x\d{1,8}")
 LARGEST_SIDE = 2**24
 GRID = ("columns", "rows", "matrix", "cell")
@@ -84,6 +85,8 @@ def check_parameters(p: Mapping[str, Any], reading: Reader) -> None:
         reading.choice("compat", p["compat"], ("diffusers",))
     if p.get("schedule_digest") is not None:
         reading.text("schedule_digest", p["schedule_digest"], _DIGEST)
+    if p.get("checkpoint_sha256") is not None:
+        reading.text("checkpoint_sha256", p["checkpoint_sha256"], _SHA256)
     if p.get("schedule_method") is not None:
         reading.choice("schedule_method", p["schedule_method"], METHODS)
     for key in ("guidance", "strength"):

@@ -13,7 +13,7 @@ LOAD, LORA, SCHEDULE, SAMPLE, DECODE, SAVE = (
 KNOWN = frozenset(
     {"bundle", "model", "prompt", "negative", "seed", "index", "steps", "guidance", "width", "height", "sampler"}
     | {"schedule", "compat", "sampler_name", "schedule_name", "version", "unet_sha256", "loras", "options", "recorded"}
-    | {"strength", "image", "variation", "variation_seed"}
+    | {"strength", "image", "variation", "variation_seed", "checkpoint_sha256"}
 )
 """What the nodes have inputs for, or need not know."""
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from checkpoints import copy, make_lora, write_lora
-from fewstep.bundle import read_bundle
+from fewstep.bundle import Bundle, read_bundle
 from fewstep.cli import main
 from fewstep.errors import (
     ArgumentError,
@@ -20,6 +22,11 @@ from fewstep.errors import (
 from fewstep.export import export_bundle
 from fewstep.export.checkpoint.compose import compose_checkpoint, read_tensors
 from fewstep.export.checkpoint.folder import Checkpoint
+from fewstep.runtime.pictures.infotext import infotext
+from fewstep.runtime.pictures.parameters import check_parameters
+from fewstep.runtime.request import make_request
+from fewstep.runtime.result import picture_parameters
+from fewstep.values import Reader
 from fewstep.weights.stored import convert, open_tensors
 from refusals import refused, rewrite
 from safetensors.numpy import load_file, save_file
@@ -68,7 +75,31 @@ def test_a_single_file_gives_the_folders_bundle(
     assert hashes(found) == hashes(expected)
     assert (found.family, found.scheduler, found.tokenizers) == ("sd1", expected.scheduler, expected.tokenizers)
     assert found.components["unet"].source["files"][0]["file"] == "sd1.safetensors"
-    assert len(found.components["unet"].source["files"][0]["sha256"]) == 64
+    sha256 = hashlib.sha256(originals["sd1"].read_bytes()).hexdigest()
+    assert found.components["unet"].source["files"][0]["sha256"] == sha256
+    assert (found.checkpoint_sha256, expected.checkpoint_sha256) == (sha256, None)
+    (parameters,) = picture_parameters(found, make_request(found, "a ring", seed=1))
+    assert f", Model hash: {sha256[:10]}, Model: {found.name}, " in infotext(parameters)
+    check_parameters(parameters, Reader(place="a picture"))
+    (parameters,) = picture_parameters(expected, make_request(expected, "a ring", seed=1))
+    assert "Model hash" not in infotext(parameters)
+
+
+@pytest.mark.parametrize("changed", ["files", "loras", "replaced", "digest", "missing"])
+def test_what_is_more_than_one_file_has_no_hash_of_a_checkpoint(sd1_bundle: Bundle, changed: str) -> None:
+    """Of nothing but one file: not of two, nor of one with LoRAs in it, nor with a part of another bundle."""
+    own: dict[str, Any] = {"part": "unet", "files": [{"file": "m.safetensors", "sha256": "ab" * 32, "licence": None}]}
+    told = {
+        "files": {"files": [*own["files"], *own["files"]]},
+        "loras": {"loras": [{"file": "l.safetensors"}]},
+        "digest": {"files": [{"file": "m.safetensors", "sha256": "abc"}]},
+        "missing": {"files": ["m.safetensors"]},
+    }
+    components = {n: replace(c, source=own) for n, c in sd1_bundle.components.items()}
+    assert replace(sd1_bundle, components=components).checkpoint_sha256 == "ab" * 32
+    source = {"replaced": ["unet"]} if changed == "replaced" else {}
+    other = replace(components["unet"], source=own | told.get(changed, {}))
+    assert replace(sd1_bundle, components=components | {"unet": other}, source=source).checkpoint_sha256 is None
 
 
 def test_a_unet_file_over_a_base(originals: dict[str, Path], tiny_sd1: Path, tmp_path: Path) -> None:
