@@ -16,7 +16,7 @@ from .estimates import Estimates
 from .job import FirstPass, Job, check_prepared
 from .observe import Observer
 from .policy import STRETCHES
-from .ticket import Ticket
+from .ticket import Stage, Ticket
 from .worker import DueWorker
 
 log = logging.getLogger("fewstep.serving")
@@ -66,6 +66,7 @@ class Coders:
         try:
             with self._cpu.before_ticks() if first or ticket.request.has_image else nullcontext():
                 prepared = prepare()
+                ticket.stages += _prepared_in(prepared, time.monotonic())
             check_prepared(prepared, dict(self._pipeline.engines["unet"].inputs), self._most_images)
         except FewstepError as error:
             ticket.fail(error)
@@ -96,6 +97,7 @@ class Coders:
             log.exception("%s could not be decoded", ticket.name)
             self._failed(EngineFailedError(f"decoding failed ({type(error).__name__})"))
             return
+        ticket.stages.append(Stage(name="decode", began_at=began, ended_at=ended))
         self._observer.observe("decode", 1e3 * (ended - began))
         self._estimates.observe_decode(prepared.shape, 1e3 * (ended - began), job.images)
         part = ResultPart(
@@ -116,6 +118,15 @@ class Coders:
         else:
             first = FirstPass(result=result, ended_at=ended)
             self._encode(ticket, lambda: self._pipeline.prepare(passes.second(result)), first)
+
+
+def _prepared_in(prepared: Prepared, ended: float) -> list[Stage]:
+    """The stages of a request that was prepared just now: pictures are encoded after the texts."""
+    between = ended - 1e-3 * prepared.encode_image_ms
+    stages = [Stage(name="text_encoder", began_at=between - 1e-3 * prepared.text_ms, ended_at=between)]
+    if prepared.latents is not None:
+        stages.append(Stage(name="image_encoder", began_at=between, ended_at=ended))
+    return stages
 
 
 def _turn(ticket: Ticket) -> float:

@@ -17,7 +17,7 @@ from ..runtime.prepare import Prepared
 from ..runtime.result import Result, Step
 from .batch_sizes import BatchSizes
 from .policy import Candidate
-from .ticket import Ticket
+from .ticket import Stage, Ticket
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +37,7 @@ class Job:
     def __init__(self, ticket: Ticket, prepared: Prepared, first: FirstPass | None = None) -> None:
         self.ticket, self.prepared, self.first = ticket, prepared, first
         self.began_at = ticket.arrival if first is None else first.ended_at
+        self.prepared_at = time.monotonic()
         self.slots: list[int] = []
         self.out: Float32 = np.empty_like(prepared.gaussians)
         self.queue_ms = 0.0
@@ -46,6 +47,7 @@ class Job:
         self._x0: Float32 | None = np.zeros_like(self.out) if ticket.previews else None
         self._before = 0 if first is None else ticket.request.program.evaluations
         self._reported = 0
+        self._evaluated_at: list[float] = []
 
     @property
     def images(self) -> int:
@@ -98,6 +100,7 @@ class Job:
     def admit(self, slots: Slots) -> None:
         """Give each image a slot; there must be enough."""
         self.admitted_at = time.monotonic()
+        self.ticket.stages.append(Stage(name="queue", began_at=self.prepared_at, ended_at=self.admitted_at))
         spent_ms = self.prepared.text_ms + self.prepared.encode_image_ms
         self.queue_ms = max(0.0, 1e3 * (self.admitted_at - self.began_at) - spent_ms)
         latents = self.prepared.latents
@@ -115,6 +118,8 @@ class Job:
         for slot, into in zip(self.slots, self.out, strict=True):
             slots.result(slot, into)
         self.denoised_at = time.monotonic()
+        between = {"began_at": self.admitted_at, "ended_at": self.denoised_at}
+        self.ticket.stages.append(Stage(name="steps", **between, evaluations=tuple(self._evaluated_at)))
 
     def preview_targets(self, images: Sequence[int]) -> dict[int, Float32]:
         """Where a tick is to write what it sees, by slot; empty when nobody asked for previews."""
@@ -134,6 +139,7 @@ class Job:
         if evaluated == self._reported:
             return
         self._reported = evaluated
+        self._evaluated_at.append(time.monotonic())
         latents = np.stack([slots.latent(s) for s in self.slots]) if self.ticket.previews else None
         self.ticket.report(
             Step(

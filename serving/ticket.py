@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CancelledError, DeadlineError, FewstepError
@@ -21,12 +22,23 @@ KEPT_STEPS = 16
 _numbers = itertools.count(1)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """A part of the work on a request, in seconds of `time.monotonic`, and when its evaluations were made."""
+
+    name: str
+    began_at: float
+    ended_at: float
+    evaluations: tuple[float, ...] = ()
+
+
 class Ticket:
     """A request that a server has accepted: wait for it, follow it, or cancel it. Thread-safe.
 
     `arrival` and `deadline` are seconds of `time.monotonic`; `alone_s` is what it should take alone. A ticket is
     settled once, with a `Result` or an error. `short` says that it may have places kept for short requests. `passes` is
     the call where it has two, `request` then being the first, and `second_s` what the second should take alone.
+    `stages` are those that are done.
     """
 
     def __init__(
@@ -43,6 +55,7 @@ class Ticket:
     ) -> None:
         self.request, self.previews, self.alone_s = request, previews, alone_s
         self.passes, self.second_s = passes, second_s
+        self.stages: list[Stage] = []
         self.short = False
         self.number = next(_numbers)
         self.name = name or f"request-{self.number}"

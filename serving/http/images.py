@@ -155,10 +155,13 @@ class ImageRoutes:
         )
 
     async def _run(self, request: Request, call: Any, ticket: Ticket, kind: str) -> Response:
+        trace = request.scope["state"].get("trace")
+        if trace is not None:
+            trace.stages = ticket.stages
         if call.stream:
             return StreamingResponse(_events(ticket, call, kind), media_type="text/event-stream", headers=_NO_CACHE)
         result = await _or_gone(request, ticket)
-        if (trace := request.scope["state"].get("trace")) is not None:
+        if trace is not None:
             numbers = {k: v for k, v in result.timings.items() if isinstance(v, (int, float))}
             trace.attributes |= {f"fewstep.{stage}_ms": round(ms, 2) for stage, ms in numbers.items()}
         began = time.perf_counter()

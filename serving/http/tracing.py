@@ -8,25 +8,31 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 from ...version import __version__
+from ..ticket import Stage
 
 _PARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 
 
 @dataclass(slots=True, kw_only=True)
 class Trace:
-    """A request's place in a trace: identifiers in hex (W3C Trace Context), and what is to be said of it."""
+    """A request's place in a trace: identifiers in hex (W3C Trace Context), and what is to be said of it.
+
+    `stages` become spans of their own within the request's.
+    """
 
     trace_id: str
     span_id: str
     parent_id: str | None = None
     attributes: dict[str, Any] = field(default_factory=dict)
+    stages: Sequence[Stage] = ()
 
 
 def read_parent(text: str) -> tuple[str, str] | None:
@@ -62,6 +68,7 @@ def traced(name: str, headers: Mapping[str, str]) -> Iterator[Trace | None]:
         yield trace
     finally:
         if opened is not None:
+            _add_stages(opened, trace.stages)
             _end(opened, name, trace.attributes)
 
 
@@ -80,8 +87,27 @@ def _span(name: str, headers: Mapping[str, str]) -> Any:
     if api is None:
         return None
     propagate, trace = api
-    tracer = trace.get_tracer("fewstep", __version__)
-    return tracer.start_span(name, context=propagate.extract(dict(headers)), kind=trace.SpanKind.SERVER)
+    return _tracer().start_span(name, context=propagate.extract(dict(headers)), kind=trace.SpanKind.SERVER)
+
+
+def _tracer() -> Any:
+    return _api()[1].get_tracer("fewstep", __version__)
+
+
+def _add_stages(span: Any, stages: Sequence[Stage]) -> None:
+    """Spans of the stages, which other threads went through and are over."""
+    if not span.is_recording():
+        return
+    context, offset_s = _api()[1].set_span_in_context(span), time.time() - time.monotonic()
+
+    def told(at: float) -> int:
+        return int(1e9 * (at + offset_s))
+
+    for stage in tuple(stages):
+        child = _tracer().start_span(stage.name, context=context, start_time=told(stage.began_at))
+        for at in stage.evaluations:
+            child.add_event("evaluation", timestamp=told(at))
+        child.end(end_time=told(stage.ended_at))
 
 
 def _end(span: Any, name: str, attributes: dict[str, Any]) -> None:
