@@ -137,6 +137,8 @@ def execute(options: argparse.Namespace) -> int:
 
 def other_names(options: argparse.Namespace, bundle: Bundle) -> tuple[str, ...]:
     """The other names of the first model: without a `--name`, the word by which the command line has it too."""
+    from ..serving.model_folder import NAME
+
     word = plain_name(options.bundle)
     own = options.name is None and NAME.fullmatch(word) is not None and word != bundle.name
     taken = (*options.alias, *(n for n, _ in options.model))
