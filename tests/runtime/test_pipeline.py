@@ -379,7 +379,7 @@ def test_black_and_broken_images_are_errors(pipe: fewstep.Pipeline) -> None:
         pipe.vae.decode(latents)
     real = pipe.vae._decode
     try:
-        pipe.vae._decode = lambda z, _: (np.zeros((len(z), 32, 32, 3), np.uint8), np.ones(len(z), bool))  # type: ignore[method-assign]
+        pipe.vae._decode = lambda z, *_: (np.zeros((len(z), 32, 32, 3), np.uint8), np.ones(len(z), bool))  # type: ignore[method-assign]
         with pytest.raises(BlackImageError, match="image 0"):
             pipe.vae.decode(latents[:1])
     finally:

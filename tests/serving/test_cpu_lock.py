@@ -58,12 +58,12 @@ def test_evaluations_and_decoding_overlap_only_with_rows_in_parallel(
         decode, began = student.vae.decode, threading.Event()
         overlaps = []
 
-        def slow(latents: Any) -> Any:
+        def slow(latents: Any, **given: Any) -> Any:
             before = server.stats().ticks
             began.set()
             time.sleep(0.1)
             overlaps.append(server.stats().ticks - before)
-            return decode(latents)
+            return decode(latents, **given)
 
         monkeypatch.setattr(student.vae, "decode", slow)
         long = server.submit("a ring", steps=60, sampler="euler", seed=0)
