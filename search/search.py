@@ -129,6 +129,11 @@ class _Conductor:
             entry, report = self._count(trajectories, n, starts, place)
             entries.append(entry)
             reports[str(n)] = report
+        null: dict[str, Any] = {}
+        if trajectories is not None and settings.method in ("auto", "rows"):
+            middle = settings.steps[len(settings.steps) // 2]
+            null = {"null": self.journal.value("null", lambda: self.descent.null_run(trajectories, middle))}
+        equal = self.verdict.equal_error(entries)
         made = {
             "bundle": bundle.name,
             "family": bundle.family,
@@ -143,11 +148,9 @@ class _Conductor:
             "teacher": self.ground.teacher_words(self.problem, sets),
             "cut": bool(self.journal.value("cut", lambda: False)),
             "found": reports,
-            "equal_error": self.verdict.equal_error(entries),
+            "equal_error": equal,
+            **null,
         }
-        if trajectories is not None and settings.method in ("auto", "rows"):
-            middle = settings.steps[len(settings.steps) // 2]
-            made["null"] = self.journal.value("null", lambda: self.descent.null_run(trajectories, middle))
         found = FoundSchedules(
             sampler=settings.sampler,
             model=bundle.unet_digest,
