@@ -12,6 +12,7 @@ import numpy as np
 from ..schedules.fitted import FittedRow
 from ..schedules.solvers.registry import find_sampler
 from .endpoint import FedTimesteps, Freedom, InnerLevels, LastLevel, descend, descend_rows
+from .judge import Judge
 from .judging import short
 from .pace import Pace
 from .problem import Knots, Problem, mean_distance
@@ -41,11 +42,12 @@ class Descent:
 
     problem: Problem
     sets: Sets
+    judge: Judge
     pace: Pace
 
     def descended(self, ranked: Sequence[Knots], n: int, deadline: float) -> tuple[Knots, float]:
         problem, sets = self.problem, self.sets
-        few, judge = sets.search.first(FEW), sets.choose
+        few, judge = sets.search.first(FEW), self.judge.distance
         levels: list[Freedom] = [InnerLevels(problem=problem)] if n > 1 else []
         fed = FedTimesteps(problem=problem)
         wide: list[Freedom] = [*levels, fed]
@@ -58,7 +60,7 @@ class Descent:
             first.append(descend(problem, start, along=wide, on=few, judge=judge, rounds=4, remember=remember))
         knots, error = min(first, key=lambda item: item[1])
         for option in alternatives(problem, knots):
-            other = mean_distance(problem.errors([option], judge)[0])
+            other = judge(option)
             if other < error:
                 knots, error = option, other
         widest: list[Freedom] = [*wide, LastLevel()]
@@ -73,22 +75,24 @@ class Descent:
         deadline: float,
     ) -> list[tuple[Knots, float]]:
         """Candidates with rows: least squares on the trajectories, then descent over their coefficients and levels."""
-        problem, judge, on = self.problem, self.sets.choose, self.sets.search
+        problem, judge, on = self.problem, self.judge.distance, self.sets.search
         best = sorted((c for c in candidates if c[1].rows is None), key=lambda c: c[2])
         starts = _apart([k for _, k, _ in best], STARTS)
         tried: list[tuple[Knots, float]] = []
         if trajectories is not None:
             cells = [(k, r) for k in starts for r in RIDGES]
-            weights = (problem.errors([starts[0]], on)[0] + 1e-5) ** -0.25
+            weights = self.pace.journal.value(
+                f"{n}-weights", lambda: [float(w) for w in (problem.errors([starts[0]], on)[0] + 1e-5) ** -0.25]
+            )
 
             def fitted(cell: tuple[Knots, float]) -> Knots:
-                return fit_rows(problem, [cell], trajectories, weights=weights)[0]
+                return fit_rows(problem, [cell], trajectories, weights=np.array(weights))[0]
 
             rowed = [self.pace.journal.knots(f"{n}-ridge{i}", partial(fitted, cell)) for i, cell in enumerate(cells)]
             fits = [k for k in rowed if k is not None]
-            tried += list(zip(fits, map(mean_distance, problem.errors(fits, judge)), strict=True))
+            tried += list(zip(fits, self.judge.distances(fits), strict=True))
         prior = _with_own_rows(problem, starts[0])
-        tried.append((prior, mean_distance(problem.errors([prior], judge)[0])))
+        tried.append((prior, judge(prior)))
         down = sorted(tried, key=lambda item: item[1])[:1]
         if down[0][0].sigmas != prior.sigmas or down[0][0].rows != prior.rows:
             down.append((prior, 0.0))

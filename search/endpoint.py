@@ -103,6 +103,7 @@ def moved_rows(problem: Problem, knots: Knots, moved: Knots) -> Knots:
     return replace(moved, rows=tuple(rows))
 
 
+Distance = Callable[[Knots], float]
 Remember = Callable[[str, Callable[[], Knots | None]], Knots | None]
 """Gives what is known under a key, or finds it and keeps it (`journal.py`)."""
 
@@ -118,45 +119,44 @@ def descend(
     *,
     along: Sequence[Freedom],
     on: Pairs,
-    judge: Pairs,
+    judge: Distance,
     rounds: int,
     remember: Remember = forget,
 ) -> tuple[Knots, float]:
-    """The best candidate that the judging pairs saw on the way down, and its distance there.
+    """The best candidate that the judge saw on the way down, and its distance there.
 
-    on: pairs with a teacher's results that are descended on; judge: others. A round that `remember` gives as `None`
-    ends the descent.
+    on: pairs with a teacher's results that are descended on; judge: a candidate's distance on others (`judge.py`). A
+    round that `remember` gives as `None` ends the descent.
     """
-    return _go_down(problem, knots, lambda k: _round(problem, k, along, on), judge, rounds, remember)
+    return _go_down(knots, lambda k: _round(problem, k, along, on), judge, rounds, remember)
 
 
 def descend_rows(
-    problem: Problem, knots: Knots, *, on: Pairs, judge: Pairs, rounds: int, remember: Remember = forget
+    problem: Problem, knots: Knots, *, on: Pairs, judge: Distance, rounds: int, remember: Remember = forget
 ) -> tuple[Knots, float]:
     """The same over the coefficients of fitted rows (their end-point form: S4S, arXiv 2502.17423, without gradients).
 
     A coefficient of row i moves only what comes after it, so its derivative costs n - 1 - i evaluations a pair, and the
     last row's none.
     """
-    return _go_down(problem, knots, lambda k: _rows_round(problem, k, on), judge, rounds, remember)
+    return _go_down(knots, lambda k: _rows_round(problem, k, on), judge, rounds, remember)
 
 
 def _go_down(
-    problem: Problem,
     knots: Knots,
     step: Callable[[Knots], Knots | None],
-    judge: Pairs,
+    judge: Distance,
     rounds: int,
     remember: Remember,
 ) -> tuple[Knots, float]:
-    best, least = knots, mean_distance(problem.errors([knots], judge)[0])
+    best, least = knots, judge(knots)
     for i in range(rounds):
         here = knots
         moved = remember(str(i), lambda here=here: step(here))  # type: ignore[misc]
         if moved is None:
             break
         knots = moved
-        error = mean_distance(problem.errors([knots], judge)[0])
+        error = judge(knots)
         gained = error < least * (1.0 - LEAST_GAIN)
         if error < least:
             best, least = knots, error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +61,10 @@ class Journal:
         done = self._data["done"]
         if key not in done:
             found = find()
-            done[key] = None if found is None else _as_json(found)
+            done[key] = None if found is None else knots_to_json(found)
             self._write()
         stored = done[key]
-        return None if stored is None else _from_json(stored)
+        return None if stored is None else knots_from_json(stored)
 
     def value(self, key: str, find: Callable[[], Any]) -> Any:
         """The same for plain JSON data."""
@@ -73,6 +73,16 @@ class Journal:
             done[key] = find()
             self._write()
         return done[key]
+
+    def values(self, keys: Sequence[str], find: Callable[[Sequence[int]], Sequence[Any]]) -> list[Any]:
+        """The same for several at once; `find` is given the places of those that are not known yet, each key's once."""
+        done = self._data["done"]
+        lacking = {key: i for i, key in reversed(list(enumerate(keys))) if key not in done}
+        if lacking:
+            places = sorted(lacking.values())
+            done.update(zip([keys[i] for i in places], find(places), strict=True))
+            self._write()
+        return [done[key] for key in keys]
 
     def arrays(self, key: str, find: Callable[[], Mapping[str, Float32]]) -> Mapping[str, Float32]:
         """The same for arrays, in a file of their own; in memory where there is no folder."""
@@ -97,13 +107,14 @@ class Journal:
             write_whole(self._folder / NAME, json.dumps({**self._data, "spent": self.spent}))
 
 
-def _as_json(knots: Knots) -> dict[str, Any]:
+def knots_to_json(knots: Knots) -> dict[str, Any]:
+    """Plain JSON data, from which `knots_from_json` makes the same."""
     rows = None if knots.rows is None else [[r.a, *r.b] for r in knots.rows]
     parts = {k: getattr(knots, k) for k in ("name", "sigmas", "fed", "kept")}
     return {**parts, "options": dict(knots.options), "rows": rows}
 
 
-def _from_json(data: Mapping[str, Any]) -> Knots:
+def knots_from_json(data: Mapping[str, Any]) -> Knots:
     rows = data["rows"]
     return Knots(
         name=data["name"],

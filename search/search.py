@@ -20,12 +20,13 @@ from ..version import __version__
 from .descent import Descent
 from .ground import Ground
 from .journal import Journal
+from .judge import Judge
 from .judging import short
 from .klub import find_klub, sweep_evaluations
 from .known import PUBLISHED, known_schedules
 from .noise import draws_of
 from .pace import Pace, Progress
-from .problem import Knots, Pairs, Problem, mean_distance
+from .problem import Knots, Problem
 from .sets import Sets, prompts_digest
 from .settings import read_settings
 from .teacher import Trajectories
@@ -112,7 +113,8 @@ class _Conductor:
     def __init__(self, ground: Ground, problem: Problem, sets: Sets, pictures: Sequence[Float32]) -> None:
         self.ground, self.problem, self.sets, self.pictures = ground, problem, sets, pictures
         self.settings, self.pace, self.journal = ground.settings, ground.pace, ground.pace.journal
-        self.descent = Descent(problem=problem, sets=sets, pace=ground.pace)
+        self.judge = Judge(problem=problem, pairs=sets.choose, journal=self.journal)
+        self.descent = Descent(problem=problem, sets=sets, judge=self.judge, pace=ground.pace)
         self.verdict = HeldOutVerdict(
             pipeline=ground.pipeline, problem=problem, sets=sets, pace=ground.pace, student=self.settings.student
         )
@@ -168,7 +170,7 @@ class _Conductor:
         if s.student or s.method not in ("auto", "klub"):
             return {}
         self.pace.say("the bound of Align Your Steps")
-        pairs, judge = self.sets.search.first(MOST_DATA), self.sets.choose
+        pairs = self.sets.search.first(MOST_DATA)
         finals = np.asarray(pairs.finals, np.float32)
         data = np.concatenate([finals, *(p[None] for p in self.pictures)])
         index = np.concatenate([pairs.index, np.resize(pairs.index, len(self.pictures)).astype(np.int64)])
@@ -186,11 +188,11 @@ class _Conductor:
                 data,
                 index,
                 s.steps,
-                start=self._best(self.problem, usual, judge),
+                start=self.judge.best(usual),
                 order=order,
                 seed=s.seed,
                 low=self.problem.range[0],
-                judge=lambda knots: mean_distance(self.problem.errors([knots], judge)[0]),
+                judge=self.judge.distance,
                 go_on=lambda: next(sweeps) < most and self.pace.in_time(deadline - sweep),
             )
 
@@ -222,11 +224,9 @@ class _Conductor:
         """The entry of n steps: candidates, the best of them on the pairs to choose by, and its verdict."""
         self.pace.say(f"{n} steps: known schedules")
         known = known_schedules(self.problem, n)
-        errors = {
-            (k.name, k.sigmas): mean_distance(e)
-            for k, e in zip([*known, *starts], self.problem.errors([*known, *starts], self.sets.choose), strict=True)
-        }
-        ranked = sorted([*known, *starts], key=lambda k: errors[k.name, k.sigmas])
+        tried = [*known, *starts]
+        errors = {(k.name, k.sigmas): e for k, e in zip(tried, self.judge.distances(tried), strict=True)}
+        ranked = sorted(tried, key=lambda k: errors[k.name, k.sigmas])
         deadline = self.pace.deadline_of(
             place, self.settings.steps, self.ground.reserve(self.problem, self.sets, place)
         )
@@ -247,8 +247,3 @@ class _Conductor:
         self.pace.say(f"{n} steps: verdict")
         chosen = {m: short(min(e for b, _, e in candidates if b == m)) for m in dict.fromkeys(c[0] for c in candidates)}
         return self.verdict.of(n, by, knots, plain, known, chosen)
-
-    @staticmethod
-    def _best(problem: Problem, candidates: Sequence[Knots], pairs: Pairs) -> Knots:
-        errors = problem.errors(candidates, pairs)
-        return candidates[int(np.argmin([mean_distance(e) for e in errors]))]

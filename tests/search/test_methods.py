@@ -156,18 +156,22 @@ def test_paths_on_trajectories_beat_the_usual_start(sampler: str, walked: tuple[
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "unipc_2"])
 def test_descent_gains_and_keeps_the_best_that_was_judged(sampler: str, walked: tuple[Trajectories, Pairs]) -> None:
     problem, (trajectories, judge) = problem_of(sampler), walked
+
+    def judged(knots: Knots) -> float:
+        return distance(problem, knots, judge)
+
     start = start_of(problem, 5)
     first = distance(problem, start, judge)
     levels = InnerLevels(problem=problem)
-    knots, error = descend(problem, start, along=[levels], on=trajectories.pairs, judge=judge, rounds=6)
+    knots, error = descend(problem, start, along=[levels], on=trajectories.pairs, judge=judged, rounds=6)
     assert error == pytest.approx(distance(problem, knots, judge))
     assert error < 0.9 * first
     assert (knots.sigmas[0], knots.sigmas[-1]) == (start.sigmas[0], start.sigmas[-1])
     rows = _with_own_rows(problem, knots)
     assert distance(problem, rows, judge) == pytest.approx(error, rel=1e-4)
-    fitted, nearer = descend_rows(problem, rows, on=trajectories.pairs, judge=judge, rounds=4)
+    fitted, nearer = descend_rows(problem, rows, on=trajectories.pairs, judge=judged, rounds=4)
     assert nearer < 0.95 * error
-    moved, nearest = descend(problem, fitted, along=[levels], on=trajectories.pairs, judge=judge, rounds=2)
+    moved, nearest = descend(problem, fitted, along=[levels], on=trajectories.pairs, judge=judged, rounds=2)
     assert nearest <= nearer
     assert moved.kept == fitted.kept
 

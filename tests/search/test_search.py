@@ -17,6 +17,7 @@ from fewstep.runtime import Pipeline
 from fewstep.schedules import FoundSchedules, NoiseSchedule, load_schedules
 from fewstep.search import check_schedules, descent, ground, klub, search, search_schedules, trajectory, verdict
 from fewstep.search.judging import compare, equal_error_steps, interval, psnr, ratio_interval, ssim
+from fewstep.search.network import EngineNetwork
 from fewstep.search.sets import Counts, read_prompts, share_prompts, usual_prompts
 from hypothesis import given
 from hypothesis import strategies as st
@@ -68,8 +69,9 @@ def test_the_same_seeds_give_the_same_file_and_others_another(student: Pipeline,
     "stage", ["the teacher's results: held out", pytest.param("2 steps: rows", marks=pytest.mark.slow)]
 )
 def test_a_killed_search_goes_on_to_the_same_file(
-    student: Pipeline, found: FoundSchedules, tmp_path: Path, stage: str
+    student: Pipeline, found: FoundSchedules, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And one that was finished asks the network for nothing again."""
     work = tmp_path / "work"
     with pytest.raises(Killed):
         search_schedules(student, **SMALL, work=work, progress=killed_at(stage))
@@ -78,6 +80,8 @@ def test_a_killed_search_goes_on_to_the_same_file(
     assert plain(search_schedules(student, **SMALL, work=work)) == plain(found)
     after = json.loads((work / "search.json").read_text())["done"]
     assert {k: after[k] for k in before} == before
+    monkeypatch.setattr(EngineNetwork, "__call__", lambda *_: pytest.fail("evaluated again"))
+    assert plain(search_schedules(student, **SMALL, work=work)) == plain(found)
 
 
 def test_a_folder_of_another_search_is_refused_and_kept(student: Pipeline, tmp_path: Path) -> None:
