@@ -108,6 +108,8 @@ bench-peers: $(patsubst bench/peers/%.txt,build/bench/%/.ready,$(wildcard bench/
 build/bench/%/.ready: bench/peers/%.txt
 	test -x build/bench/$*/bin/python || $(PYTHON) -m venv build/bench/$*
 	build/bench/$*/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	# torchvision's wheel wants the torch that has CUDA; nothing here needs it
+	build/bench/$*/bin/python -m pip uninstall --quiet --yes torchvision
 	@touch $@
 
 # The oldest and newest TensorRT whose calls are checked; their wheels hold the bindings alone, 1 MB each.

@@ -33,7 +33,7 @@ SETTLE_S = 0.1
 
 def run(plan: Plan, say: Say) -> dict[str, Any]:
     """Measure; returns the report's data: by contender, and the ratios of each to each variant of fewstep."""
-    names = [*plan.variants, *(_label(p, d) for p in plan.against for d in plan.precisions)]
+    names = [*plan.variants, *(_label(p, d) for p in plan.against for d in _precisions(plan, p))]
     samples = {n: Samples() for n in names}
     casts = [names]
     peers = [n for n in names if n not in plan.variants]
@@ -50,6 +50,12 @@ def run(plan: Plan, say: Say) -> dict[str, Any]:
         for name, part in meeting.samples.items():
             _merge(samples[name], part)
     return make_report(plan, samples, [meeting.samples for meeting in meetings])
+
+
+def _precisions(plan: Plan, peer: str) -> tuple[str, ...]:
+    """Those of the peer that are asked for, or its own."""
+    own = contender(peer).precisions
+    return tuple(p for p in plan.precisions if p in own) or own[:1]
 
 
 def _label(peer: str, precision: str) -> str:

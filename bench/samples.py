@@ -18,9 +18,9 @@ class Plan:
     """What is measured. `load` and `request` go to the workers; `unet` evaluates the UNet alone.
 
     `variants` are named sets of `fewstep.load` options, each a contender of its own; `precisions` are those of the
-    peers. A turn begins with `lead_in` requests that are not counted: they find the processor's caches as the contender
-    before left them, which a warm request does not. `peers_at_once` (0: all) bounds a meeting. `python` are
-    interpreters of variants that need another environment.
+    peers, or a peer's own where it has none of them. A turn begins with `lead_in` requests that are not counted: they
+    find the processor's caches as the contender before left them, which a warm request does not. `peers_at_once` (0:
+    all) bounds a meeting. `python` are interpreters of variants that need another environment.
     """
 
     load: dict[str, Any]

@@ -19,7 +19,10 @@ PEERS = Path(__file__).with_name("peers")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contender:
-    """One contender: the script that is its worker, and the virtual environment that runs it (`None`: this one)."""
+    """One contender: the script that is its worker, and the virtual environment that runs it (`None`: this one).
+
+    precisions: those that it can have; the first where none of those that are asked for is among them.
+    """
 
     name: str
     script: str
@@ -37,6 +40,8 @@ CONTENDERS = {
         Contender(name="compile", script="compiled.py", environment="torch"),
         Contender(name="optimum", script="optimum_onnx.py", environment="optimum", precisions=("float32",)),
         Contender(name="openvino", script="openvino_loop.py", environment="openvino"),
+        Contender(name="nncf", script="nncf_loop.py", environment="optimum-intel", precisions=("int8",)),
+        Contender(name="optimum-intel", script="optimum_intel.py", environment="optimum-intel", precisions=("int8",)),
     )
 }
 

@@ -13,14 +13,13 @@ from .common import BACKENDS, BUNDLE_HELP, EMBEDDED, between, emit, open_bundle,
 if TYPE_CHECKING:
     from ..bundle import Bundle
 
+PEERS = ("diffusers", "compile", "optimum", "openvino", "nncf", "optimum-intel")
 PROMPT = "a red circle on a blue background"
 
 
 def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", help=BUNDLE_HELP)
-    parser.add_argument(
-        "--against", default="", metavar="NAMES", help="peers: diffusers,compile,optimum,openvino (default: none)"
-    )
+    parser.add_argument("--against", default="", metavar="NAMES", help=f"peers, of {','.join(PEERS)} (default: none)")
     parser.add_argument("--checkpoint", help="the diffusers folder that the bundle was made from, for the peers")
     parser.add_argument("--steps", default=None, metavar="N[,N]", help="evaluations (default: the bundle's)")
     parser.add_argument("--size", type=size, metavar="WxH")
@@ -49,6 +48,9 @@ def define(parser: argparse.ArgumentParser) -> None:
         default="",
         metavar="BACKENDS",
         help="fewstep on other backends too, in an environment of the peers' where this one cannot run them",
+    )
+    parser.add_argument(
+        "--budget", metavar="BUDGET", help="each of fewstep's once more with what the bundle has within a budget"
     )
     parser.add_argument("--threads", type=between(0, 1024), default=0, help="for all contenders (default: one a core)")
     parser.add_argument("--environments", type=Path, default=Path("build/bench"), help="where the peers' are")
@@ -110,6 +112,7 @@ def _plan(options: argparse.Namespace, bundle: Bundle, checkpoint: Path | None) 
         "batch": options.batch,
         "cache": str(cache),
         "warm_prompts": options.keep_prompts,
+        "calibration": {"steps": bundle.defaults.steps, "guidance": guidance},
     }
     request = {
         "prompt": options.prompt,
@@ -130,13 +133,21 @@ def _plan(options: argparse.Namespace, bundle: Bundle, checkpoint: Path | None) 
     for backend in backends.values():
         if backend not in BACKENDS:
             raise UnknownNameError("backend", backend, tuple(BACKENDS))
+    variants: dict[str, dict[str, Any]] = {n: {"backend": b} for n, b in backends.items()}
+    if options.budget:
+        bundle.within(options.budget)
+        variants |= {f"{n}, {options.budget}": {**v, "budget": options.budget} for n, v in variants.items()}
     plan = Plan(
         load=load,
         request=request,
         steps=(1,) if options.unet else steps,
         against=peers,
-        variants={n: {"backend": b} for n, b in backends.items()},
-        python={n: p for n, b in backends.items() if (p := backend_python(b, options.environments)) is not None},
+        variants=variants,
+        python={
+            name: python
+            for name, own in variants.items()
+            if (python := backend_python(own["backend"], options.environments)) is not None
+        },
         precisions=tuple(options.precision.split(",")),
         repeat=options.repeat,
         warm_up=options.warm_up,

@@ -44,6 +44,11 @@ def cpu_identity() -> tuple[str, str]:
     return name, " ".join(f for f in _ISA.split() if f in flags) or platform.machine()
 
 
+def has_vnni() -> bool:
+    """Whether the processor is known to sum products of four pairs of 8-bit integers in 32 bits (x86's VNNI)."""
+    return not {"avx_vnni", "avx512_vnni"}.isdisjoint(cpu_identity()[1].split())
+
+
 def os_identity() -> str:
     return f"{sys.platform} {platform.machine().casefold()}"
 

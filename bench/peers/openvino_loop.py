@@ -13,18 +13,19 @@ from protocol import serve
 
 
 class OpenVinoPeer(DiffusersLoop):
-    packages = ("openvino", "torch", "diffusers", "transformers", "numpy")
+    packages: tuple[str, ...] = ("openvino", "torch", "diffusers", "transformers", "numpy")
+    name = "openvino"
 
     def make(self, spec: dict[str, Any]) -> Any:
         import openvino
 
         self.ov, self.spec = openvino, spec
         self.core = openvino.Core()
-        self.folder = Path(spec["cache"]) / "openvino"
+        self.folder = Path(spec["cache"]) / self.name
         self.compiled: dict[tuple[Any, ...], Any] = {}
         self.dtype = self.torch.float32
         self.config = {
-            "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[spec["precision"]],
+            "INFERENCE_PRECISION_HINT": "f32" if spec["precision"] == "float32" else "bf16",
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": spec["threads"],
             "CACHE_DIR": str(self.folder / "compiled"),

@@ -12,7 +12,7 @@ from diffusers_loop import DiffusersLoop
 from protocol import serve
 
 
-def _with_old_names(checkpoint: Path, copy: Path) -> Path:
+def with_old_names(checkpoint: Path, copy: Path) -> Path:
     """The checkpoint with text encoders' weights named as transformers 4 has them, which is all that optimum admits.
 
     transformers 5 leaves out the prefix; 4 then draws the embeddings at random, with a warning.
@@ -50,7 +50,7 @@ class Optimum(DiffusersLoop):
         kind: Any = getattr(optimum, "ORT" + index["_class_name"])  # the general class cannot export a folder
         if not (folder / "model_index.json").is_file():
             with tempfile.TemporaryDirectory() as place:
-                checkpoint = _with_old_names(Path(spec["checkpoint"]), Path(place) / "checkpoint")
+                checkpoint = with_old_names(Path(spec["checkpoint"]), Path(place) / "checkpoint")
                 kind.from_pretrained(str(checkpoint), export=True, local_files_only=True).save_pretrained(folder)
         return kind.from_pretrained(folder, session_options=options, local_files_only=True)
 

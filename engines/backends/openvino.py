@@ -124,5 +124,5 @@ class OpenVinoBackend(OrtBackend):
         return OpenVinoEngine(lambda dims: open_with(dims=dims), **specs, backend=self.name)
 
 
-register(OpenVinoBackend("ort-openvino", "f32", rewriting=3))
-register(OpenVinoBackend("ort-openvino-bf16", "bf16", rewriting=4))
+register(OpenVinoBackend("ort-openvino", "f32", rewriting=4))
+register(OpenVinoBackend("ort-openvino-bf16", "bf16", rewriting=5))

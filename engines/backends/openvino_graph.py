@@ -33,7 +33,7 @@ def rewrite_for_openvino(model: bytes, *, keep_angles: bool = False) -> bytes:
 
 
 def decompose_attention(graph: OnnxGraph) -> int:
-    """Put softmax(q k^T * scale + mask) v in place of every `Attention` (ONNX opset 23); returns how many there were.
+    """Put softmax((q * scale) k^T + mask) v in place of every `Attention` (ONNX opset 23); returns how many there were.
 
     OpenVINO 2025.4, which the wheel holds, knows no `Attention`; it finds the pattern and fuses it again. Raises
     `UnsupportedError` for attention that is not of this plain form.
@@ -64,12 +64,12 @@ def _plain_attention(node: Node, graph: OnnxGraph, prefix: str) -> list[Node]:
     given = node.attributes.get("scale")
     number = given if isinstance(given, float) else 1.0 / math.sqrt(width)
     scale = graph.add_constant(prefix + "scale", FLOAT, [], struct.pack("<f", number))
-    nodes = [
+    scores = prefix + "scores"
+    nodes = [  # scaled are the S x D queries, not the S x S scores
+        Node(operator="Mul", inputs=[query, scale], outputs=[prefix + "scaled"]),
         Node(operator="Transpose", inputs=[key], outputs=[prefix + "keys"], attributes={"perm": [0, 1, 3, 2]}),
-        Node(operator="MatMul", inputs=[query, prefix + "keys"], outputs=[prefix + "scores"]),
-        Node(operator="Mul", inputs=[prefix + "scores", scale], outputs=[prefix + "scaled"]),
+        Node(operator="MatMul", inputs=[prefix + "scaled", prefix + "keys"], outputs=[scores]),
     ]
-    scores = prefix + "scaled"
     if rest and rest[0]:
         masked = prefix + "masked"
         if graph.types.get(rest[0]) == BOOL:

@@ -23,6 +23,7 @@ from ...errors import (
     UnsupportedError,
 )
 from ..base import Binding, TensorSpec
+from ..machine import has_vnni
 from ..options import RunOptions
 from ..profile import check_dims
 
@@ -109,8 +110,8 @@ def session_options(onnxruntime: ModuleType, run: RunOptions, optimization: str)
     options.add_session_config_entry("session.intra_op.allow_spinning", "0" if run.spinning == "off" else "1")
     options.add_session_config_entry("session.force_spinning_stop", "1" if run.spinning == "run" else "0")
     options.add_session_config_entry("session.set_denormal_as_zero", "0")
-    # integers without VNNI: pairs of products would be cut off at 16 bits, which is another picture on such processors
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    # without VNNI pairs of integer products would be cut off at 16 bits, another picture; with it this only takes time
+    options.add_session_config_entry("session.x64quantprecision", "0" if has_vnni() else "1")
     # products by weights of few bits sum floats: the default rounds what is multiplied too, and is no faster
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     return options

@@ -22,7 +22,7 @@ FUSING = ("extended", "all")
 class OrtCpu(OrtBackend):
     """See the module; graphs are rewritten into fewer nodes first."""
 
-    provider, rewriting = CPU, 4
+    provider, rewriting = CPU, 5
     heeds = (*OrtBackend.heeds, "refittable")
     measured = splits_rows = True
 

@@ -39,15 +39,19 @@ def verify_graph(bundle: Bundle, component: str, cases: Sequence[Case]) -> GateR
     return gate_engine(engine, own, component=component, dtype=part.dtype, name="the ONNX graph", check=False)
 
 
-def judged_by_own(part: Component, cases: Sequence[Case]) -> list[Case]:
+def judged_by_own(part: Component, cases: Sequence[Case], computes: str | None = None) -> list[Case]:
     """The cases, with a lowered component's own error where torch's stands in others.
 
     Torch has no such precision: an engine may err 1.5 times as much as the graph did that its budget was judged on.
+    computes: the precision of what is left in floats, if not float32: its own error comes on top.
     """
     stated = part.source.get("relative_l2")
     if part.dtype not in LOWERED or not isinstance(stated, (int, float)):
         return list(cases)
-    return [replace(c, torch_error={**c.torch_error, part.dtype: float(stated)}) for c in cases]
+    return [
+        replace(c, torch_error={**c.torch_error, part.dtype: float(stated) + c.torch_error.get(computes or "", 0.0)})
+        for c in cases
+    ]
 
 
 def verify_entry(
@@ -60,8 +64,9 @@ def verify_entry(
     part = bundle.component(name)
     kind = load_backend(entry.key.backend)
     engine = kind.open(OpenJob.of(bundle, entry, store, run))
-    dtype = kind.computes or ("float16" if entry.key.options.get("float16") else part.dtype)
-    own = judged_by_own(part, [c for c in cases if c.component == name])
+    floats = kind.computes or ("float16" if entry.key.options.get("float16") else None)
+    dtype = part.dtype if part.dtype in LOWERED else floats or part.dtype
+    own = judged_by_own(part, [c for c in cases if c.component == name], floats)
     if isinstance(bundle, AdaptedBundle):
         own = with_changes(bundle, own)
     admitted, makers = cases_of_profiles(bundle, own, entry.key.profiles) if own else (own, [])

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
-from fewstep.engines.backends.ort import open_session
+from fewstep.engines import machine
+from fewstep.engines.backends.ort import open_session, session_options
 from fewstep.engines.graph.onnx_bytes import read_graph
 from fewstep.engines.graph.quantized import (
     CONV,
@@ -116,6 +118,44 @@ def test_integer_kernels_are_used_and_agree(seed: int) -> None:
     for one, other in zip(plain, fast, strict=True):
         assert np.linalg.norm(one - other) < 0.02 * np.linalg.norm(one)
     assert {"QLinearConv", "MatMulIntegerToFloat"} <= _operators(lowered)
+
+
+def test_sums_of_the_largest_products_are_not_cut_off() -> None:
+    """Two products of 255 and 127 are more than 16 bits hold, in which processors without VNNI add them up."""
+    depth, grid = 64, IntegerGrid.of(0.0, 255.0)
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "one", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "one", "zero"], ["d"]),
+        helper.make_node("DequantizeLinear", ["w", "ones", "zeros"], ["v"], axis=1),
+        helper.make_node("MatMul", ["d", "v"], ["y"]),
+    ]
+    constants = {
+        "one": np.float32(grid.scale),
+        "zero": np.uint8(grid.zero),
+        "w": np.full((depth, 3), 127, np.int8),
+        "ones": np.ones(3, np.float32),
+        "zeros": np.zeros(3, np.int8),
+    }
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["rows", k]) for n, k in (("x", depth), ("y", 3))]
+    made = [numpy_helper.from_array(np.asarray(v), n) for n, v in constants.items()]
+    graph = helper.make_graph(nodes, "sums", values[:1], values[1:], made)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10).SerializeToString()
+    x = np.full((5, depth), 255.0, np.float32)
+    assert "MatMulIntegerToFloat" in _operators(model)
+    (y,) = run(model, x, ["y"], "all")
+    np.testing.assert_allclose(y, depth * 255.0 * 127.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "value"),
+    [("avx2 avx512f", "1"), ("avx2 avx_vnni", "0"), ("avx512f avx512_vnni", "0"), ("x86_64", "1")],
+)
+def test_the_slower_exact_sums_are_for_processors_without_vnni(
+    flags: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "cpu_identity", lambda: ("a processor", flags))
+    options = session_options(onnxruntime, RunOptions(), "all")
+    assert options.get_session_config_entry("session.x64quantprecision") == value
 
 
 def test_smoothing_changes_nothing_but_rounding() -> None:

@@ -105,7 +105,7 @@ def test_the_table_says_what_was_done(lowered: Bundle) -> None:
 
 
 def test_engines_are_gated_by_their_own_error(lowered: Bundle) -> None:
-    from fewstep.engines.gate.verify import load_cases, verify_graph
+    from fewstep.engines.gate.verify import judged_by_own, load_cases, verify_graph
 
     within = lowered.within(BUDGET)
     cases = load_cases(within)
@@ -115,6 +115,11 @@ def test_engines_are_gated_by_their_own_error(lowered: Bundle) -> None:
     strict = replace(within.components["unet"], source={**within.components["unet"].source, "relative_l2": error / 4})
     worse = replace(within, components={**within.components, "unet": strict})
     assert not verify_graph(worse, "unet", cases).passed
+    part = within.components["unet"]
+    mixed = judged_by_own(part, [c for c in cases if c.component == "unet"], "bfloat16")
+    assert mixed
+    for case in mixed:  # an engine whose floats are bfloat16 errs by both
+        assert case.torch_error[part.dtype] == pytest.approx(error + case.torch_error["bfloat16"])
 
 
 def test_a_budget_that_cannot_be_met_says_what_was_reached(plain: Path, tmp_path: Path) -> None:
