@@ -86,6 +86,15 @@ def numbers(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers, like 999,749,499") from error
 
 
+def guidance(text: str) -> float | list[float]:
+    """`7.5` as a number, `1,1.5,2` as one for each frame of a clip."""
+    try:
+        found = numbers(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, nor one a frame, like 1,1.5,2") from error
+    return found[0] if len(found) == 1 else found
+
+
 def between(low: int, high: int) -> Callable[[str], int]:
     """An argument type: an integer from `low` to `high`."""
 
@@ -128,7 +137,10 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--schedule-digest", metavar="HEX", help="how the digest of found schedules must begin")
     add_force_option(group)
     group.add_argument(
-        "--guidance", type=float, help="guidance scale; 1 or less: no negative prompt (default: the bundle's)"
+        "--guidance",
+        type=guidance,
+        metavar="G",
+        help="1 or less: no negative prompt; of a clip also one a frame, as G,G,... (default: the bundle's)",
     )
     group.add_argument("--size", type=size, metavar="WxH", help="pixels (default: the picture's, or the bundle's)")
     group.add_argument(

@@ -11,8 +11,8 @@ from .arrays import Float32
 class ClipTerms:
     """The same for all clips of a request.
 
-    fps: frames per second. guidance: by frame. chunk: frames that are decoded together. pixels: by picture float32
-    [3, S, S], as the image encoder takes it.
+    fps: frames per second. guidance: by frame; listed: whether they were given so. chunk: frames that are decoded
+    together. pixels: by picture float32 [3, S, S], as the image encoder takes it.
     """
 
     frames: int
@@ -20,5 +20,6 @@ class ClipTerms:
     motion_bucket: int
     noise_augmentation: float
     guidance: tuple[float, ...]
+    listed: bool
     chunk: int
     pixels: tuple[Float32, ...]

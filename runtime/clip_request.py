@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -141,9 +141,15 @@ def _terms(bundle: Bundle, call: Call, pixels: tuple[Float32, ...]) -> ClipTerms
         motion_bucket=integer("motion_bucket", MOTION_BUCKET, 0, MOST_MOTION),
         noise_augmentation=check_real("noise_augmentation", noise, 0.0, MOST_NOISE),
         guidance=guidance_by_frame(call, bundle.defaults.guidance, frames),
+        listed=is_listed(call.guidance),
         chunk=integer("decode_chunk", frames, 1, MOST_IMAGES),
         pixels=pixels,
     )
+
+
+def is_listed(guidance: object) -> TypeGuard[Sequence[float]]:
+    """Whether there is one number a frame."""
+    return isinstance(guidance, (list, tuple, np.ndarray))
 
 
 def guidance_by_frame(call: Call, usual: float, frames: int) -> tuple[float, ...]:
@@ -151,7 +157,7 @@ def guidance_by_frame(call: Call, usual: float, frames: int) -> tuple[float, ...
 
     g_i = min + (max - min) i / (F - 1), as `StableVideoDiffusionPipeline` of diffusers has it.
     """
-    if isinstance(call.guidance, (list, tuple, np.ndarray)):
+    if is_listed(call.guidance):
         if call.min_guidance is not None:
             raise ArgumentError("min_guidance beside guidance by frame", expected="one of the two")
         if len(call.guidance) != frames:

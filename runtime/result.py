@@ -208,11 +208,12 @@ def make_result(
 
 def picture_parameters(bundle: Bundle, request: Request) -> tuple[Mapping[str, Any], ...]:
     """What goes into each picture: everything that made it."""
+    clip = request.clip
     shared: dict[str, Any] = {
         "bundle": bundle.name,
         "model": bundle.name,
         "steps": request.steps,
-        "guidance": request.guidance,
+        "guidance": list(clip.guidance) if clip is not None and clip.listed else request.guidance,
         "width": request.width,
         "height": request.height,
         "sampler": request.sampler,

@@ -42,6 +42,12 @@ class Carried:
     left: tuple[str, ...]
 
 
+def most_guidance(p: Mapping[str, Any]) -> float | None:
+    """The guidance, or the largest of those of a clip's frames."""
+    found = p.get("guidance")
+    return max(found) if isinstance(found, (list, tuple)) else found
+
+
 def infotext(p: Mapping[str, Any]) -> str:
     """The parameters as the web UI writes them, in its names where it has one."""
     recorded, options = p.get("recorded") or {}, p.get("options") or {}
@@ -49,7 +55,7 @@ def infotext(p: Mapping[str, Any]) -> str:
     lines = [_prompt(str(p.get("prompt", "")), plain=plain, loras=p.get("loras") or {})]
     if p.get("negative"):
         lines.append(NEGATIVE + _prompt(str(p["negative"]), plain=plain, loras={}))
-    guidance, skip, device = p.get("guidance"), recorded.get("clip_skip"), recorded.get("seed_device", "cpu")
+    guidance, skip, device = most_guidance(p), recorded.get("clip_skip"), recorded.get("seed_device", "cpu")
     hires = p.get("hires") or {}
     parts: list[tuple[str, Any]] = [
         ("Steps", p.get("steps")),

@@ -89,7 +89,10 @@ def check_parameters(p: Mapping[str, Any], reading: Reader) -> None:
         reading.text("checkpoint_sha256", p["checkpoint_sha256"], _SHA256)
     if p.get("schedule_method") is not None:
         reading.choice("schedule_method", p["schedule_method"], METHODS)
-    for key in ("guidance", "strength"):
+    listed = isinstance(p.get("guidance"), (list, tuple))  # one a frame of a clip
+    for factor in reading.array("guidance", p["guidance"], 1) if listed else ():
+        reading.number("guidance", factor)
+    for key in ("strength",) if listed else ("guidance", "strength"):
         if p.get(key) is not None:
             reading.number(key, p[key])
     if p.get("batch") is None:
@@ -197,7 +200,8 @@ def command_words(p: Mapping[str, Any], output: str) -> list[str]:
     words += [f"--lora={name}:{_scales(scale)}" for name, scale in (p.get("loras") or {}).items()]
     for key in ("steps", "sampler", "schedule", "schedule_digest", "guidance", "compat"):
         if p.get(key) is not None:
-            words.append(f"--{key.replace('_', '-')}={p[key]}")
+            listed = isinstance(p[key], (list, tuple))
+            words.append(f"--{key.replace('_', '-')}={','.join(map(_digits, p[key])) if listed else p[key]}")
     if batch or p.get("seed") is not None:
         words.append(f"--seed={batch['seed'] if batch else p['seed']}")
     words += [f"--{k.replace('_', '-')}={p[k]}" for k in ("variation_seed", "variation") if p.get(k) is not None]

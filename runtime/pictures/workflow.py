@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from .infotext import most_guidance
+
 LOAD, LORA, SCHEDULE, SAMPLE, DECODE, SAVE = (
     *("FewstepLoad", "FewstepLora", "FewstepSchedule", "FewstepSample", "FewstepDecode", "SaveImage"),
 )
@@ -57,7 +59,7 @@ def comfy_prompt(p: Mapping[str, Any]) -> dict[str, Any] | None:
         prompt=str(p.get("prompt", "")),
         negative=p.get("negative") or "",
         seed=p.get("seed") or 0,
-        guidance=p.get("guidance") or 0.0,
+        guidance=most_guidance(p) or 0.0,
         width=p.get("width"),
         height=p.get("height"),
         batch_size=1,

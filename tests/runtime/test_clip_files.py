@@ -103,19 +103,32 @@ def test_without_pyav(clip: np.ndarray, tmp_path: Path, monkeypatch: pytest.Monk
     save_clips(tmp_path / "a.webp", clip, 7, [MADE])
 
 
+@pytest.mark.parametrize(
+    ("guidance", "told"),
+    [
+        (("--min-guidance=1.5", "--guidance=2.5"), 2.5),
+        (("--guidance=1,2.5,3,1.25,2",), [1.0, 2.5, 3.0, 1.25, 2.0]),
+    ],
+)
 def test_from_the_command_line(
-    tiny_svd: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_svd: Any,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    guidance: tuple[str, ...],
+    told: float | list[float],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     photograph(40, 30).save("first.png")
     bundle = str(tiny_svd.bundle.folder)
     asked = ["--image=first.png", "--size=16x24", "--steps=3", "--frames=5", "--fps=9", "--motion-bucket=90"]
-    asked += ["--noise-augmentation=0.1", "--min-guidance=1.5", "--guidance=2.5", "--decode-chunk=2", "--seed=4"]
+    asked += ["--noise-augmentation=0.1", *guidance, "--decode-chunk=2", "--seed=4"]
     code, out, err = call(capsys, "run", bundle, *asked, "--output=clip", "--json")
     assert code == 0, err
     assert json.loads(out)["files"] == ["clip"]
     parameters = read_parameters("clip/0003.png")
     assert parameters["recorded"]["fps"] == 9
+    assert parameters["guidance"] == told
     assert "image" in parameters
     _, command, _ = call(capsys, "inspect", "clip/0003.png")
     words = [w for w in shlex.split(command)[1:] if not w.startswith("--output")]
