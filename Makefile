@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 CORE := $(VENV)/.core
 FULL := $(VENV)/.full
 
-.PHONY: first-minutes page-shots video-bench toys-bench schedules-bench faults lora-bench ladder-bench swap-bench bench-export bench-sd15 bench-sd15-request bench-sdxl bench-peers demo test test-slow lint parity bench bindings-check install-check ray-test load-bench load-bench-sd15 soak live-bench door-bench model clean
+.PHONY: first-minutes bench-int8 page-shots video-bench toys-bench schedules-bench faults lora-bench ladder-bench swap-bench bench-export bench-sd15 bench-sd15-request bench-sdxl bench-peers demo test test-slow lint parity bench bindings-check install-check ray-test load-bench load-bench-sd15 soak live-bench door-bench model clean
 
 demo: $(CORE)
 	$(BIN)/fewstep demo
@@ -55,6 +55,18 @@ bench-sd15: $(FULL) $(SD15)/.built
 		--output $(RESULTS)/sd15-unet-cpu.json
 	$(BIN)/python bench/floor.py $(SD15)/bundle --components unet --size 512x512 --runs 3 \
 		--output $(RESULTS)/sd15-floor-cpu.json
+
+# Integers beside NNCF's and optimum-intel's own, after our search (half an hour; it goes on where it was stopped).
+bench-int8: $(FULL) $(SD15)/.lowered
+	$(BIN)/fewstep bench $(SD15)/bundle --checkpoint $(SD15)/model --size 512x512 --guidance 0 --unet \
+		--backend ort-openvino --also ort-cpu,ort-openvino-bf16 --budget 30dB \
+		--against diffusers,openvino,nncf,optimum-intel --precision float32,bfloat16 --peers-at-once 2 \
+		--warm-up 1 --lead-in 0 --repeat 5 --output $(RESULTS)/sd15-int8-cpu.json
+
+$(SD15)/.lowered: $(SD15)/bundle/bundle.json | bench-peers
+	$(BIN)/fewstep quantize $(SD15)/bundle --budget 30dB --by block --pairs 2 --choose 4 --held-out 8 \
+		--size 128x128 --steps 4 --guidance 0
+	@touch $@
 
 bench-sd15-request: $(FULL) $(SD15)/.built
 	$(SD15_BENCH) --backend ort-openvino --steps 4 --repeat 2 --cold 0 --output $(RESULTS)/sd15-request-cpu.json
