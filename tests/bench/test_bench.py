@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from fewstep.bench.workers import ContenderWorker, contender
+from fewstep.bench.workers import CONTENDERS, OPENVINO, ContenderWorker, contender
 from fewstep.cli import main
+from fewstep.commands.bench import PEERS
 from fewstep.errors import FewstepError
 
 
@@ -38,6 +39,27 @@ def test_one_evaluation_of_the_unet(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     output = tmp_path / "figures.json"
     assert main(["bench", "student", "--unet", "--repeat", "2", "--threads", "1", "--output", str(output)]) == 0
     assert json.loads(output.read_text())["contenders"]["fewstep"]["whole"]["1"]["n"] == 2
+
+
+def test_each_peer_has_the_precisions_that_are_asked_for_or_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEWSTEP_CACHE_DIR", str(tmp_path / "cache"))
+    output = tmp_path / "figures.json"
+    asked = ["--against", "diffusers,optimum,nncf", "--precision", "float32,bfloat16", "--repeat", "1"]
+    arguments = ["bench", "student", "--unet", "--threads", "1", *asked, "--environments", str(tmp_path / "none")]
+    assert main([*arguments, "--output", str(output)]) == 0
+    contenders = set(json.loads(output.read_text())["contenders"])
+    assert contenders == {"fewstep", "diffusers", "diffusers bfloat16", "optimum", "nncf int8"}
+
+
+def test_the_peers_that_are_offered_are_those_that_there_are() -> None:
+    assert {"fewstep", OPENVINO, *PEERS} == set(CONTENDERS)
+
+
+def test_a_budget_that_the_bundle_has_nothing_within_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "student", "--budget", "30dB"]) == 3
+    assert "fewstep quantize" in capsys.readouterr().err
 
 
 def test_an_unknown_peer_is_a_missing_name(capsys: pytest.CaptureFixture[str]) -> None:
