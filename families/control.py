@@ -18,6 +18,8 @@ NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 MOST_CONTROLS = 8
 CONTROLNET_KEYS = ("block_out_channels", "in_channels", "cross_attention_dim", "conditioning_embedding_out_channels")
 T2I = "T2IAdapter"
+XL_ADAPTER = "full_adapter_xl"
+"""A T2I adapter of SDXL: two latent cells a step, one level fewer that halves, and a tensor for the middle."""
 CONTROL_CLASSES = {"ControlNetModel": CONTROLNET_KEYS, T2I: ("channels", "downscale_factor")}
 """diffusers' classes, each with the keys that its configuration must state."""
 FITTING = ("in_channels", "cross_attention_dim", "block_out_channels", "addition_embed_type")
@@ -47,12 +49,17 @@ def scale_input(name: str) -> str:
 def control_factor(config: Config) -> int:
     """Pixels of a picture per latent cell: each convolution of a ControlNet's embedding but the first halves."""
     if is_t2i(config):
-        return int(config["downscale_factor"])
+        return int(config["downscale_factor"]) // (2 if is_xl(config) else 1)
     return 1 << (len(config["conditioning_embedding_out_channels"]) - 1)
 
 
 def is_t2i(config: Config) -> bool:
     return config.get("_class_name") == T2I
+
+
+def is_xl(config: Config) -> bool:
+    """Whether it is an adapter that looks at two cells a step, as SDXL's UNet has them after its first level."""
+    return is_t2i(config) and config.get("adapter_type") == XL_ADAPTER
 
 
 def control_channels(config: Config) -> int:
@@ -86,9 +93,10 @@ def misfit(config: Config, unet: Mapping[str, Any], factor: int) -> tuple[str, s
     factor: pixels per latent cell of the VAE.
     """
     if is_t2i(config):
-        levels = [list(config["channels"]), list(unet["block_out_channels"])]
-        if levels[0] != levels[1]:
-            return f"channels {levels[0]}", f"{levels[1]}, as the base's levels"
+        own, levels = list(config["channels"]), list(unet["block_out_channels"])
+        fitting = [*levels, levels[-1]] if is_xl(config) else levels
+        if own != fitting:
+            return f"channels {own}", f"{fitting}, as the base's levels"
     for key in () if is_t2i(config) else FITTING:
         theirs, ours = config.get(key), unet.get(key)
         if theirs != ours:

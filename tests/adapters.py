@@ -32,6 +32,13 @@ def make_t2i_adapter(folder: Path, seed: int) -> Path:
     return folder
 
 
+def make_xl_adapter(folder: Path, seed: int) -> Path:
+    """One of SDXL's for a tiny UNet of three levels: two cells a step, of two pixels each, and a tensor more."""
+    made = T2IAdapter(channels=[8, 16, 16, 16], num_res_blocks=1, downscale_factor=4, adapter_type="full_adapter_xl")
+    randomise(made, seed).save_pretrained(folder)
+    return folder
+
+
 def drawing(seed: int, size: tuple[int, int] = (SIDE, SIDE)) -> Image.Image:
     """A picture of smooth waves, another for each seed."""
     width, height = size

@@ -137,23 +137,23 @@ def make_sd2(folder: Path) -> Path:
     return folder
 
 
-def make_sdxl(folder: Path) -> Path:
+def make_sdxl(folder: Path, **unet_changes: object) -> Path:
     """SDXL: two encoders, pooled vector, time ids, transformer depth by level."""
     first = tokenizer(folder.with_suffix(".tok"))
     second = tokenizer(folder.with_suffix(".tok2"), pad="!")
-    unet = _unet(
-        9,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=[1, 2],
-        attention_head_dim=[2, 4],
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 24,
-        cross_attention_dim=64,
-    )
+    config = {
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": [1, 2],
+        "attention_head_dim": [2, 4],
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 24,
+        "cross_attention_dim": 64,
+    }
+    unet = _unet(9, **{**config, **unet_changes})
     StableDiffusionXLPipeline(
         vae=_vae(10, scaling_factor=0.13025, force_upcast=True),
         tokenizer=first,

@@ -14,7 +14,6 @@ from .folder import Checkpoint, Part, fetch_network, read_json, read_network
 
 PART = "controlnet"
 """What such a network is called in errors, and whose table of values its configuration is read by."""
-XL_ADAPTER = "full_adapter_xl"
 OTHERS = {
     "ControlNetUnionModel": "a ControlNet of several kinds of pictures in one",
     "ControlNetXSAdapter": "a ControlNet-XS, which is woven into its UNet",
@@ -58,12 +57,6 @@ def _open(checkpoint: Checkpoint, source: str | Path, *, variant: str | None, of
         raise UnsupportedError(
             f"{path.name} is {OTHERS.get(class_name, 'no ControlNet')} ({class_name})",
             expected=" or ".join(CONTROL_CLASSES),
-        )
-    if read_json(place / "config.json").get("adapter_type") == XL_ADAPTER:
-        raise UnsupportedError(
-            f"{path.name} is a T2I adapter of two latent cells a step ({XL_ADAPTER})",
-            expected="a full_adapter or light_adapter",
-            remedy="Use a ControlNet with this base.",
         )
     part = read_network(place, PART, class_name, CONTROL_CLASSES[class_name], variant)
     unlike = misfit(part.config, checkpoint.parts["unet"].config, vae_factor(checkpoint.parts["vae"].config))

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from diffusers import ControlNetModel, T2IAdapter, UNet2DConditionModel
 from torch import nn
+from torch.nn import functional
 
-from ...families.control import controls_of, is_t2i, picture_input, scale_input
+from ...families.control import controls_of, is_t2i, is_xl, picture_input, scale_input
 
 
 class ControlledUNet(nn.Module):
@@ -37,7 +38,29 @@ def build_controls(config: Mapping[str, Any]) -> dict[str, nn.Module]:
 
 def build_control(config: Mapping[str, Any]) -> nn.Module:
     cls: Any = T2IAdapter if is_t2i(config) else ControlNetModel
-    return cls.from_config({k: v for k, v in config.items() if not k.startswith("_")}).eval()
+    made = cls.from_config({k: v for k, v in config.items() if not k.startswith("_")}).eval()
+    if is_xl(config):
+        made.adapter.unshuffle = CellPairs(int(config["downscale_factor"]))
+    return made
+
+
+class CellPairs(nn.Module):
+    """`PixelUnshuffle` of a factor that is two latent cells, for pictures of any number of cells.
+
+    A view would need a height that the factor divides, which `height * 8` does not say of itself. A convolution by
+    unit vectors copies the same pixels, and with a cell more below and at the right it gives ceil(height / 2) as the
+    UNet's own halving does: (8 h + 8 - 16) // 16 + 1 = (h - 1) // 2 + 1. Of an even number none of that cell is read.
+    """
+
+    def __init__(self, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, picture: torch.Tensor) -> torch.Tensor:
+        factor, channels, cell = self.factor, picture.shape[1], self.factor // 2
+        unit = torch.eye(factor * factor, dtype=picture.dtype, device=picture.device)
+        kernels = unit.reshape(-1, 1, factor, factor).repeat(channels, 1, 1, 1)
+        return functional.conv2d(functional.pad(picture, (0, cell, 0, cell)), kernels, stride=factor, groups=channels)
 
 
 def control_arguments(

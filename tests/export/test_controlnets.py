@@ -207,12 +207,15 @@ def test_ip_adapters_that_are_refused(adapted_sd1: Adapted, tiny_sdxl: Path, tmp
         compose_checkpoint(checkpoint, ip_adapter=file, image_encoder=config)
 
 
-def test_t2i_adapters_of_two_cells_a_step(adapted_sd1: Adapted, tmp_path: Path) -> None:
+def test_t2i_adapters_of_another_base(adapted_sd1: Adapted, tmp_path: Path) -> None:
     checkpoint, nets, _, _ = adapted_sd1
     sketch = nets["canny"].parent / "sketch"
     xl = with_config(sketch, tmp_path / "xl", adapter_type="full_adapter_xl")
-    with pytest.raises(UnsupportedError, match="full_adapter_xl"):
+    with pytest.raises(ArgumentError, match=r"channels \[8, 16\]"):
         compose_checkpoint(checkpoint, controlnets={"sketch": xl})
+    cells = with_config(sketch, tmp_path / "cells", adapter_type="full_adapter_xl", channels=[8, 16, 16])
+    with pytest.raises(ArgumentError, match="pictures of 1 pixels a cell"):
+        compose_checkpoint(checkpoint, controlnets={"sketch": cells})
     wide = with_config(sketch, tmp_path / "wide", channels=[8, 32])
     with pytest.raises(ArgumentError, match="channels"):
         compose_checkpoint(checkpoint, controlnets={"sketch": wide})

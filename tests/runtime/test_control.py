@@ -13,10 +13,11 @@ import fewstep
 import numpy as np
 import pytest
 import torch
-from adapters import SIDE, drawing
-from checkpoints import psnr
+from adapters import SIDE, drawing, make_xl_adapter
+from checkpoints import make_sdxl, psnr
 from fewstep.bundle import Bundle
 from fewstep.errors import ArgumentError, UnknownNameError, UnsupportedError
+from fewstep.export import export_bundle
 from fewstep.families.control import controls_of
 from fewstep.runtime import diffusers_adapter
 from fewstep.runtime.pictures.parameters import command_line, read_parameters
@@ -220,6 +221,47 @@ def test_a_t2i_adapter(adapted_sd1: Any, pipe: fewstep.Pipeline, scale: float) -
     made = pipe(PROMPT, **shown, **call()).images
     assert psnr(made, (out * 255).round().astype(np.uint8)) >= LEAST
     assert psnr(made, pipe(PROMPT, **call()).images) < SHOWS + 20 / scale, "the adapter changes nothing"
+
+
+THREE_LEVELS = {
+    "block_out_channels": (8, 16, 16),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": [1, 1, 1],
+    "attention_head_dim": [2, 4, 4],
+}
+
+
+def test_a_t2i_adapter_of_sdxl(made_once: Any) -> None:
+    """Two cells a step, whose last tensor is the middle's: as StableDiffusionXLAdapterPipeline, at several sizes."""
+
+    def make(folder: Path) -> None:
+        checkpoint = make_sdxl(folder / "checkpoint", **THREE_LEVELS)
+        sketch = make_xl_adapter(folder / "sketch", 43)
+        export_bundle(checkpoint, folder / "bundle", controlnets={"sketch": sketch}, gate=False)
+
+    folder = made_once("xl-adapter", make)
+    pipe = fewstep.load(folder / "bundle")
+    theirs_pipe = diffusers.StableDiffusionXLAdapterPipeline.from_pretrained(
+        folder / "checkpoint", adapter=diffusers.T2IAdapter.from_pretrained(folder / "sketch")
+    )
+    theirs_pipe.set_progress_bar_config(disable=True)
+    for (width, height), scale, factor in (((SIDE, SIDE), 1.0, 1.0), ((48, 32), 2.5, 0.6)):
+        picture = drawing(6, (width, height))
+        given = {k: v for k, v in theirs(width=width, height=height).items() if k != "seed"}
+        out = theirs_pipe(
+            PROMPT,
+            image=picture,
+            adapter_conditioning_scale=scale,
+            adapter_conditioning_factor=factor,
+            generator=torch.Generator().manual_seed(3),
+            output_type="np",
+            **given,
+        ).images
+        shown = {"control": {"sketch": picture}, "controlnet_conditioning_scale": scale, "control_guidance_end": factor}
+        made = pipe(PROMPT, **shown, **call(size=(width, height))).images
+        assert psnr(made, (out * 255).round().astype(np.uint8)) >= LEAST
+        assert psnr(made, pipe(PROMPT, **call(size=(width, height))).images) < SHOWS + 10, "the adapter changes nothing"
 
 
 def test_rows_with_and_without_control_share_a_tick(adapted: Sides) -> None:
