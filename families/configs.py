@@ -13,7 +13,7 @@ from typing import Any
 from ..values import Reader
 from .control import CONTROL_CLASSES, CONTROLS, MOST_CONTROLS, is_control_name
 from .decoders import TINY_DECODER
-from .image_prompt import ADAPTER_KEYS, IMAGE_ENCODER, IP_ADAPTER, PLAIN, PLUS, PROJECTION
+from .image_prompt import ADAPTER_KEYS, IMAGE_ENCODER, IP_ADAPTER, KINDS, PROJECTION
 
 MOST_LEVELS = 16
 MOST_WIDTH = 65_536
@@ -88,7 +88,7 @@ def _factor(reading: Reader, key: str, value: Any) -> None:
 def _projection(reading: Reader, key: str, value: Any) -> None:
     for name, number in reading.mapping(key, value).items():
         if name == "kind":
-            reading.choice(f"kind of {key}", number, (PLAIN, PLUS))
+            reading.choice(f"kind of {key}", number, KINDS)
         else:
             reading.integer(f"{name} of {key}", number, 1, 2**20)
 

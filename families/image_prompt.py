@@ -19,8 +19,8 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 """Of CLIP's training pictures, by channel (Radford et al. 2021)."""
 VISION_KEYS = ("hidden_size", "image_size", "patch_size", "projection_dim")
-PLAIN, PLUS = "plain", "plus"
-"""Kinds of projections: of the image's embedding, and resampled from the last hidden states but one."""
+PLAIN, PLUS, FULL = KINDS = ("plain", "plus", "full")
+"""Kinds of projections: of the image's embedding; of the last hidden states but one, resampled, or each by itself."""
 
 
 def image_prompt_conditions(unet: Config) -> Iterator[Condition]:

@@ -47,7 +47,7 @@ def drawing(seed: int, size: tuple[int, int] = (SIDE, SIDE)) -> Image.Image:
     return Image.fromarray(((np.stack(waves, -1) + 1) * 127.5).astype(np.uint8))
 
 
-def make_ip_adapter(checkpoint: Path, folder: Path, seed: int, *, plus: bool = False) -> Path:
+def make_ip_adapter(checkpoint: Path, folder: Path, seed: int, *, kind: str = "plain") -> Path:
     """A random IP-Adapter's file for the checkpoint's UNet, and its image encoder beside it; published names."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -71,7 +71,7 @@ def make_ip_adapter(checkpoint: Path, folder: Path, seed: int, *, plus: bool = F
     for i, name in enumerate(names):
         inner = unet.get_submodule(name.removesuffix(".processor")).inner_dim
         tensors |= {f"ip_adapter.{2 * i + 1}.to_{what}_ip.weight": random(inner, width) * 3 for what in "kv"}
-    tensors |= _resampler(width, random) if plus else _projection(width, random)
+    tensors |= {"plain": _projection, "plus": _resampler, "full": _layers}[kind](width, random)
     save_file(tensors, folder / "ip-adapter.safetensors", metadata={"format": "pt"})
     return folder / "ip-adapter.safetensors"
 
@@ -79,6 +79,14 @@ def make_ip_adapter(checkpoint: Path, folder: Path, seed: int, *, plus: bool = F
 def _projection(width: int, random: Any) -> dict[str, torch.Tensor]:
     made = {"proj.weight": random(4 * width, 20), "proj.bias": random(4 * width)}
     made |= {"norm.weight": 1 + random(width), "norm.bias": random(width)}
+    return {f"image_proj.{k}": v for k, v in made.items()}
+
+
+def _layers(width: int, random: Any) -> dict[str, torch.Tensor]:
+    """Of a full adapter, which takes every state of an encoder 32 wide."""
+    made = {"proj.0.weight": random(32, 32), "proj.0.bias": random(32)}
+    made |= {"proj.2.weight": random(width, 32), "proj.2.bias": random(width)}
+    made |= {"proj.3.weight": 1 + random(width), "proj.3.bias": random(width)}
     return {f"image_proj.{k}": v for k, v in made.items()}
 
 

@@ -184,7 +184,7 @@ def _adapted(made_once: Once, name: str, checkpoint: Path, *, plus: bool, **dept
     def make(folder: Path) -> None:
         nets = {n: make_controlnet(checkpoint, folder / n, 20 + i, **(depth if i else {})) for i, n in enumerate(names)}
         nets |= {} if plus else {"sketch": make_t2i_adapter(folder / "sketch", 41)}
-        ip_adapter = make_ip_adapter(checkpoint, folder / "ip", 31, plus=plus)
+        ip_adapter = make_ip_adapter(checkpoint, folder / "ip", 31, kind="plus" if plus else "plain")
         export_bundle(checkpoint, folder / "bundle", controlnets=nets, ip_adapter=ip_adapter)
 
     folder = made_once(name, make)

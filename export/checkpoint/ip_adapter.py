@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ArgumentError, CorruptError, MissingError, PickledFileError, UnsupportedError
-from ...families.image_prompt import IMAGE_ENCODER, PLAIN, PLUS, VISION_KEYS
+from ...families.image_prompt import FULL, IMAGE_ENCODER, PLAIN, PLUS, VISION_KEYS
 from ...weights.stored import PICKLES, Stored, open_tensors
 from .folder import Checkpoint, read_network
 from .parts import IpAdapter
@@ -18,7 +18,6 @@ HEAD = 64
 """Width of a head in the resamplers of all published adapters."""
 _KEY = re.compile(r"ip_adapter\.(\d+)\.to_k_ip\.weight")
 _REFUSED = {
-    "proj.3.weight": "of a full face (every token of the encoder)",
     "perceiver_resampler.proj_in.weight": "of FaceID Plus (a face's embedding beside the picture)",
     "proj.2.weight": "of FaceID (a face's embedding in place of a picture)",
 }
@@ -49,7 +48,7 @@ def open_ip_adapter(checkpoint: Checkpoint, source: str | Path, encoder: str | P
             remedy="Name the encoder that the adapter was trained with by --image-encoder.",
         )
     vision = read_network(place, IMAGE_ENCODER, CLASS, VISION_KEYS, None)
-    projection = _projection(path, tensors)
+    projection = _projection(path, tensors, vision.config)
     width, ours = tensors[keys[0]].shape[1], checkpoint.parts["unet"].config["cross_attention_dim"]
     if width != ours:
         raise ArgumentError(
@@ -68,16 +67,23 @@ def open_ip_adapter(checkpoint: Checkpoint, source: str | Path, encoder: str | P
     return IpAdapter(file=path, encoder=vision, of_unet=of_unet, projection=projection)
 
 
-def _projection(path: Path, tensors: Mapping[str, Stored]) -> dict[str, Any]:
-    """What the projection of an adapter's file is, by its tensors' names and shapes."""
+def _projection(path: Path, tensors: Mapping[str, Stored], vision: Mapping[str, Any]) -> dict[str, Any]:
+    """What the projection of an adapter's file is, by its tensors' names and shapes.
+
+    vision: the image encoder's configuration, whose states are as many as a full adapter's tokens.
+    """
     shapes = {k.removeprefix("image_proj."): t.shape for k, t in tensors.items() if k.startswith("image_proj.")}
     if "proj.weight" in shapes and "norm.weight" in shapes:
         out, embedding = shapes["proj.weight"]
         width = shapes["norm.weight"][0]
         return {"kind": PLAIN, "tokens": out // width, "width": width, "embedding": embedding}
+    if "proj.3.weight" in shapes and {"proj.0.weight", "proj.2.weight"} <= shapes.keys():
+        tokens = (int(vision["image_size"]) // int(vision["patch_size"])) ** 2 + 1  # the class's is the first
+        width, embedding = shapes["proj.2.weight"]
+        return {"kind": FULL, "tokens": tokens, "width": width, "embedding": embedding}
     for key, words in _REFUSED.items():
         if key in shapes:
-            raise UnsupportedError(f"{path.name} is an IP-Adapter {words}", expected="a plain one, or one of plus")
+            raise UnsupportedError(f"{path.name} is an IP-Adapter {words}", expected="a plain, a plus or a full one")
     try:
         return {
             "kind": PLUS,
@@ -92,5 +98,5 @@ def _projection(path: Path, tensors: Mapping[str, Stored]) -> dict[str, Any]:
     except (KeyError, IndexError, ValueError) as error:
         raise CorruptError(
             f"the projection in {path.name} is none that is known ({error})",
-            expected="image_proj.proj.weight, or the resampler of a plus adapter",
+            expected="image_proj.proj.weight, the resampler of a plus adapter, or the layers of a full one",
         ) from error

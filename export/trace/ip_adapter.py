@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from ...families.image_prompt import PLAIN, PROJECTION
+from ...families.image_prompt import FULL, PLAIN, PLUS, PROJECTION
 
 HEAD = 64
 _ATTENTION = "attn2.processor"
@@ -94,7 +94,7 @@ def build_vision(config: Mapping[str, Any]) -> CLIPVisionModelWithProjection:
 
 def build_encoder(config: Mapping[str, Any]) -> PromptingEncoder:
     model, stated = build_vision(config), config[PROJECTION]
-    return PromptingEncoder(model, (PlainProjection if stated["kind"] == PLAIN else Resampler)(stated)).eval()
+    return PromptingEncoder(model, PROJECTIONS[stated["kind"]](stated)).eval()
 
 
 class PlainProjection(nn.Module):
@@ -162,10 +162,26 @@ class Resampler(nn.Module):
         return self.norm_out(self.proj_out(latents))
 
 
+class FullProjection(nn.Module):
+    """Each of an image's states [P, T, E] as a token [P, T, D]; names as in adapters' files."""
+
+    def __init__(self, stated: Mapping[str, Any]) -> None:
+        super().__init__()
+        inner, width = stated["embedding"], stated["width"]
+        self.proj = nn.Sequential(nn.Linear(inner, inner), nn.GELU(), nn.Linear(inner, width), nn.LayerNorm(width))
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        tokens: torch.Tensor = self.proj(states)
+        return tokens
+
+
+PROJECTIONS: dict[str, type[nn.Module]] = {PLAIN: PlainProjection, PLUS: Resampler, FULL: FullProjection}
+
+
 class ImageTokens(nn.Module):
     """`pixels [P, 3, S, S]`, normalised -> `tokens [P, N, D]` of the picture and `negative [P, N, D]` of none.
 
-    Of none is, as in diffusers, the projection of zeros; of a resampler, that of the encoder's states of zeros.
+    Of none is, as in diffusers, the projection of zeros; of the other kinds, that of the encoder's states of zeros.
     """
 
     def __init__(self, encoder: PromptingEncoder, *, plain: bool, dtype: torch.dtype) -> None:

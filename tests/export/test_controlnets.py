@@ -183,7 +183,7 @@ def with_tensors(source: Path, target: Path, **changes: Any) -> Path:
 
 def test_ip_adapters_that_are_refused(adapted_sd1: Adapted, tiny_sdxl: Path, tmp_path: Path) -> None:
     checkpoint, _, file, _ = adapted_sd1
-    larger = make_ip_adapter(tiny_sdxl, tmp_path / "larger", 31, plus=True)
+    larger = make_ip_adapter(tiny_sdxl, tmp_path / "larger", 31, kind="plus")
     with pytest.raises(UnsafeFileError, match="pickle"):
         compose_checkpoint(checkpoint, ip_adapter=tmp_path / "ip-adapter.bin")
     with pytest.raises(MissingError, match="no IP-Adapter file"):
@@ -194,8 +194,8 @@ def test_ip_adapters_that_are_refused(adapted_sd1: Adapted, tiny_sdxl: Path, tmp
         compose_checkpoint(checkpoint, image_encoder=file.parent / "image_encoder")
     with pytest.raises(ArgumentError, match=r"made for SD 1\.x"):
         compose_checkpoint(checkpoint, ip_adapter=larger)
-    face = with_tensors(file, tmp_path / "face", image_proj__proj__weight="image_proj.proj.3.weight")
-    with pytest.raises(UnsupportedError, match="full face"):
+    face = with_tensors(file, tmp_path / "face", image_proj__proj__weight="image_proj.proj.2.weight")
+    with pytest.raises(UnsupportedError, match="FaceID"):
         compose_checkpoint(checkpoint, ip_adapter=face)
     with pytest.raises(CorruptError, match="holds no IP-Adapter"):
         compose_checkpoint(checkpoint, ip_adapter=checkpoint / "unet" / WEIGHTS)

@@ -13,9 +13,9 @@ import fewstep
 import numpy as np
 import pytest
 import torch
-from adapters import SIDE, drawing, make_xl_adapter
+from adapters import SIDE, drawing, make_ip_adapter, make_xl_adapter
 from checkpoints import make_sdxl, psnr
-from fewstep.bundle import Bundle
+from fewstep.bundle import Bundle, read_bundle
 from fewstep.errors import ArgumentError, UnknownNameError, UnsupportedError
 from fewstep.export import export_bundle
 from fewstep.families.control import controls_of
@@ -262,6 +262,23 @@ def test_a_t2i_adapter_of_sdxl(made_once: Any) -> None:
         made = pipe(PROMPT, **shown, **call(size=(width, height))).images
         assert psnr(made, (out * 255).round().astype(np.uint8)) >= LEAST
         assert psnr(made, pipe(PROMPT, **call(size=(width, height))).images) < SHOWS + 10, "the adapter changes nothing"
+
+
+def test_a_full_ip_adapter(made_once: Any, tiny_sd1: Path) -> None:
+    """Every state of the image encoder is a token, as in those of whole faces."""
+
+    def make(folder: Path) -> None:
+        file = make_ip_adapter(tiny_sd1, folder / "ip", 37, kind="full")
+        export_bundle(tiny_sd1, folder / "bundle", ip_adapter=file, quick_gate=True)
+
+    folder = made_once("full-ip-adapter", make)
+    sides = Sides("sd1", (tiny_sd1, {}, folder / "ip" / "ip-adapter.safetensors", read_bundle(folder / "bundle")))
+    for scale in (1.0, 0.4):
+        given = {"ip_adapter_image": drawing(5), "ip_adapter_scale": scale}
+        expected = sides.reference(names=(), **given, **theirs(), width=SIDE, height=SIDE)
+        made = sides.pipe(PROMPT, **given, **call()).images
+        assert psnr(made, expected) >= LEAST
+    assert psnr(made, sides.pipe(PROMPT, **call()).images) < SHOWS, "the picture says nothing"
 
 
 def test_rows_with_and_without_control_share_a_tick(adapted: Sides) -> None:
