@@ -62,6 +62,9 @@ bench-int8: $(FULL) $(SD15)/.lowered
 		--backend ort-openvino --also ort-cpu,ort-openvino-bf16 --budget 30dB \
 		--against diffusers,openvino,nncf,optimum-intel --precision float32,bfloat16 --peers-at-once 2 \
 		--warm-up 1 --lead-in 0 --repeat 5 --output $(RESULTS)/sd15-int8-cpu.json
+	$(BIN)/fewstep bench $(SD15)/bundle --checkpoint $(SD15)/model --size 256x256 --guidance 0 --steps 4 \
+		--backend ort-openvino --budget 30dB --against diffusers,nncf,optimum-intel --peers-at-once 1 \
+		--warm-up 1 --lead-in 0 --repeat 3 --cold 0 --output $(RESULTS)/sd15-int8-request-cpu.json
 
 $(SD15)/.lowered: $(SD15)/bundle/bundle.json | bench-peers
 	$(BIN)/fewstep quantize $(SD15)/bundle --budget 30dB --by block --pairs 2 --choose 4 --held-out 8 \
