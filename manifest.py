@@ -13,7 +13,7 @@ from .values import Reader
 MANIFEST = "bundle.json"
 MOST_FRAMES = 1024
 PRECISIONS = ("float32", "float16", "bfloat16")
-LOWERED = ("int8", "int8-weights", "int4-weights")
+LOWERED = ("int8", "fp8", "int8-weights", "int4-weights")
 """Of some layers of a component, found under a budget: weights and activations, or weights alone."""
 SHA256 = re.compile(r"[0-9a-f]{64}")
 

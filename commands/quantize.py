@@ -24,7 +24,7 @@ def define(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=LOWERED,
         default="int8",
-        help="int8: weights and activations, for speed; the others for memory (default: %(default)s)",
+        help="int8, and fp8 for GPUs: weights and activations, for speed; the others for memory (default: %(default)s)",
     )
     parser.add_argument(
         "--budget",

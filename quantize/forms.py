@@ -15,11 +15,12 @@ Lowered = Sequence[tuple[str, IntegerLayer]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IntegerForm:
-    """What becomes of a layer: bits of its weights, and whether what it reads is in integers too."""
+    """What becomes of a layer: bits of its weights, whether what it reads is lowered too, and whether to floats."""
 
     name: str
     bits: int
     activations: bool = False
+    floating: bool = False
 
     def takes(self, layer: IntegerLayer) -> bool:
         return self.bits == 8 or takes_blocks(layer)
@@ -31,10 +32,16 @@ class IntegerForm:
 
 
 INT8 = IntegerForm(name="int8", bits=8, activations=True)
+FP8 = IntegerForm(name="fp8", bits=8, activations=True, floating=True)
 INT8_WEIGHTS = IntegerForm(name="int8-weights", bits=8)
 INT4_WEIGHTS = IntegerForm(name="int4-weights", bits=4)
-FORMS = {f.name: f for f in (INT8, INT8_WEIGHTS, INT4_WEIGHTS)}
-STEPS = {INT8.name: (INT8,), INT8_WEIGHTS.name: (INT8_WEIGHTS,), INT4_WEIGHTS.name: (INT8_WEIGHTS, INT4_WEIGHTS)}
+FORMS = {f.name: f for f in (INT8, FP8, INT8_WEIGHTS, INT4_WEIGHTS)}
+STEPS = {
+    INT8.name: (INT8,),
+    FP8.name: (FP8,),
+    INT8_WEIGHTS.name: (INT8_WEIGHTS,),
+    INT4_WEIGHTS.name: (INT8_WEIGHTS, INT4_WEIGHTS),
+}
 """The forms that a search for a precision gives layers, the milder first."""
 
 

@@ -26,15 +26,23 @@ TINY = 1e-5
 
 
 def make_grids(
-    seen: Seen, layers: Sequence[IntegerLayer], weights: Callable[[str], npt.NDArray[np.float32]], ends: str
+    seen: Seen,
+    layers: Sequence[IntegerLayer],
+    weights: Callable[[str], npt.NDArray[np.float32]],
+    ends: str,
+    *,
+    smooth: bool = True,
 ) -> IntegerGrids:
-    """Grids of all tensors that these layers read or give, and factors where they gain."""
+    """Grids of all tensors that these layers read or give, and factors where they gain.
+
+    smooth: whether there are factors; steps of floats grow with what they hold, so that outliers cost others little.
+    """
     take_low, take_high = (np.min, np.max) if ends == "widest" else (np.mean, np.mean)
     low = {n: np.asarray(take_low(v, axis=0)) for n, v in seen.low.items()}
     high = {n: np.asarray(take_high(v, axis=0)) for n, v in seen.high.items()}
     smoothing: dict[str, Float32] = {}
     readers: dict[str, list[IntegerLayer]] = {}
-    for layer in layers:
+    for layer in layers if smooth else ():
         if layer.kind == LINEAR and low[layer.input].ndim == 1:
             readers.setdefault(layer.input, []).append(layer)
     for name, reading in readers.items():

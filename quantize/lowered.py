@@ -1,4 +1,4 @@
-"""A component with some layers in integers: as an engine that is tried, and as files of a bundle."""
+"""A component with some layers in fewer bits: as an engine that is tried, and as files of a bundle."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import numpy.typing as npt
 
 from ..bundle import Bundle, Component
 from ..engines import RunOptions
-from ..engines.backends.ort import CPU, OrtEngine, open_session
+from ..engines.backends.ort import CPU, OrtEngine, leave_pairs, open_session
 from ..engines.graph.accounting import count_operators
 from ..engines.graph.onnx_bytes import OnnxGraph, read_graph
-from ..engines.graph.quantized import IntegerGrids, IntegerLayer, integer_layers, lower_layers
+from ..engines.graph.quantized import FLOATS, INTEGERS, IntegerGrids, IntegerLayer, integer_layers, lower_layers
 from ..engines.graph.relocate import Weight, drop_unread, place_weights, weights_of
 from ..engines.graph.rewrite import rewrite_for_cpu
 from ..engines.graph.weight_only import lower_weights
@@ -57,7 +57,7 @@ class Lowering:
         for form in FORMS.values():
             own = [layer for name, layer in layers if name == form.name]
             if own and grids is not None and form.activations:
-                lower_layers(graph, own, grids, self.weight)
+                lower_layers(graph, own, grids, self.weight, FLOATS if form.floating else INTEGERS)
             elif own:
                 lower_weights(graph, own, form.bits, self.weight)
         return graph
@@ -80,6 +80,7 @@ class Lowering:
                 provider=CPU,
                 run=RunOptions(threads=threads),
                 optimization="all",
+                configure=leave_pairs if any(FORMS[name].floating for name, _ in layers) else None,
             )
         finally:
             beside.unlink(missing_ok=True)

@@ -57,8 +57,8 @@ def quantize_bundle(
 ) -> Bundle:
     """Store in a bundle components with as many layers in integers as a budget of its pictures allows; the bundle then.
 
-    precision: `"int8"`, weights and activations, for speed; `"int8-weights"` and `"int4-weights"` for memory (of four
-    bits, layers that pictures do not take in four have eight).
+    precision: `"int8"` or `"fp8"` (E4M3, for GPUs), weights and activations, for speed; `"int8-weights"` and
+    `"int4-weights"` for memory (of four bits, layers that pictures do not take in four have eight).
     budget: `"psnr>=30"`: the PSNR in dB, of the squared error averaged over held-out pictures, to those of the plain
     engines at the same prompts and seeds. components: of `unet` and `vae_decoder`, both by default; where weights alone
     are lowered, the text encoders too. prompts: at least three, general captions by default; no prompt and no seed is
@@ -147,7 +147,8 @@ class _Quantizer:
         grids = {}
         for name in seen:
             part, (form,) = self.parts[name], self.steps
-            made = {ends: make_grids(seen[name], part.layers, part.weight, ends) for ends in ENDS}
+            smooth = not form.floating
+            made = {ends: make_grids(seen[name], part.layers, part.weight, ends, smooth=smooth) for ends in ENDS}
             every = {name: [(form.name, layer) for layer in part.layers]}
             damages = {ends: self._kept(f"ends-{name}-{ends}", every, {name: own}) for ends, own in made.items()}
             grids[name] = made[min(ENDS, key=lambda ends: float(np.mean(damages[ends])))]

@@ -18,7 +18,7 @@ from ..errors import UnsupportedError
 from .stored import CODES
 
 ALIGNMENT = 4096
-SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int8": 1, "uint8": 1}
+SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int8": 1, "float8": 1, "uint8": 1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,9 @@ from ..values import parse_json
 
 _FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _INTEGERS = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
-CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int8": "I8", "uint8": "U8"}
+CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int8": "I8", "uint8": "U8"} | {
+    "float8": "F8_E4M3"
+}
 """Safetensors' codes of the precisions that bundles have."""
 PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 

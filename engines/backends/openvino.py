@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ...errors import UnsupportedError
 from ..base import Binding, Engine, TensorSpec
 from ..graph.accounting import Forms, count_operators
 from ..options import RunOptions
@@ -108,6 +109,11 @@ class OpenVinoBackend(OrtBackend):
         from .openvino_graph import rewrite_for_openvino
 
         refuse_float16(job)
+        if job.component.dtype == "fp8":
+            raise UnsupportedError(
+                f"the {job.name} has layers in fp8, which OpenVINO does not run on a processor",
+                remedy="Quantize it with --precision int8, or name --backend tensorrt or tensorrt-rtx.",
+            )
         job.progress(job.name, "optimising", 0.0)
         source = checked_graph(job.bundle, job.component)
         check_weights(job.bundle, job.component, None)

@@ -176,6 +176,11 @@ def open_session(
     return session
 
 
+def leave_pairs(options: Any) -> None:
+    """Have pairs of float8 stay as they are: they would be fused like pairs of integers, and refused then."""
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+
+
 @contextmanager
 def memory_told(doing: str) -> Iterator[None]:
     """Turn what NumPy and ONNX Runtime raise where memory does not suffice into `OutOfMemoryError`."""

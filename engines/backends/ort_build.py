@@ -27,7 +27,7 @@ from ..graph.weights_apart import take_weights_apart
 from ..options import BuildOptions, RunOptions
 from ..store import ROOM_REMEDY
 from ..weights import check_data, check_weights, checked_graph, read_weights, source_bytes
-from .ort import OrtEngine, Provider, import_onnxruntime, open_session
+from .ort import OrtEngine, Provider, import_onnxruntime, leave_pairs, open_session
 from .registry import Backend, BuildJob, OpenJob
 
 INLINE_BYTES = 1_500_000_000
@@ -74,6 +74,8 @@ class OrtBackend(Backend):
 
         def configure(options: Any) -> None:
             options.optimized_model_filepath = str(job.target)
+            if job.component.dtype == "fp8":
+                leave_pairs(options)
             if beside:
                 entry = "session.optimized_model_external_initializers_file_name"
                 options.add_session_config_entry(entry, job.data.name)

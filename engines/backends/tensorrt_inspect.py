@@ -15,7 +15,13 @@ from typing import Any
 from ...errors import MismatchError
 
 UNKNOWN = "unknown"
-_PRECISIONS = {"float32": r"fp32|float", "float16": r"fp16|half", "bfloat16": r"bf16|bfloat16", "int8": r"int8"}
+_PRECISIONS = {
+    "float32": r"fp32|float",
+    "float16": r"fp16|half",
+    "bfloat16": r"bf16|bfloat16",
+    "int8": r"int8",
+    "fp8": r"fp8|float8|fp8e4m3|e4m3",
+}
 _FUSED = re.compile(r"f?mha|flash|attention", re.IGNORECASE)
 
 

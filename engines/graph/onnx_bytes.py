@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ...errors import CorruptError
 
-FLOAT, UINT8, INT8, INT64, BOOL, FLOAT16, BFLOAT16, INT4 = 1, 2, 3, 7, 9, 10, 16, 22
+FLOAT, UINT8, INT8, INT64, BOOL, FLOAT16, BFLOAT16, FLOAT8, INT4 = 1, 2, 3, 7, 9, 10, 16, 17, 22
 _MODEL_OPSET, _MODEL_GRAPH, _MODEL_METADATA = 8, 7, 14
 _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_OUTPUT, _GRAPH_VALUE = 1, 5, 11, 12, 13
 _REMEDY = "Export the checkpoint again."

@@ -11,6 +11,9 @@ convolution in integers only where its result is quantized too; a product of mat
 What a linear layer reads may be divided by a factor a channel that its weight is multiplied by, so that a channel of
 outliers does not spread the grid (Xiao et al. 2023, arXiv:2211.10438, equation 3). The normalisation before it takes
 that division into its own scale and bias.
+
+Floats of eight bits (`float8.py`) have the same form: x ~ s q with q in E4M3 and s the largest magnitude over 448.
+TensorRT computes with them; ONNX Runtime on a CPU rounds to them and computes in float32, by which they are judged.
 """
 
 from __future__ import annotations
@@ -23,8 +26,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .float8 import LARGEST, encode_float8
 from .merge import ONNX, makers_of, turned_weight
-from .onnx_bytes import FLOAT, INT8, UINT8, Node, OnnxGraph, users_of
+from .onnx_bytes import FLOAT, FLOAT8, INT8, UINT8, Node, OnnxGraph, users_of
 
 Float32 = npt.NDArray[np.float32]
 Int8 = npt.NDArray[np.int8]
@@ -63,6 +67,11 @@ class IntegerGrid:
         low, high = min(low, 0.0), max(high, 0.0)
         scale = max((high - low) / 255.0, LEAST_SCALE)
         return cls(scale=scale, zero=int(np.clip(round(-low / scale), 0, 255)))
+
+    @property
+    def farthest(self) -> float:
+        """The larger magnitude of its ends."""
+        return self.scale * max(self.zero, 255 - self.zero)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -115,13 +124,38 @@ def quantize_weight(weight: Float32) -> tuple[Int8, Float32]:
     return np.clip(np.rint(weight / shaped), -127, 127).astype(np.int8), scale.astype(np.float32)
 
 
+def float8_weight(weight: Float32) -> tuple[npt.NDArray[np.uint8], Float32]:
+    """Codes of E4M3 and the scale of each output channel, which is the first axis."""
+    flat = np.abs(weight.reshape(len(weight), -1))
+    scale = np.maximum(flat.max(axis=1) / np.float32(LARGEST), np.float32(LEAST_SCALE))
+    return encode_float8(weight / scale.reshape(-1, *(1,) * (weight.ndim - 1))), scale.astype(np.float32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Numbers:
+    """What layers are lowered to. sums: whether what a convolution gives is rounded too, as ONNX Runtime wants it.
+
+    activation, weight: ONNX's types of elements; quantize: a weight to its elements and scales.
+    """
+
+    activation: int
+    weight: int
+    quantize: Callable[[Float32], tuple[npt.NDArray[Any], Float32]]
+    sums: bool
+
+
+INTEGERS = Numbers(activation=UINT8, weight=INT8, quantize=quantize_weight, sums=True)
+FLOATS = Numbers(activation=FLOAT8, weight=FLOAT8, quantize=float8_weight, sums=False)
+
+
 def lower_layers(
     graph: OnnxGraph,
     layers: Sequence[IntegerLayer],
     grids: IntegerGrids,
     weights: Callable[[str], npt.NDArray[Any]],
+    numbers: Numbers = INTEGERS,
 ) -> None:
-    """Put these layers of a graph into integers. weights: a float32 weight by its name."""
+    """Put these layers of a graph into other numbers. weights: a float32 weight by its name."""
     chosen = {(layer.input, layer.output): layer for layer in layers}
     smoothed = _smooth(graph, layers, grids)
     nodes: list[Node] = []
@@ -135,16 +169,17 @@ def lower_layers(
             source = smoothed.get(layer.input, layer.input)
             if source != layer.input:
                 nodes += _divide(graph, layer.input, source, grids.smoothing[layer.input])
-            read[layer.input], pair = _pair(graph, source, f"{layer.input}_read", grids.tensors[layer.input])
+            read[layer.input], pair = _pair(graph, source, f"{layer.input}_read", grids.tensors[layer.input], numbers)
             nodes += pair
         factors = grids.smoothing.get(layer.input) if layer.kind == LINEAR else None
         weight = np.asarray(weights(layer.weight), np.float32)
-        nodes.append(integer_weight(graph, layer, weight if factors is None else weight * factors))
+        nodes.append(integer_weight(graph, layer, weight if factors is None else weight * factors, numbers))
         inputs = [read[layer.input], f"{layer.weight}_float", *node.inputs[2:]]
-        raw = f"{layer.output}{SUM}" if layer.kind == CONV else layer.output
+        rounded = numbers.sums and layer.kind == CONV
+        raw = f"{layer.output}{SUM}" if rounded else layer.output
         nodes.append(Node(operator=node.operator, inputs=inputs, outputs=[raw], attributes=dict(node.attributes)))
-        if layer.kind == CONV:
-            _, pair = _pair(graph, raw, f"{layer.output}_given", grids.tensors[layer.output])
+        if rounded:
+            _, pair = _pair(graph, raw, f"{layer.output}_given", grids.tensors[layer.output], numbers)
             nodes += [pair[0], Node(operator=pair[1].operator, inputs=pair[1].inputs, outputs=[layer.output])]
     graph.nodes = nodes
 
@@ -178,10 +213,11 @@ def _divide(graph: OnnxGraph, name: str, divided: str, factors: Float32) -> list
     return [Node(operator="Mul", inputs=[name, inverse], outputs=[divided])]
 
 
-def _pair(graph: OnnxGraph, source: str, name: str, grid: IntegerGrid) -> tuple[str, list[Node]]:
+def _pair(graph: OnnxGraph, source: str, name: str, grid: IntegerGrid, numbers: Numbers) -> tuple[str, list[Node]]:
     """Onto the grid and back: the name of what comes back, and the two nodes."""
-    scale = graph.add_constant(f"{name}_scale", FLOAT, [], struct.pack("<f", grid.scale))
-    zero = graph.add_constant(f"{name}_zero", UINT8, [], bytes([grid.zero]))
+    step, at = (grid.scale, grid.zero) if numbers.activation == UINT8 else (grid.farthest / LARGEST, 0)
+    scale = graph.add_constant(f"{name}_scale", FLOAT, [], struct.pack("<f", step))
+    zero = graph.add_constant(f"{name}_zero", numbers.activation, [], bytes([at]))
     integers, floats = f"{name}_integers", f"{name}_floats"
     return floats, [
         Node(operator="QuantizeLinear", inputs=[source, scale, zero], outputs=[integers]),
@@ -189,16 +225,16 @@ def _pair(graph: OnnxGraph, source: str, name: str, grid: IntegerGrid) -> tuple[
     ]
 
 
-def integer_weight(graph: OnnxGraph, layer: IntegerLayer, weight: Float32) -> Node:
-    """A weight in integers; a linear layer's lies [in, out], as the product reads it."""
-    integers, scale = quantize_weight(weight)
+def integer_weight(graph: OnnxGraph, layer: IntegerLayer, weight: Float32, numbers: Numbers = INTEGERS) -> Node:
+    """A weight in other numbers; a linear layer's lies [in, out], as the product reads it."""
+    integers, scale = numbers.quantize(weight)
     axis = 0
     if layer.kind == LINEAR:
         integers, axis = np.ascontiguousarray(integers.T), 1
     name = f"{layer.weight}_integers"
-    graph.add_constant(name, INT8, integers.shape, integers.tobytes())
+    graph.add_constant(name, numbers.weight, integers.shape, integers.tobytes())
     scales = graph.add_floats(f"{layer.weight}_scale", scale)
-    zeros = graph.add_constant(f"{layer.weight}_zero", INT8, [len(scale)], bytes(len(scale)))
+    zeros = graph.add_constant(f"{layer.weight}_zero", numbers.weight, [len(scale)], bytes(len(scale)))
     attributes: dict[str, float | int | list[int]] = {"axis": axis}
     return Node(
         operator="DequantizeLinear",

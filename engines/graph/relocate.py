@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from .merge import drop_unused
-from .onnx_bytes import FLOAT, INT4, INT8, OnnxGraph, fields_of, integer
+from .onnx_bytes import FLOAT, FLOAT8, INT4, INT8, OnnxGraph, fields_of, integer
 
-ELEMENTS = {FLOAT: "float32", INT8: "int8", INT4: "uint8"}
+ELEMENTS = {FLOAT: "float32", INT8: "int8", FLOAT8: "float8", INT4: "uint8"}
 """What weights are made of, and what a file says of them: of four bits, the bytes that hold two."""
 
 
