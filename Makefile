@@ -57,14 +57,15 @@ bench-sd15: $(FULL) $(SD15)/.built
 		--output $(RESULTS)/sd15-floor-cpu.json
 
 # Integers beside NNCF's and optimum-intel's own, after our search (half an hour; it goes on where it was stopped).
+INT8 := $(BIN)/fewstep bench $(SD15)/bundle --checkpoint $(SD15)/model --guidance 0 --budget 30dB \
+	--peers-at-once 1 --warm-up 1 --lead-in 0
 bench-int8: $(FULL) $(SD15)/.lowered
-	$(BIN)/fewstep bench $(SD15)/bundle --checkpoint $(SD15)/model --size 512x512 --guidance 0 --unet \
-		--backend ort-openvino --also ort-cpu,ort-openvino-bf16 --budget 30dB \
-		--against diffusers,openvino,nncf,optimum-intel --precision float32,bfloat16 --peers-at-once 2 \
-		--warm-up 1 --lead-in 0 --repeat 5 --output $(RESULTS)/sd15-int8-cpu.json
-	$(BIN)/fewstep bench $(SD15)/bundle --checkpoint $(SD15)/model --size 256x256 --guidance 0 --steps 4 \
-		--backend ort-openvino --budget 30dB --against diffusers,nncf,optimum-intel --peers-at-once 1 \
-		--warm-up 1 --lead-in 0 --repeat 3 --cold 0 --output $(RESULTS)/sd15-int8-request-cpu.json
+	$(INT8) --size 512x512 --unet --backend ort-openvino --against diffusers,nncf,optimum-intel --repeat 5 \
+		--output $(RESULTS)/sd15-int8-cpu.json
+	$(INT8) --size 512x512 --unet --backend ort-cpu --also ort-openvino-bf16 --against diffusers --repeat 5 \
+		--output $(RESULTS)/sd15-int8-others-cpu.json
+	$(INT8) --size 256x256 --steps 4 --backend ort-openvino --against diffusers,nncf,optimum-intel --repeat 3 --cold 0 \
+		--output $(RESULTS)/sd15-int8-request-cpu.json
 
 $(SD15)/.lowered: $(SD15)/bundle/bundle.json | bench-peers
 	$(BIN)/fewstep quantize $(SD15)/bundle --budget 30dB --by block --pairs 2 --choose 4 --held-out 8 \
