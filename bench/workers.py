@@ -40,7 +40,7 @@ CONTENDERS = {
         Contender(name="compile", script="compiled.py", environment="torch"),
         Contender(name="optimum", script="optimum_onnx.py", environment="optimum", precisions=("float32",)),
         Contender(name="openvino", script="openvino_loop.py", environment="openvino"),
-        Contender(name="nncf", script="nncf_loop.py", environment="optimum-intel", precisions=("int8",)),
+        Contender(name="nncf", script="nncf_loop.py", environment="openvino", precisions=("int8",)),
         Contender(name="optimum-intel", script="optimum_intel.py", environment="optimum-intel", precisions=("int8",)),
     )
 }

@@ -1,7 +1,7 @@
 """The loop round OpenVINO with a UNet in integers, as `nncf.quantize` makes it without being told more.
 
 Calibrated on evaluations of the pipeline's own requests, along their steps; every layer that NNCF lowers by itself is
-lowered. The rest is in bfloat16, which is OpenVINO's own choice on a processor that has it.
+lowered. The rest is in float32, as ours.
 """
 
 from __future__ import annotations
@@ -28,10 +28,8 @@ class NncfPeer(OpenVinoPeer):
     def convert(self, spec: dict[str, Any]) -> None:
         import nncf
 
-        hint, self.config["INFERENCE_PRECISION_HINT"] = self.config["INFERENCE_PRECISION_HINT"], "f32"
         super().convert(spec)
         seen = self.evaluations(spec)
-        self.config["INFERENCE_PRECISION_HINT"] = hint
         plain = self.core.read_model(self.folder / "unet.xml")
         lowered = nncf.quantize(plain, nncf.Dataset(seen), subset_size=len(seen))
         self.ov.save_model(lowered, self.folder / "lowered.xml", compress_to_fp16=False)

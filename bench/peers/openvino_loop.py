@@ -25,7 +25,7 @@ class OpenVinoPeer(DiffusersLoop):
         self.compiled: dict[tuple[Any, ...], Any] = {}
         self.dtype = self.torch.float32
         self.config = {
-            "INFERENCE_PRECISION_HINT": "f32" if spec["precision"] == "float32" else "bf16",
+            "INFERENCE_PRECISION_HINT": "bf16" if spec["precision"] == "bfloat16" else "f32",
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": spec["threads"],
             "CACHE_DIR": str(self.folder / "compiled"),

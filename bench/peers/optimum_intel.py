@@ -44,6 +44,7 @@ class OptimumIntel(DiffusersLoop):
                 pipe.save_pretrained(folder)
                 del pipe
         config = {
+            "INFERENCE_PRECISION_HINT": "f32",  # of the rest, as ours
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": spec["threads"],
             "CACHE_DIR": str(folder / "compiled"),
@@ -51,6 +52,13 @@ class OptimumIntel(DiffusersLoop):
         pipe = kind.from_pretrained(folder, compile=False, ov_config=config, local_files_only=True)
         width, height = spec["size"]
         pipe.reshape(batch_size=spec["batch"], height=height, width=width, num_images_per_prompt=1)
+        if spec["calibration"]["guidance"] <= 1:  # it has fixed the UNet's shapes for two rows an image
+            unet = pipe.unet.model
+            shapes = {i: i.get_partial_shape() for i in unet.inputs}
+            for name, shape in shapes.items():
+                if shape.rank.get_length() > 1:
+                    shapes[name] = [spec["batch"], *list(shape)[1:]]
+            unet.reshape(shapes)
         pipe.compile()
         return pipe
 
