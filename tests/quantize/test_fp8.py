@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import pytest
 from fewstep.bundle import Bundle, read_bundle
 from fewstep.engines import BuildOptions, Store, build_engines
 from fewstep.engines.backends.ort import open_session
+from fewstep.engines.backends.registry import BuildJob, load_backend
 from fewstep.engines.gate.verify import load_cases, verify_graph
 from fewstep.engines.graph.float8 import CODES, LARGEST, NUMBERS, decode_float8, encode_float8
 from fewstep.engines.graph.onnx_bytes import read_graph
 from fewstep.engines.graph.quantized import FLOATS, IntegerGrid, IntegerGrids, integer_layers, lower_layers
 from fewstep.engines.options import RunOptions
+from fewstep.errors import UnsupportedError
 from fewstep.export.embedded import embedded_bundle
 from fewstep.quantize import quantize_bundle
 from fewstep.search.sets import read_prompts
@@ -146,3 +149,21 @@ def test_tensorrt_rtx_builds_it_without_a_gpu(lowered: Bundle, tmp_path: Path) -
         )[component]
         assert built.entry.facts["quantized"] > 0
         assert built.entry.key.dtype == "fp8"
+
+
+def test_openvino_is_refused_by_name(lowered: Bundle, tmp_path: Path) -> None:
+    within = lowered.within(f"fp8 {BUDGET}")
+    job = BuildJob(
+        bundle=within,
+        name="unet",
+        component=within.component("unet"),
+        profiles=(),
+        options=BuildOptions(),
+        target=tmp_path / "engine",
+        data=tmp_path / "data",
+        store=Store(tmp_path / "store"),
+        progress=lambda *_: None,
+        cancel=threading.Event(),
+    )
+    with pytest.raises(UnsupportedError, match="fp8, which OpenVINO does not run"):
+        load_backend("ort-openvino").build(job)
