@@ -56,10 +56,11 @@ def check_precision(information: str, dtype: str) -> dict[str, int] | str:
     counts = count_precisions(read_layers(information))
     if not sum(counts.values()):
         return UNKNOWN
-    if not counts[dtype]:
+    asked = dtype if dtype in counts else "float32"  # weights alone in fewer bits are multiplied as floats
+    if not counts[asked]:
         raise MismatchError(
             f"the engine computes in {', '.join(n for n, c in counts.items() if c)}",
-            expected=dtype,
+            expected=asked,
             remedy="Rebuild it with: fewstep build BUNDLE --force",
         )
     return counts

@@ -15,7 +15,23 @@ from .onnx_bytes import fields_of, integer
 
 REMEDY = "Export the checkpoint again."
 MOST_DEPTH = 32
-_ELEMENT_BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 16: 16, 17: 8, 22: 4}
+_ELEMENT_BITS = {
+    1: 32,
+    2: 8,
+    3: 8,
+    4: 16,
+    5: 16,
+    6: 32,
+    7: 64,
+    9: 8,
+    10: 16,
+    11: 64,
+    12: 32,
+    13: 64,
+    16: 16,
+    17: 8,
+    22: 4,
+}
 """By TensorProto.DataType; strings never lie outside of a graph. Of four bits there are two elements a byte."""
 _EXTERNAL = 1
 

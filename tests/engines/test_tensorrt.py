@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx
 import pytest
-from fewstep.bundle import Bundle
+from fewstep.bundle import LOWERED, Bundle
 from fewstep.engines import BuildOptions, BuiltEngine, Profile, Span, Store, build_engines, open_engine, profiles_for
 from fewstep.engines.backends.tensorrt import import_tensorrt
 from fewstep.engines.backends.tensorrt_build import check_operators
@@ -302,9 +302,16 @@ def inspector(*formats: str, form: str = "Format/Datatype", tactic: str = "") ->
 
 def test_the_inspectors_precision_is_compared_with_the_asked_one() -> None:
     half = inspector("Row major linear FP16 format", "Half", "Row major linear FP32")
-    assert check_precision(half, "float16") == {"float32": 1, "float16": 2, "bfloat16": 0, "int8": 0}
+    none = {"float32": 0, "float16": 0, "bfloat16": 0, "int8": 0, "fp8": 0}
+    assert check_precision(half, "float16") == {**none, "float32": 1, "float16": 2}
     split = inspector("Half", "Float", "BFloat16", form="DataType")
-    assert check_precision(split, "float16") == {"float32": 1, "float16": 1, "bfloat16": 1, "int8": 0}
+    assert check_precision(split, "float16") == {**none, "float32": 1, "float16": 1, "bfloat16": 1}
+    lowered = inspector("Int8", "FP8", "Float", form="DataType")
+    for precision in LOWERED:  # weights alone in fewer bits are multiplied as floats
+        assert check_precision(lowered, precision) == {**none, "float32": 1, "int8": 1, "fp8": 1}
+    for precision in ("int8", "fp8"):
+        with pytest.raises(MismatchError, match=f"expected {precision}"):
+            check_precision(inspector("Float", form="DataType"), precision)
     with pytest.raises(MismatchError, match="computes in float32; expected float16"):
         check_precision(inspector("Row major linear FP32", "Float"), "float16")
     for silent in ('{"Layers": ["names", "only"]}', "{}", "", inspector()):
