@@ -11,16 +11,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from diffusers_loop import DiffusersLoop
 from nncf_loop import CALIBRATION_PROMPTS
-from optimum_onnx import with_old_names
+from optimum_onnx import Optimum, with_old_names
 from protocol import serve
 
 SAMPLES = 8
 """Evaluations that it calibrates on."""
 
 
-class OptimumIntel(DiffusersLoop):
+class OptimumIntel(Optimum):
     packages = ("optimum-intel", "optimum", "nncf", "openvino", "torch", "diffusers", "transformers", "numpy")
 
     def load(self, spec: dict[str, Any]) -> dict[str, Any]:
@@ -61,16 +60,6 @@ class OptimumIntel(DiffusersLoop):
             unet.reshape(shapes)
         pipe.compile()
         return pipe
-
-    def time_parts(self) -> None:
-        wrap, pipe = self.stages.wrap, self.pipe
-        wrap(pipe, "encode_prompt", "text")
-        wrap(pipe.unet, "forward", "evaluations")
-        wrap(pipe.scheduler, "step", "update")
-        wrap(pipe.vae, "decode", "decode")
-
-    def evaluate(self, given: dict[str, Any]) -> Any:
-        return self.pipe.unet(given["sample"], given["timestep"][0], given["encoder_hidden_states"])[0].numpy()
 
 
 if __name__ == "__main__":

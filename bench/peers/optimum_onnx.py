@@ -54,13 +54,6 @@ class Optimum(DiffusersLoop):
                 kind.from_pretrained(str(checkpoint), export=True, local_files_only=True).save_pretrained(folder)
         return kind.from_pretrained(folder, session_options=options, local_files_only=True)
 
-    def time_parts(self) -> None:
-        wrap, pipe = self.stages.wrap, self.pipe
-        wrap(pipe, "encode_prompt", "text")
-        wrap(pipe.unet, "forward", "evaluations")
-        wrap(pipe.scheduler, "step", "update")
-        wrap(pipe.vae, "decode", "decode")
-
     def evaluate(self, given: dict[str, Any]) -> Any:
         return self.pipe.unet(given["sample"], given["timestep"][0], given["encoder_hidden_states"])[0].numpy()
 
